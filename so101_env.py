@@ -36,12 +36,14 @@ TAPE_WIDTH_M = 0.019
 HOME_RAD = np.array([0.0, 0.4822, -0.2207, 1.3093, 0.0470, 0.0])
 # A target at most this far from the measured joint. It must exceed the gravity sag of the stretched arm, and it bounds
 # the torque of a blocked servo (gain x window), hence the force on the table.
-COMMAND_WINDOW_RAD = 0.2
+COMMAND_WINDOW_RAD = 0.04
 SHEET_REACH_M = 0.42  # stretched arm, tip on the table, from the shoulder_pan axis
 PAN_AXIS_M = np.array([0.0388353, 0.0])
 
 # potential of the shaping term, per metre: tip-to-sheet, sheet-to-tape, and radians of yaw counted as metres
 SHAPING_PER_M, SHAPING_YAW_M_PER_RAD = 100.0, 0.05
+SHAPING_INSET_M = 0.01  # the tip counts as over the sheet this far inside its edges
+TIP_PRESSED_M = 0.0073  # height of the gripper tip when the fingertips touch the sheet
 # one standard deviation of `DomainRandomization.observation_noise = 1`
 NOISE_JOINT_RAD, NOISE_VELOCITY_RAD_S, NOISE_TIP_M, NOISE_SHEET_M, NOISE_YAW_RAD = 0.003, 0.05, 0.001, 0.002, 0.01
 
@@ -131,18 +133,25 @@ def sheet_inside(sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray, tape_margin_
     return (dx + half_x <= SHEET_HALF_M[0] + tape_margin_m) & (dy + half_y <= SHEET_HALF_M[1] + tape_margin_m)
 
 
-def distance_to_sheet(point_xy_m: np.ndarray, sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray) -> np.ndarray:
-    """Horizontal distance of points (N, 2) to the nearest point of the sheets, (N,); 0 above the sheet."""
+def distance_to_sheet(
+    point_xy_m: np.ndarray, sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray, inset_m: float = 0.0
+) -> np.ndarray:
+    """Horizontal distance of points (N, 2) to the nearest point at least inset_m inside the sheets' edges, (N,)."""
     c, s = np.cos(sheet_yaw_rad), np.sin(sheet_yaw_rad)
     d = point_xy_m - sheet_xy_m
-    out_x = np.maximum(np.abs(c * d[:, 0] + s * d[:, 1]) - SHEET_HALF_M[0], 0.0)
-    out_y = np.maximum(np.abs(c * d[:, 1] - s * d[:, 0]) - SHEET_HALF_M[1], 0.0)
+    out_x = np.maximum(np.abs(c * d[:, 0] + s * d[:, 1]) - SHEET_HALF_M[0] + inset_m, 0.0)
+    out_y = np.maximum(np.abs(c * d[:, 1] - s * d[:, 0]) - SHEET_HALF_M[1] + inset_m, 0.0)
     return np.hypot(out_x, out_y)
 
 
 def potential(tip_m: np.ndarray, sheet_m: np.ndarray, sheet_yaw_rad: np.ndarray) -> np.ndarray:
-    """Shaping potential (N,), 0 at best: tip (N, 3) at the sheet's centre, sheet (N, 3) at the tape's, no yaw."""
-    reach = np.sqrt(np.square(tip_m - sheet_m).sum(1))
+    """Shaping potential (N,), 0 at best: tip (N, 3) on the sheet, sheet (N, 3) at the tape's centre, without yaw.
+
+    Any point of the sheet is as good as any other: pulling the tip to the sheet's centre drowned the signal of the drag
+    in that of the tip's own motion and learned more slowly.
+    """
+    aside = distance_to_sheet(tip_m[:, :2], sheet_m[:, :2], sheet_yaw_rad, SHAPING_INSET_M)
+    reach = np.hypot(aside, np.maximum(tip_m[:, 2] - TIP_PRESSED_M, 0.0))
     distance = np.hypot(sheet_m[:, 0] - TAPE_CENTER_M[0], sheet_m[:, 1] - TAPE_CENTER_M[1])
     return -SHAPING_PER_M * (reach + distance + SHAPING_YAW_M_PER_RAD * np.abs(wrap_angle(sheet_yaw_rad)))
 
@@ -225,7 +234,9 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._substeps = round(1 / CONTROL_HZ / self.model.opt.timestep)
         self._qpos, self._qvel, self._ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
         self._tip = self.batch.bind("site_xpos")[:, self.model.site("gripperframe").id]
-        self._stage = mujoco.mjtStage.mjSTAGE_POS.value
+        self._gravity = self.batch.bind("qfrc_bias")
+        self._gain = self.model.actuator_gainprm[:, 0].copy()
+        self._stage = mujoco.mjtStage.mjSTAGE_VEL.value  # makes positions and gravity torques current after a step
         self._limits = self.model.actuator_ctrlrange.T.copy()
         self._home = self._home_state()
         fields = ["pair_friction"] if randomize else []
@@ -312,7 +323,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
                 raise ValueError(f"base policy {name}: act() must return finite {delta.shape}, got {base.shape}")
             delta += base
 
-        measured = self._qpos[:, :ACT_DIM] + self._joint_offset
+        # where a free arm would hang under the servo targets `measured + sag`: around it, the window bounds the force
+        measured = self._qpos[:, :ACT_DIM] + self._joint_offset + self._gravity[:, :ACT_DIM] / self._gain
         lower = np.maximum(self._limits[0], measured - COMMAND_WINDOW_RAD)
         upper = np.minimum(self._limits[1], measured + COMMAND_WINDOW_RAD)
         command = np.clip(self._command + delta, lower, upper)

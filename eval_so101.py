@@ -1,0 +1,213 @@
+"""Evaluate a trained residual policy on held-out episodes, beside its base policy alone.
+
+    python eval_so101.py --model logs/.../best_model/best_model.pt --episodes 50
+
+The episodes' seeds are fixed and used nowhere else, and the policy acts with its mean action: the same command gives
+the same numbers. The checkpoint carries the settings of the task.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from gymnasium.vector import AutoresetMode
+from scipy.stats import binomtest
+
+from ppo_residual_so101 import TEST_SEED, Args, check_rendering, checkpoint_args, evaluate, fail, load_agent
+from ppo_residual_so101 import load_checkpoint, make_envs, mean_action, write_atomically, write_json, write_video
+from so101_env import CONTROL_HZ, SHEET_HALF_M, TAPE_CENTER_M, SO101ResidualVectorEnv
+
+
+@dataclasses.dataclass
+class EvalArgs:
+    model: str
+    """checkpoint to evaluate"""
+    episodes: int = 50
+    """number of episodes"""
+    json: str | None = None
+    """write the results and the list of episodes to this file"""
+    video: str | None = None
+    """film the first episodes into this MP4 file"""
+    video_episodes: int = 5
+    """episodes in --video"""
+    plot: str | None = None
+    """plot success over the initial displacement and the sheets' paths into this PNG file"""
+    render_mode: Literal["human"] | None = None
+    """human: play the evaluated episodes in MuJoCo's viewer"""
+    num_threads: int | None = None
+    """physics threads (default: every core); the results do not depend on it"""
+
+
+def check_args(args: EvalArgs) -> None:
+    """Fail for what cannot work, before any work is done."""
+    for name in ("episodes", "video_episodes", "num_threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            fail(f"--{name.replace('_', '-')} must be positive, got {value}")
+    for name, suffix in (("json", ".json"), ("video", ".mp4"), ("plot", ".png")):
+        path = getattr(args, name)
+        if path is None:
+            continue
+        if Path(path).suffix.lower() != suffix:
+            fail(f"--{name} {path}: must end in {suffix}")
+        if not os.access(Path(path).resolve().parent, os.W_OK):
+            fail(f"--{name} {path}: its directory does not exist or cannot be written; create it or name another")
+    displays = ("DISPLAY", "WAYLAND_DISPLAY")
+    if args.render_mode == "human" and sys.platform.startswith("linux") and not any(map(os.environ.get, displays)):
+        fail("--render-mode human: there is no display here; use --video PATH.mp4 instead")
+
+
+def summarize(episodes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over episodes, and the success rate's Wilson 95 % interval."""
+    successes = sum(episode["success"] for episode in episodes)
+    interval = binomtest(successes, len(episodes)).proportion_ci(0.95, method="wilson")
+
+    def mean(key: str) -> float:
+        return float(np.mean([episode[key] for episode in episodes]))
+
+    return {
+        "success_rate": successes / len(episodes),
+        "success_ci95": [float(interval.low), float(interval.high)],
+        "mean_return": mean("return"),
+        "mean_length": mean("length"),
+        "mean_final_distance_m": mean("final_distance_m"),
+        "mean_final_yaw_error_rad": mean("final_yaw_error_rad"),
+        "mean_residual_magnitude": mean("residual_magnitude"),
+        "failures": {
+            kind: sum(episode["failure"] == kind for episode in episodes) for kind in ("non_finite", "out_of_reach")
+        },
+    }
+
+
+def print_table(agent: dict[str, Any], base: dict[str, Any], base_name: str) -> None:
+    """Both summaries side by side, in the units a person thinks in."""
+
+    def success(summary: dict[str, Any]) -> str:
+        low, high = summary["success_ci95"]
+        return f"{summary['success_rate']:.2f} [{low:.2f}, {high:.2f}]"
+
+    rows = [
+        ("success rate [Wilson 95 %]", success),
+        ("return", lambda s: f"{s['mean_return']:.2f}"),
+        ("length (control steps)", lambda s: f"{s['mean_length']:.1f}"),
+        ("final distance (mm)", lambda s: f"{1000 * s['mean_final_distance_m']:.1f}"),
+        ("final yaw error (degrees)", lambda s: f"{np.rad2deg(s['mean_final_yaw_error_rad']):.2f}"),
+        ("residual magnitude", lambda s: f"{s['mean_residual_magnitude']:.3f}"),
+        ("out of reach, non-finite", lambda s: f"{s['failures']['out_of_reach']}, {s['failures']['non_finite']}"),
+    ]
+    print(f"{'':28}{'agent':>20}{'base alone (' + base_name + ')':>24}")
+    for name, text in rows:
+        print(f"{name:28}{text(agent):>20}{text(base):>24}")
+
+
+def plot(episodes: list[dict[str, Any]], tape_margin: float, path: Path) -> None:
+    """Success over the initial displacement, and the sheets' centres from above."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    distance = 1000 * np.array([episode["initial_distance_m"] for episode in episodes])
+    success = np.array([episode["success"] for episode in episodes])
+    edges = np.arange(40, 121, 20)
+    for low, high in zip(edges[:-1], edges[1:]):
+        chosen = success[(distance >= low) & (distance < high)]
+        if len(chosen):
+            interval = binomtest(int(chosen.sum()), len(chosen)).proportion_ci(method="wilson")
+            left.bar((low + high) / 2, chosen.mean(), width=17, color="tab:blue", alpha=0.35)
+            left.vlines((low + high) / 2, interval.low, interval.high, color="tab:blue")
+            left.text((low + high) / 2 + 1, 0.02, f"n = {len(chosen)}", fontsize=8)
+    left.plot(distance, success, "k|", markersize=10)
+    left.set(xlabel="initial distance of the sheet from the tape's centre (mm)", ylabel="success", ylim=(-0.05, 1.05))
+    half = SHEET_HALF_M + tape_margin
+    # seen from above with the arm at the bottom: x up, y to the left
+    square = plt.Rectangle(-1000 * half[::-1], *(2000 * half[::-1]), fill=False, color="red", linewidth=2)
+    right.add_patch(square)
+    for episode in episodes:
+        track = 1000 * (episode["qpos"][:, 6:8] - TAPE_CENTER_M)
+        color = "tab:green" if episode["success"] else "tab:orange"
+        right.plot(-track[:, 1], track[:, 0], color=color, linewidth=0.8)
+        right.plot(-track[0, 1], track[0, 0], "o", color=color, markersize=3)
+    right.set(aspect="equal", xlabel="right (mm)", ylabel="ahead (mm)")
+    right.set_title("sheet centres, start at the dot; green: success", fontsize=10)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
+    plt.close(figure)
+
+
+def play(envs: SO101ResidualVectorEnv, episodes: list[dict[str, Any]]) -> None:
+    """Show traced episodes in real time in MuJoCo's passive viewer, until it is closed."""
+    import mujoco
+    import mujoco.viewer
+
+    data = mujoco.MjData(envs.model)
+    with mujoco.viewer.launch_passive(envs.model, data) as viewer:
+        for number, episode in enumerate(episodes):
+            print(f"episode {number}: {'success' if episode['success'] else 'no success'}, {episode['length']} steps")
+            for qpos in episode["qpos"]:
+                if not viewer.is_running():
+                    return
+                frame_start = time.perf_counter()
+                with viewer.lock():
+                    data.qpos[:] = qpos
+                    mujoco.mj_forward(envs.model, data)
+                viewer.sync()
+                time.sleep(max(0.0, 1 / CONTROL_HZ - (time.perf_counter() - frame_start)))
+
+
+def main() -> int:
+    """Evaluate; returns the exit code."""
+    args = tyro.cli(EvalArgs, description=__doc__)
+    check_args(args)
+    checkpoint = load_checkpoint(args.model, "--model")
+    agent, train_args = load_agent(checkpoint), checkpoint_args(checkpoint)
+    torch.set_num_threads(1)
+    task: Args = dataclasses.replace(train_args, num_threads=args.num_threads)
+    envs = make_envs(task, min(args.episodes, 50), AutoresetMode.DISABLED)
+    if args.video:
+        check_rendering(envs, "--video")
+
+    seeds = [TEST_SEED + i for i in range(args.episodes)]
+    traced = bool(args.video or args.plot or args.render_mode)
+    episodes = evaluate(mean_action(agent), envs, seeds, trace=traced)
+    base_episodes = evaluate(lambda obs: np.zeros((len(obs), 6), np.float32), envs, seeds)
+    summary, base = summarize(episodes), summarize(base_episodes)
+    physics = "full" if task.full_randomization else "default" if task.randomize else "no"
+    print(
+        f"{args.model} ({checkpoint['global_step']} steps): {args.episodes} held-out episodes, mean action, "
+        f"tape margin {1000 * task.tape_margin:.0f} mm, {physics} randomisation"
+    )
+    print_table(summary, base, task.base_policy)
+
+    if args.json:
+        result = {
+            "model": args.model,
+            "training_steps": checkpoint["global_step"],
+            "tape_margin_m": task.tape_margin,
+            "base_policy": task.base_policy,
+            **summary,
+            "episodes": args.episodes,
+            "base_success_rate": base["success_rate"],
+            "base": base,
+            "episode_list": [{k: v for k, v in episode.items() if k != "qpos"} for episode in episodes],
+        }
+        write_json(Path(args.json), result)
+    if args.plot:
+        plot(episodes, task.tape_margin, Path(args.plot))
+    if args.video:
+        write_video(envs, episodes[: args.video_episodes], Path(args.video))
+    if args.render_mode:
+        play(envs, episodes)
+    envs.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Contact physics: a press does not sink, a drag does not slip, nothing tunnels, flies or diverges."""
+
+import mujoco
+import numpy as np
+import pytest
+
+from so101_env import ACT_DIM, CONTROL_HZ, HOME_RAD, SHEET_HALF_THICKNESS_M, TAPE_CENTER_M, SO101ResidualVectorEnv
+from so101_env import load_model
+
+FINGER_RADIUS_M = 0.008
+
+
+class Presser:
+    """The arm under Cartesian servo control on its own Jacobian, pressing with a wanted force."""
+
+    def __init__(self):
+        self.model = load_model()
+        self.data = mujoco.MjData(self.model)
+        self.data.qpos[:] = [*HOME_RAD, *TAPE_CENTER_M, SHEET_HALF_THICKNESS_M, 0.0]
+        mujoco.mj_forward(self.model, self.data)
+        self.data.ctrl[:] = HOME_RAD + self.data.qfrc_bias[:ACT_DIM] / self.model.actuator_gainprm[:, 0]
+        self.site = self.model.site("gripperframe").id
+        self.sheet = self.model.geom("sheet_col").id
+        self.fingers = [self.model.geom(name).id for name in ("fixed_finger_col", "moving_finger_col")]
+
+    def press_force_n(self) -> float:
+        """Normal force between fingertips and sheet, summed over contacts."""
+        force, total = np.zeros(6), 0.0
+        for i, contact in enumerate(self.data.contact[: self.data.ncon]):
+            if contact.geom1 in self.fingers and contact.geom2 == self.sheet:
+                mujoco.mj_contactForce(self.model, self.data, i, force)
+                total += force[0]
+        return total
+
+    def sink_m(self) -> float:
+        """How deep the lower fingertip lies in the sheet's upper surface."""
+        lowest = min(self.data.geom_xpos[finger][2] for finger in self.fingers) - FINGER_RADIUS_M
+        return self.data.qpos[8] + SHEET_HALF_THICKNESS_M - lowest
+
+    def control_step(self, velocity_m_s: np.ndarray, force_n: float) -> None:
+        """Move the tip sideways at a velocity, upright, and its height towards the force, for one control step."""
+        jacp, jacr = np.zeros((3, self.model.nv)), np.zeros((3, self.model.nv))
+        mujoco.mj_jacSite(self.model, self.data, jacp, jacr, self.site)
+        jacobian = np.vstack([jacp, 0.05 * jacr])[:, :5]
+        error = np.zeros(6)
+        error[:2] = velocity_m_s / CONTROL_HZ
+        error[2] = np.clip(5e-4 * (self.press_force_n() - force_n), -3e-3, 1e-3)
+        self.data.ctrl[:5] += jacobian.T @ np.linalg.solve(jacobian @ jacobian.T + 1e-6 * np.eye(6), error)
+        for _ in range(8):
+            mujoco.mj_step(self.model, self.data)
+
+
+@pytest.fixture
+def pressed():
+    presser = Presser()
+    for _ in range(2 * CONTROL_HZ):
+        presser.control_step(np.zeros(2), force_n=1.0)
+    return presser
+
+
+def test_a_press_of_1_n_does_not_sink(pressed):
+    assert pressed.press_force_n() == pytest.approx(1.0, abs=0.05)
+    assert pressed.sink_m() < 5e-4
+    assert pressed.data.qpos[8] + SHEET_HALF_THICKNESS_M > 0.0005  # nor is the sheet pushed into the table
+
+
+@pytest.mark.parametrize("direction", [(0.0, 1.0), (0.0, -1.0), (-1.0, 0.0)])
+def test_a_drag_of_1_n_at_30_mm_s_does_not_slip(pressed, direction):
+    tip, sheet = pressed.data.site_xpos[pressed.site].copy(), pressed.data.qpos[6:8].copy()
+    for _ in range(int(1.5 * CONTROL_HZ)):
+        pressed.control_step(0.03 * np.array(direction), force_n=1.0)
+    tip_way = (pressed.data.site_xpos[pressed.site] - tip)[:2] @ direction
+    sheet_way = (pressed.data.qpos[6:8] - sheet) @ direction
+    assert tip_way > 0.03
+    assert abs(tip_way - sheet_way) < 0.1 * tip_way
+
+
+@pytest.mark.parametrize("kind", ["random", "saturated"])
+def test_physics_stays_sane_for_10000_steps(kind):
+    envs = SO101ResidualVectorEnv(8)
+    finger_height = envs.batch.bind("geom_xpos")[:, envs.model.geom("fixed_finger_col").id, 2]
+    envs.reset(seed=3)
+    rng = np.random.default_rng(0)
+    actions = np.zeros((8, ACT_DIM))
+    moved = 0.0
+    for step in range(10_000 // 8):
+        if kind == "random":
+            actions = rng.uniform(-1, 1, (8, ACT_DIM))
+        elif step % 50 == 0:  # full deflection, held long enough to press, fold and sweep with all that the servos have
+            actions = rng.choice([-1.0, 1.0], (8, ACT_DIM))
+        before = envs.qpos[:, 6:8]
+        _, reward, terminated, truncated, info = envs.step(actions)
+        assert not info["non_finite"].any() and np.isfinite(reward).all()
+        running = ~(terminated | truncated)
+        if not running.any():
+            continue
+        assert np.abs(envs.qpos[:, 8] - SHEET_HALF_THICKNESS_M)[running].max() < 2e-3  # neither tunnels nor lifts
+        speed = np.linalg.norm(envs.qpos[:, 6:8] - before, axis=1)[running].max() * CONTROL_HZ
+        assert speed < 1.0, f"the sheet flies at {speed:.2f} m/s"
+        moved = max(moved, speed)
+        assert finger_height[running].min() > FINGER_RADIUS_M - 2e-3  # the finger stays above the table
+    assert moved > 0.01  # the test did touch the sheet

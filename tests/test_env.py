@@ -1,0 +1,473 @@
+"""The task and its two environments."""
+
+import subprocess
+import sys
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
+
+import so101_env
+from so101_env import (
+    ACT_DIM,
+    MAX_EPISODE_STEPS,
+    OBS_DIM,
+    SHEET_HALF_M,
+    TAPE_CENTER_M,
+    DomainRandomization,
+    SO101ResidualEnv,
+    SO101ResidualVectorEnv,
+    sheet_inside,
+)
+
+
+def place_sheet(envs: SO101ResidualVectorEnv, x: float, y: float, yaw: float = 0.0) -> None:
+    """Put every sheet somewhere else in the middle of an episode."""
+    state = envs.get_state()
+    qpos = envs.batch.bind("qpos")
+    qpos[:, 6:8], qpos[:, 9] = (x, y), yaw
+    state["batch"] = envs.batch.state.copy()
+    envs.set_state(state)
+
+
+# -- Gymnasium
+
+
+@pytest.mark.filterwarnings("ignore:.*Box observation space.*")
+@pytest.mark.parametrize("randomization", [None, DomainRandomization.full()])
+def test_gymnasium_check_env(randomization):
+    check_env(SO101ResidualEnv(randomization=randomization), skip_render_check=True)
+
+
+def test_stable_baselines3_check_env():
+    checker = pytest.importorskip("stable_baselines3.common.env_checker")
+    checker.check_env(SO101ResidualEnv())
+
+
+def test_registered():
+    import gymnasium
+
+    env = gymnasium.make("SO101Residual-v0", tape_margin=0.02)
+    assert isinstance(env.unwrapped, SO101ResidualEnv)
+    assert env.reset(seed=0)[0].shape == (OBS_DIM,)
+    envs = gymnasium.make_vec("SO101Residual-v0", num_envs=3, tape_margin=0.02)
+    assert isinstance(envs, SO101ResidualVectorEnv) and envs.tape_margin == 0.02
+    assert envs.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
+    assert envs.observation_space.shape == (3, OBS_DIM) and envs.action_space.shape == (3, ACT_DIM)
+    assert envs.reset(seed=0)[0] in envs.observation_space
+
+
+@pytest.mark.parametrize("randomization", [None, DomainRandomization.full()])
+def test_single_and_vector_env_give_the_same_numbers(randomization):
+    """Across automatic resets, and for any number of threads; all values equal, not close."""
+    kwargs = {"max_episode_steps": 30, "randomization": randomization}
+    one_thread = SO101ResidualVectorEnv(3, num_threads=1, **kwargs)
+    envs = SO101ResidualVectorEnv(3, num_threads=2, **kwargs)
+    singles = [SO101ResidualEnv(**kwargs) for _ in range(3)]
+    obs, _ = envs.reset(seed=10)
+    np.testing.assert_array_equal(obs, one_thread.reset(seed=10)[0])
+    for i, env in enumerate(singles):
+        np.testing.assert_array_equal(obs[i], env.reset(seed=10 + i)[0])
+    rng = np.random.default_rng(0)
+    for _ in range(70):
+        actions = rng.uniform(-1.2, 1.2, (3, ACT_DIM))
+        obs, reward, terminated, truncated, info = envs.step(actions)
+        other = one_thread.step(actions)
+        np.testing.assert_array_equal(obs, other[0])
+        np.testing.assert_array_equal(reward, other[1])
+        for i, env in enumerate(singles):
+            single_obs, single_reward, single_terminated, single_truncated, single_info = env.step(actions[i])
+            assert (single_reward, single_terminated, single_truncated) == (reward[i], terminated[i], truncated[i])
+            assert single_info["distance_m"] == info["distance_m"][i]
+            if single_terminated or single_truncated:
+                np.testing.assert_array_equal(info["final_obs"][i], single_obs)
+                assert info["final_info"]["episode"]["r"][i] == single_info["episode"]["r"]
+                single_obs, _ = env.reset()
+            np.testing.assert_array_equal(obs[i], single_obs)
+
+
+def test_same_seed_same_episode_and_other_seeds_differ():
+    envs = SO101ResidualVectorEnv(4)
+    first = envs.reset(seed=5)[0]
+    envs.step(np.ones((4, ACT_DIM)))
+    again = envs.reset(seed=5)[0]
+    np.testing.assert_array_equal(first, again)
+    assert len(np.unique(first[:, 12])) == 4
+    assert not np.shares_memory(first, again)
+    moved = envs.step(np.ones((4, ACT_DIM)))[0]
+    assert not np.shares_memory(moved, envs.step(np.ones((4, ACT_DIM)))[0])
+
+
+def test_disabled_autoreset_lets_finished_environments_rest():
+    envs = SO101ResidualVectorEnv(2, max_episode_steps=3, autoreset_mode=AutoresetMode.DISABLED)
+    envs.reset(seed=0)
+    envs.step(np.zeros((2, ACT_DIM)))
+    envs.reset(options={"reset_mask": np.array([False, True])})
+    envs.step(np.zeros((2, ACT_DIM)))
+    obs, _, _, truncated, info = envs.step(np.ones((2, ACT_DIM)))
+    assert truncated.tolist() == [True, False] and info["episode"]["l"][0] == 3
+    later = envs.step(np.ones((2, ACT_DIM)))
+    np.testing.assert_array_equal(later[0][0], obs[0])
+    assert later[1][0] == 0.0 and later[3].tolist() == [False, True]
+    with pytest.raises(RuntimeError, match="reset"):
+        envs.step(np.zeros((2, ACT_DIM)))
+
+
+def test_state_saved_and_restored_continues_to_the_bit():
+    kwargs = {"max_episode_steps": 20, "randomization": DomainRandomization.full()}
+    envs, other = SO101ResidualVectorEnv(3, **kwargs), SO101ResidualVectorEnv(3, **kwargs)
+    envs.reset(seed=0)
+    actions = np.random.default_rng(0).uniform(-1, 1, (60, 3, ACT_DIM))
+    for t in range(25):
+        envs.step(actions[t])
+    other.set_state(envs.get_state())
+    for t in range(25, 60):
+        for ours, theirs in zip(envs.step(actions[t])[:4], other.step(actions[t])[:4]):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_state_only_use_does_not_touch_opengl():
+    code = (
+        "import sys, so101_env as e; env = e.SO101ResidualEnv(); env.reset(seed=0); env.step(env.action_space.sample());"
+        "env.close(); print([m for m in sys.modules if m.startswith(('OpenGL', 'mujoco.egl', 'mujoco.osmesa'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"alpha": 1.5},
+        {"alpha": -0.1},
+        {"act_scale": 0.0},
+        {"tape_margin": 0.0},
+        {"residual_penalty": -1.0},
+        {"max_episode_steps": 0},
+        {"render_mode": "ascii"},
+    ],
+)
+def test_bad_arguments_are_named(kwargs):
+    with pytest.raises(ValueError, match=next(iter(kwargs))):
+        SO101ResidualEnv(**kwargs)
+
+
+# -- observation and action
+
+
+def test_observation_against_mujoco():
+    envs = SO101ResidualVectorEnv(3)
+    envs.reset(seed=1)
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        obs = envs.step(rng.uniform(-1, 1, (3, ACT_DIM)))[0]
+    assert obs.dtype == np.float32
+    for i in range(3):
+        data = envs.batch.get_data(i)
+        mujoco.mj_forward(envs.model, data)
+        expected = np.concatenate(
+            [
+                data.qpos[:6],
+                data.qvel[:6],
+                data.body("sheet").xpos,
+                data.body("sheet").xquat,
+                [0.27 - data.body("sheet").xpos[0], -data.body("sheet").xpos[1], 0.0],
+                data.site("gripperframe").xpos,
+            ]
+        )
+        np.testing.assert_allclose(obs[i], expected, atol=1e-6)
+
+
+def test_a_control_step_is_a_thirtieth_of_a_second():
+    envs = SO101ResidualVectorEnv(1)
+    envs.reset(seed=0)
+    for _ in range(30):
+        envs.step(np.zeros((1, ACT_DIM)))
+    assert envs.batch.bind("time")[0] == pytest.approx(1.0, abs=1e-9)
+
+
+class ConstantPolicy:
+    """Moves the wrist roll by a fixed delta per step."""
+
+    def __init__(self, delta_rad: float):
+        self.delta_rad, self.resets = delta_rad, []
+
+    def reset(self, mask):
+        self.resets.append(mask.copy())
+
+    def act(self, obs):
+        action = np.zeros((len(obs), ACT_DIM))
+        action[:, 4] = self.delta_rad
+        return action
+
+    def close(self):
+        pass
+
+
+def test_total_action_is_base_plus_scaled_clipped_residual():
+    def roll_after(base, residual, **kwargs):
+        envs = SO101ResidualVectorEnv(1, base_policy=base, **kwargs)
+        start = envs.reset(seed=0)[0][0, 4]
+        action = np.zeros((1, ACT_DIM))
+        action[0, 4] = residual
+        for _ in range(40):
+            obs = envs.step(action)[0]
+        for _ in range(30):  # let the servo arrive
+            envs.base_policy = None
+            obs = envs.step(np.zeros((1, ACT_DIM)))[0]
+        return obs[0, 4] - start
+
+    # dry friction holds the joint up to frictionloss / gain short of its target
+    tolerance = dict(abs=0.052 / 8.9 + 1e-3)
+    assert roll_after(None, 0.5) == pytest.approx(40 * 0.7 * 0.02 * 0.5, **tolerance)
+    assert roll_after(None, 3.0) == pytest.approx(40 * 0.7 * 0.02, **tolerance)
+    assert roll_after(None, 0.5, alpha=0.3) == pytest.approx(40 * 0.3 * 0.02 * 0.5, **tolerance)
+    assert roll_after(ConstantPolicy(0.006), -0.5, act_scale=0.01) == pytest.approx(40 * (0.006 - 0.0035), **tolerance)
+    assert roll_after(ConstantPolicy(0.006), 1.0, alpha=0.0) == pytest.approx(40 * 0.006, **tolerance)
+
+
+def test_base_policy_is_told_of_resets_and_its_faults_stop_the_run():
+    policy = ConstantPolicy(0.0)
+    envs = SO101ResidualVectorEnv(2, base_policy=policy, max_episode_steps=2)
+    envs.reset(seed=0)
+    for _ in range(2):
+        envs.step(np.zeros((2, ACT_DIM)))
+    assert [mask.tolist() for mask in policy.resets] == [[True, True], [True, True]]
+    policy.delta_rad = np.nan
+    with pytest.raises(ValueError, match="ConstantPolicy"):
+        envs.step(np.zeros((2, ACT_DIM)))
+    policy.act = lambda obs: np.zeros(ACT_DIM)
+    with pytest.raises(ValueError, match="ConstantPolicy"):
+        envs.step(np.zeros((2, ACT_DIM)))
+    with pytest.raises(ValueError, match="actions"):
+        envs.step(np.full((2, ACT_DIM), np.nan))
+
+
+# -- the task
+
+
+def test_sheet_inside_against_corners():
+    rng = np.random.default_rng(0)
+    xy = TAPE_CENTER_M + rng.uniform(-0.06, 0.06, (2000, 2))
+    yaw = rng.uniform(-4.0, 4.0, 2000)
+    yaw[::2] *= 0.1
+    inside = sheet_inside(xy, yaw, 0.04)
+    for i in range(2000):
+        corners = [
+            (
+                xy[i, 0] + sx * SHEET_HALF_M[0] * np.cos(yaw[i]) - sy * SHEET_HALF_M[1] * np.sin(yaw[i]),
+                xy[i, 1] + sx * SHEET_HALF_M[0] * np.sin(yaw[i]) + sy * SHEET_HALF_M[1] * np.cos(yaw[i]),
+            )
+            for sx in (-1, 1)
+            for sy in (-1, 1)
+        ]
+        assert inside[i] == all(abs(x - 0.27) <= 0.114 and abs(y) <= 0.145 for x, y in corners)
+    assert 0.05 < inside.mean() < 0.95
+
+
+def test_tape_opening_in_the_model_is_the_opening_that_counts():
+    for margin in (0.04, 0.02):
+        model = so101_env.load_model(margin)
+        data = mujoco.MjData(model)
+        mujoco.mj_forward(model, data)
+        front, left = model.geom("tape_front").id, model.geom("tape_left").id
+        assert data.geom_xpos[front][0] - model.geom_size[front][0] == pytest.approx(0.27 + 0.074 + margin)
+        assert data.geom_xpos[left][1] - model.geom_size[left][1] == pytest.approx(0.105 + margin)
+
+
+def test_start_states():
+    for margin in (0.04, 0.02):
+        envs = SO101ResidualVectorEnv(400, tape_margin=margin)
+        obs, _ = envs.reset(seed=0)
+        distance = np.linalg.norm(obs[:, 19:21], axis=1)
+        yaw = 2 * np.arctan2(obs[:, 18], obs[:, 15])
+        assert 0.04 - 1e-6 <= distance.min() < 0.05 and 0.11 < distance.max() <= 0.12 + 1e-6
+        assert 0.25 < np.abs(yaw).max() <= 0.3 + 1e-6 and abs(yaw.mean()) < 0.03
+        assert not sheet_inside(envs.qpos[:, 6:8], envs.qpos[:, 9], margin).any()
+        assert (np.sign(obs[:, 19]) == 1).mean() == pytest.approx(0.5, abs=0.1)  # from all around
+        assert (np.sign(obs[:, 20]) == 1).mean() == pytest.approx(0.5, abs=0.1)
+        assert obs.std(0)[[12, 13, 18, 19, 20]].min() > 0.02
+    data = envs.batch.get_data(0)
+    mujoco.mj_forward(envs.model, data)
+    for finger in ("fixed_finger_col", "moving_finger_col"):
+        clearance = data.geom(finger).xpos[2] - 0.008 - 0.001
+        assert 0.005 < clearance < 0.015
+    touching = {envs.model.geom(g).name for c in data.contact[: data.ncon] for g in (c.geom1, c.geom2)}
+    assert touching == {"table", "sheet_col"}
+    assert data.site("gripperframe").xmat.reshape(3, 3)[2, 0] < -0.999  # the gripper's x axis points straight down
+
+
+def test_zero_residual_never_succeeds_and_stays_put():
+    envs = SO101ResidualVectorEnv(200, autoreset_mode=AutoresetMode.DISABLED)
+    start = envs.reset(seed=0)[0]
+    for step in range(MAX_EPISODE_STEPS):
+        obs, _, terminated, truncated, _ = envs.step(np.zeros((200, ACT_DIM)))
+        assert not terminated.any()
+        assert truncated.all() == (step == MAX_EPISODE_STEPS - 1)
+    assert np.abs(obs[:, :6] - start[:, :6]).max() < 2e-3  # the servos hold the arm against gravity
+    assert np.abs(obs[:, 12:15] - start[:, 12:15]).max() < 1e-5
+
+
+def test_random_residual_hardly_ever_succeeds():
+    envs = SO101ResidualVectorEnv(200, autoreset_mode=AutoresetMode.DISABLED)
+    envs.reset(seed=0)
+    rng, running, successes = np.random.default_rng(0), np.ones(200, bool), 0
+    while running.any():
+        _, _, terminated, truncated, info = envs.step(rng.uniform(-1, 1, (200, ACT_DIM)))
+        successes += info["is_success"].sum()
+        running &= ~(terminated | truncated)
+    assert successes <= 0.02 * 200
+
+
+def test_success_takes_five_consecutive_steps_inside():
+    envs = SO101ResidualVectorEnv(2)
+    envs.reset(seed=0)
+    zero = np.zeros((2, ACT_DIM))
+    place_sheet(envs, 0.28, 0.01)
+    for _ in range(4):
+        _, _, terminated, _, info = envs.step(zero)
+        assert not terminated.any() and (info["reward_terms"]["success"] == 0).all()
+    place_sheet(envs, 0.35, 0.01)  # out for one step: the count starts again
+    assert not envs.step(zero)[2].any()
+    place_sheet(envs, 0.28, 0.01)
+    for _ in range(4):
+        assert not envs.step(zero)[2].any()
+    _, _, terminated, truncated, info = envs.step(zero)
+    assert terminated.all() and not truncated.any() and info["is_success"].all()
+    assert (info["reward_terms"]["success"] == 10).all() and info["final_info"]["episode"]["l"].tolist() == [10, 10]
+
+
+def test_reward_terms_add_up_and_match_their_formulas():
+    gamma = 0.9
+    envs = SO101ResidualVectorEnv(1, shaping_gamma=gamma, max_episode_steps=50, autoreset_mode=AutoresetMode.DISABLED)
+    obs, _ = envs.reset(seed=3)
+    phi_start = float(envs._phi[0])
+    rng = np.random.default_rng(3)
+    unshaped = discounted_shaping = 0.0
+    for t in range(50):
+        action = rng.uniform(-2, 2, (1, ACT_DIM))
+        obs, reward, _, truncated, info = envs.step(action)
+        terms = {key: value[0] for key, value in info["reward_terms"].items()}
+        assert set(terms) == set(so101_env.REWARD_TERMS)
+        assert sum(terms.values()) == pytest.approx(reward[0], abs=1e-12)
+        assert terms["distance"] == pytest.approx(-2 * np.linalg.norm(obs[0, 19:21]), abs=1e-6)
+        assert terms["yaw"] == pytest.approx(-0.1 * abs(2 * np.arctan2(obs[0, 18], obs[0, 15])), abs=1e-6)
+        assert terms["time"] == -0.01
+        assert terms["residual"] == pytest.approx(-0.001 * np.sum(np.clip(action, -1, 1) ** 2))
+        unshaped += reward[0] - terms["shaping"]
+        discounted_shaping += gamma**t * terms["shaping"]
+    assert truncated[0]
+    assert info["episode"]["r"][0] == pytest.approx(unshaped)
+    # what makes shaping harmless: discounted, it adds up to a difference of potentials whatever was done in between
+    assert discounted_shaping == pytest.approx(gamma**50 * float(envs._phi[0]) - phi_start)
+    assert abs(float(envs._phi[0]) - phi_start) > 0.1
+
+
+def test_shaping_can_be_switched_off():
+    envs = SO101ResidualVectorEnv(2, shaping_gamma=None)
+    envs.reset(seed=0)
+    _, reward, _, _, info = envs.step(np.ones((2, ACT_DIM)))
+    assert (info["reward_terms"]["shaping"] == 0).all() and (np.abs(reward) < 1).all()
+
+
+def test_a_sheet_out_of_reach_ends_the_episode_as_a_costly_failure():
+    envs = SO101ResidualVectorEnv(2)
+    envs.reset(seed=0)
+    place_sheet(envs, 0.50, 0.0)  # its near edge at 0.426 m can still be touched
+    assert not envs.step(np.zeros((2, ACT_DIM)))[2].any()
+    place_sheet(envs, 0.55, 0.0)
+    _, _, terminated, truncated, info = envs.step(np.zeros((2, ACT_DIM)))
+    final = info["final_info"]
+    assert terminated.all() and not truncated.any() and final["out_of_reach"].all() and not final["is_success"].any()
+    # as expensive as waiting there for the time-out
+    assert final["reward_terms"]["failure"] == pytest.approx(np.full(2, -398 * (2 * 0.28 + 0.01)), rel=1e-3)
+
+
+def test_a_diverged_simulation_is_named_and_its_numbers_are_finite():
+    envs = SO101ResidualVectorEnv(2, autoreset_mode=AutoresetMode.DISABLED)
+    envs.reset(seed=0)
+    envs.batch.bind("qvel")[1, 3] = np.inf
+    obs, reward, terminated, _, info = envs.step(np.zeros((2, ACT_DIM)))
+    assert terminated.tolist() == [False, True]
+    assert info["non_finite"].tolist() == [False, True] and not info["is_success"].any()
+    assert np.isfinite(obs).all() and np.isfinite(reward).all()
+
+
+# -- domain randomisation
+
+
+def friction(envs: SO101ResidualVectorEnv, name: str) -> np.ndarray:
+    """Sliding friction of a contact pair in every environment."""
+    pair = envs.model.pair(name).id
+    return np.array([envs.batch.get_model(i).pair_friction[pair, 0] for i in range(envs.num_envs)])
+
+
+def test_friction_is_randomised_on_the_right_pairs():
+    envs = SO101ResidualVectorEnv(200)
+    envs.reset(seed=0)
+    sheet_table, finger = friction(envs, "sheet_table"), friction(envs, "fixed_finger_sheet")
+    assert 0.3 * 0.8 <= sheet_table.min() < 0.3 * 0.83 and 0.3 * 1.17 < sheet_table.max() <= 0.3 * 1.2
+    assert 1.2 * 0.85 <= finger.min() < 1.2 * 0.88 and 1.2 * 1.12 < finger.max() <= 1.2 * 1.15
+    np.testing.assert_array_equal(finger, friction(envs, "moving_finger_sheet"))
+    assert abs(np.corrcoef(sheet_table, finger)[0, 1]) < 0.2
+    envs.reset()
+    assert not np.array_equal(sheet_table, friction(envs, "sheet_table"))  # anew every episode
+
+
+def test_nominal_physics_is_nominal_and_still_seeded():
+    envs = SO101ResidualVectorEnv(20, randomize=False)
+    first = envs.reset(seed=0)[0]
+    assert set(friction(envs, "sheet_table")) == {0.3} and set(friction(envs, "fixed_finger_sheet")) == {1.2}
+    assert len(np.unique(first[:, 12])) == 20
+    np.testing.assert_array_equal(first, envs.reset(seed=0)[0])
+
+
+def test_full_randomisation_ranges():
+    envs = SO101ResidualVectorEnv(300, randomization=DomainRandomization.full())
+    obs, _ = envs.reset(seed=0)
+    models = [envs.batch.get_model(i) for i in range(300)]
+    nominal, sheet = envs.model, envs.model.body("sheet").id
+    mass = np.array([m.body_mass[sheet] for m in models])
+    assert 0.0045 <= mass.min() < 0.0046 and 0.0054 < mass.max() <= 0.0055
+    for get, fraction in ((lambda m: m.actuator_gainprm[:, 0], 0.15), (lambda m: m.dof_damping[:6], 0.15)):
+        ratio = np.array([get(m) for m in models]) / get(nominal)
+        assert 1 - fraction <= ratio.min() < 1 - 0.9 * fraction and 1 + 0.9 * fraction < ratio.max() <= 1 + fraction
+    assert all((m.actuator_biasprm[:, 1] == -m.actuator_gainprm[:, 0]).all() for m in models)
+    assert set(envs._latency) == {0, 1, 2}
+    truth = envs.qpos
+    error = obs[:, :6] - truth[:, :6]
+    assert np.deg2rad(0.9) < np.abs(error).max() < np.deg2rad(1.0) + 5 * so101_env.NOISE_JOINT_RAD
+    assert so101_env.NOISE_SHEET_M * 0.8 < (obs[:, 12] - truth[:, 6]).std() < so101_env.NOISE_SHEET_M * 1.2
+    np.testing.assert_allclose(obs[:, 19], 0.27 - obs[:, 12], atol=1e-6)  # the goal follows from the noisy sheet
+
+
+def test_latency_delays_the_command():
+    def joints_after(latency: int, steps: int) -> np.ndarray:
+        envs = SO101ResidualVectorEnv(1, randomization=DomainRandomization(latency_steps=2))
+        start = envs.reset(seed=0)[0]
+        envs._latency[:] = latency
+        action = np.full((1, ACT_DIM), 0.2)  # slow enough that no command meets the window around the measured joint
+        action[0, 1] = -0.2  # up
+        for _ in range(steps):
+            obs = envs.step(action)[0]
+        return obs[0, :6] - start[0, :6]
+
+    np.testing.assert_allclose(joints_after(2, 8), joints_after(0, 6), atol=1e-4)
+    assert np.abs(joints_after(0, 8) - joints_after(0, 6)).max() > 0.003
+
+
+# -- rendering
+
+
+def test_rgb_array_shows_the_sheet_and_the_tape():
+    env = gym.make("SO101Residual-v0", render_mode="rgb_array")
+    env.reset(seed=0)
+    frame = env.render()
+    env.close()
+    assert frame.shape == (480, 640, 3) and frame.dtype == np.uint8
+    r, g, b = (frame[..., channel].astype(int) for channel in range(3))
+    assert ((r > 120) & (g < 80) & (b < 80)).sum() > 300  # red tape
+    assert ((r > 200) & (g > 200) & (b > 200)).sum() > 1000  # white paper
