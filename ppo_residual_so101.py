@@ -325,9 +325,9 @@ def ppo_loss(
         metrics = {
             "approx_kl": ((ratio - 1) - logratio).mean(),  # http://joschu.net/blog/kl-approx.html
             "clip_fraction": ((ratio - 1.0).abs() > args.clip_coef).float().mean(),
-            "entropy_loss": -entropy_loss,
-            "policy_gradient_loss": pg_loss,
-            "value_loss": v_loss,
+            "entropy_loss": -entropy_loss.detach(),
+            "policy_gradient_loss": pg_loss.detach(),
+            "value_loss": v_loss.detach(),
         }
     return loss, metrics
 

@@ -1,0 +1,212 @@
+"""The mathematics of PPO against independent versions."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ppo_residual_so101 as ppo
+from so101_env import ACT_DIM, HOME_RAD, OBS_DIM, SO101ResidualVectorEnv
+
+SB3_GAE = Path(__file__).parent / "data" / "sb3_gae.npz"
+
+
+def random_rollout(seed: int, num_steps: int = 40, n: int = 3) -> dict[str, np.ndarray]:
+    """Made-up rewards and values with terminated and truncated episode ends."""
+    rng = np.random.default_rng(seed)
+    terminations = rng.random((num_steps, n)) < 0.08
+    truncations = (rng.random((num_steps, n)) < 0.08) & ~terminations
+    truncations[-1, 0], terminations[-1, 0], terminations[-1, 1], truncations[-1, 1] = True, False, True, False
+    return {
+        "rewards": rng.normal(size=(num_steps, n)).astype(np.float32),
+        "values": rng.normal(size=(num_steps, n)).astype(np.float32),
+        "real_next_values": rng.normal(size=(num_steps, n)).astype(np.float32),
+        "terminations": terminations.astype(np.float32),
+        "truncations": truncations.astype(np.float32),
+    }
+
+
+def our_gae(data: dict[str, np.ndarray], gamma: float, gae_lambda: float) -> np.ndarray:
+    t = {key: torch.from_numpy(value) for key, value in data.items()}
+    dones = torch.maximum(t["terminations"], t["truncations"])
+    return ppo.compute_gae(
+        t["rewards"], t["values"], t["real_next_values"], t["terminations"], dones, gamma, gae_lambda
+    ).numpy()
+
+
+def test_gae_against_its_definition():
+    """The lambda-weighted sum of temporal differences, written out to the end of each episode."""
+    data, gamma, lam = random_rollout(0), 0.97, 0.9
+    num_steps, n = data["rewards"].shape
+    expected = np.zeros((num_steps, n))
+    for i in range(n):
+        for t in range(num_steps):
+            weight = 1.0
+            for k in range(t, num_steps):
+                bootstrap = 0.0 if data["terminations"][k, i] else gamma * data["real_next_values"][k, i]
+                expected[t, i] += weight * (data["rewards"][k, i] + bootstrap - data["values"][k, i])
+                if data["terminations"][k, i] or data["truncations"][k, i]:
+                    break
+                weight *= gamma * lam
+    np.testing.assert_allclose(our_gae(data, gamma, lam), expected, atol=1e-5)
+
+
+def sb3_gae(data: dict[str, np.ndarray], gamma: float, gae_lambda: float) -> np.ndarray:
+    """stable-baselines3's advantages, truncation treated as its on-policy algorithms do."""
+    from gymnasium import spaces
+    from stable_baselines3.common.buffers import RolloutBuffer
+
+    num_steps, n = data["rewards"].shape
+    box = spaces.Box(-1, 1, (1,))
+    buffer = RolloutBuffer(num_steps, box, box, "cpu", gae_lambda, gamma, n)
+    starts = np.ones(n)
+    for t in range(num_steps):
+        rewards = data["rewards"][t] + gamma * data["truncations"][t] * data["real_next_values"][t]
+        values, zeros = torch.from_numpy(data["values"][t]), np.zeros((n, 1))
+        buffer.add(zeros, zeros, rewards, starts, values, torch.zeros(n))
+        starts = np.maximum(data["terminations"][t], data["truncations"][t])
+    buffer.compute_returns_and_advantage(torch.from_numpy(data["real_next_values"][-1]), starts)
+    return buffer.advantages
+
+
+def consistent_rollout() -> dict[str, np.ndarray]:
+    """A rollout whose next values are the following step's values, but where an episode ends."""
+    data = random_rollout(1)
+    running = (data["terminations"][:-1] + data["truncations"][:-1]) == 0
+    data["real_next_values"][:-1][running] = data["values"][1:][running]
+    return data
+
+
+def test_gae_against_stable_baselines3_numbers():
+    """Advantages computed once by stable-baselines3 2.9.2 (the next test makes them anew where it is installed)."""
+    with np.load(SB3_GAE, allow_pickle=False) as stored:
+        np.testing.assert_allclose(our_gae(consistent_rollout(), 0.98, 0.95), stored["advantages"], atol=1e-5)
+
+
+def test_stored_numbers_are_stable_baselines3s():
+    pytest.importorskip("stable_baselines3")
+    with np.load(SB3_GAE, allow_pickle=False) as stored:
+        np.testing.assert_allclose(sb3_gae(consistent_rollout(), 0.98, 0.95), stored["advantages"], atol=1e-6)
+
+
+@pytest.fixture
+def setup():
+    torch.manual_seed(0)
+    args = ppo.Args(base_policy="zero")
+    envs = SO101ResidualVectorEnv(4, max_episode_steps=20)
+    agent = ppo.Agent(args)
+    with torch.no_grad():  # a policy that has opinions
+        for parameter in agent.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    obs = torch.from_numpy(envs.reset(seed=0)[0])
+    return args, agent, envs, obs
+
+
+def test_rollout_keeps_final_observations_and_unclipped_actions(setup):
+    _, agent, envs, obs = setup
+    buffers, next_obs, episodes = ppo.rollout(agent, envs, obs, 50, torch.Generator().manual_seed(0))
+    ends = np.flatnonzero(buffers["dones"].numpy().all(1))
+    assert ends.tolist() == [19, 39] and len(episodes) == 8 and buffers["terminations"].sum() == 0
+    following = torch.cat([buffers["obs"][1:], next_obs[None]])
+    for t in range(50):
+        same = torch.equal(buffers["real_next_obs"][t], following[t])
+        assert same == (t not in ends)
+    # the final observation continues the episode: the sheet is where the time-out left it, not at a new start
+    moved = (buffers["real_next_obs"][19] - buffers["obs"][19])[:, 12:14].norm(dim=1)
+    jumped = (following[19] - buffers["obs"][19])[:, 12:14].norm(dim=1)
+    assert moved.max() < 0.02 < jumped.min()
+    assert buffers["actions"].abs().max() > 1.5
+    assert all(episode["length"] == 20 for episode in episodes)
+
+
+def test_first_minibatch_has_ratio_one(setup, monkeypatch):
+    args, agent, envs, obs = setup
+    buffers, _, _ = ppo.rollout(agent, envs, obs, 64, torch.Generator().manual_seed(0))
+    ratios, original = [], ppo.ppo_loss
+
+    def spy(agent, mb_obs, mb_actions, mb_logprobs, *rest):
+        with torch.no_grad():
+            # density of the unclipped action, by the textbook
+            mean, std = agent.get_mean(mb_obs), agent.actor_logstd.exp()
+            density = torch.exp(-0.5 * ((mb_actions - mean) / std) ** 2) / (std * np.sqrt(2 * np.pi))
+            ratios.append(density.prod(-1) / mb_logprobs.exp())
+        return original(agent, mb_obs, mb_actions, mb_logprobs, *rest)
+
+    monkeypatch.setattr(ppo, "ppo_loss", spy)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3)
+    ppo.update(agent, optimizer, buffers, args, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ratios[0], torch.ones_like(ratios[0]), atol=2e-4, rtol=0)  # float32 products of six
+    assert (ratios[-1] - 1).abs().max() > 1e-2
+
+
+def test_loss_against_numpy(setup):
+    args, agent, _, _ = setup
+    args.ent_coef = 0.01
+    rng = np.random.default_rng(0)
+    obs = torch.tensor(rng.normal(0, 0.1, (32, OBS_DIM)), dtype=torch.float32)
+    actions = torch.tensor(rng.normal(0, 1, (32, ACT_DIM)), dtype=torch.float32)
+    with torch.no_grad():
+        mean, value = agent.get_mean(obs).double().numpy(), agent.get_value(obs).double().numpy()
+        logstd = agent.actor_logstd.double().numpy()
+    z = (actions.double().numpy() - mean) / np.exp(logstd)
+    logprob = (-0.5 * z**2 - logstd - 0.5 * np.log(2 * np.pi)).sum(1)
+    old_logprob, advantages, returns = logprob + rng.normal(0, 0.3, 32), rng.normal(2, 3, 32), rng.normal(0, 1, 32)
+    ratio = np.exp(logprob - old_logprob)
+    a = (advantages - advantages.mean()) / (advantages.std(ddof=1) + 1e-8)
+    pg_loss = -np.minimum(a * ratio, a * np.clip(ratio, 0.8, 1.2)).mean()
+    v_loss = 0.5 * np.mean((value - returns) ** 2)
+    entropy = (0.5 + 0.5 * np.log(2 * np.pi) + logstd).sum()
+    as_tensor = [torch.tensor(x, dtype=torch.float32) for x in (old_logprob, advantages, returns)]
+    loss, metrics = ppo.ppo_loss(agent, obs, actions, *as_tensor, args)
+    assert loss.item() == pytest.approx(pg_loss - 0.01 * entropy + 0.5 * v_loss, abs=1e-4)
+    assert metrics["approx_kl"].item() == pytest.approx(np.mean(ratio - 1 - np.log(ratio)), abs=1e-4)
+    assert metrics["clip_fraction"].item() == pytest.approx(np.mean(np.abs(ratio - 1) > 0.2))
+    assert metrics["entropy_loss"].item() == pytest.approx(-entropy, abs=1e-4)
+
+
+def test_agent_initialisation_and_state_dict():
+    agent = ppo.Agent(ppo.Args())
+    hidden, head = agent.actor_mean[0].weight, agent.actor_mean[-1].weight
+    torch.testing.assert_close(hidden.T @ hidden, 2 * torch.eye(OBS_DIM), atol=1e-5, rtol=0)  # orthogonal, gain sqrt 2
+    torch.testing.assert_close(head @ head.T, 1e-4 * torch.eye(ACT_DIM), atol=1e-9, rtol=0)
+    assert all((layer.bias == 0).all() for layer in agent.modules() if isinstance(layer, nn.Linear))
+    # the normalisation travels with the weights: an agent that loads them needs nothing else
+    assert {"obs_mean", "obs_scale"} <= set(agent.state_dict())
+    np.testing.assert_allclose(agent.obs_mean[:ACT_DIM], HOME_RAD, atol=1e-6)
+    agent.obs_scale.mul_(3.0)
+    other = ppo.Agent(ppo.Args())
+    other.load_state_dict(agent.state_dict())
+    obs = torch.randn(5, OBS_DIM)
+    assert torch.equal(agent.get_mean(obs), other.get_mean(obs))
+
+
+def test_agent_is_mirror_symmetric(setup):
+    args, agent, envs, obs = setup
+    mirrored = obs.clone()
+    for i in (0, 6, 10, 13, 18, 20, 23):  # pan; pan and roll velocity; sheet y; quaternion z; goal y; tip y
+        mirrored[:, i] *= -1
+    mirrored[:, 4] = 2 * HOME_RAD[4] - mirrored[:, 4]  # roll, about the angle that puts the jaws into the mirror plane
+    action, other = agent.get_mean(obs), agent.get_mean(mirrored)
+    flip = torch.tensor([-1.0, 1, 1, 1, -1, 1])
+    torch.testing.assert_close(other, action * flip, atol=1e-5, rtol=0)
+    torch.testing.assert_close(agent.get_value(obs), agent.get_value(mirrored), atol=1e-5, rtol=0)
+    assert action[:, [0, 4]].abs().max() > 1e-3
+    agent.symmetry = False
+    assert (agent.get_mean(mirrored) - agent.get_mean(obs) * flip).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("culprit", ["rewards", "loss", "gradient"])
+def test_non_finite_numbers_name_the_culprit(setup, culprit, monkeypatch):
+    args, agent, envs, obs = setup
+    if culprit == "rewards":
+        step = envs.step
+        monkeypatch.setattr(envs, "step", lambda action: (lambda out: (out[0], out[1] * np.nan, *out[2:]))(step(action)))
+    with pytest.raises(FloatingPointError, match=culprit):
+        buffers, _, _ = ppo.rollout(agent, envs, obs, 32, torch.Generator())
+        if culprit == "loss":
+            buffers["rewards"][0, 0] = np.nan
+        if culprit == "gradient":
+            agent.actor_logstd.register_hook(lambda grad: grad * np.inf)
+        ppo.update(agent, torch.optim.Adam(agent.parameters()), buffers, args, torch.Generator())
