@@ -7,7 +7,6 @@ the same numbers. The checkpoint carries the settings of the task.
 """
 
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -20,8 +19,21 @@ import tyro
 from gymnasium.vector import AutoresetMode
 from scipy.stats import binomtest
 
-from ppo_residual_so101 import TEST_SEED, Args, check_rendering, checkpoint_args, evaluate, fail, load_agent
-from ppo_residual_so101 import load_checkpoint, make_envs, mean_action, write_atomically, write_json, write_video
+from ppo_residual_so101 import (
+    TEST_SEED,
+    Args,
+    check_rendering,
+    checkpoint_args,
+    evaluate,
+    fail,
+    load_agent,
+    load_checkpoint,
+    make_envs,
+    mean_action,
+    write_atomically,
+    write_json,
+    write_video,
+)
 from so101_env import CONTROL_HZ, SHEET_HALF_M, TAPE_CENTER_M, SO101ResidualVectorEnv
 
 
@@ -34,7 +46,7 @@ class EvalArgs:
     json: str | None = None
     """write the results and the list of episodes to this file"""
     video: str | None = None
-    """film the first episodes into this MP4 file"""
+    """film the first episodes into this MP4 file, or GIF"""
     video_episodes: int = 5
     """episodes in --video"""
     plot: str | None = None
@@ -51,12 +63,12 @@ def check_args(args: EvalArgs) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             fail(f"--{name.replace('_', '-')} must be positive, got {value}")
-    for name, suffix in (("json", ".json"), ("video", ".mp4"), ("plot", ".png")):
+    for name, suffixes in (("json", [".json"]), ("video", [".mp4", ".gif"]), ("plot", [".png"])):
         path = getattr(args, name)
         if path is None:
             continue
-        if Path(path).suffix.lower() != suffix:
-            fail(f"--{name} {path}: must end in {suffix}")
+        if Path(path).suffix not in suffixes:
+            fail(f"--{name} {path}: must end in {' or '.join(suffixes)}")
         if not os.access(Path(path).resolve().parent, os.W_OK):
             fail(f"--{name} {path}: its directory does not exist or cannot be written; create it or name another")
     displays = ("DISPLAY", "WAYLAND_DISPLAY")

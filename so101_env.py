@@ -1,4 +1,4 @@
-"""Paper in square: an SO-101 arm slides an A5 sheet over a table into a rectangle of red tape (MuJoCo, residual action).
+"""Paper in square: an SO-101 arm slides an A5 sheet over a table into a rectangle of red tape, in MuJoCo.
 
 `SO101ResidualVectorEnv` steps a batch of simulations on MuJoCo's thread pool; `SO101ResidualEnv` is the same code with
 a batch of one, so both give the same numbers from the same seeds and actions. World frame = base frame of the arm:
@@ -31,12 +31,12 @@ SHEET_HALF_M = np.array([0.074, 0.105])  # A5, x and y at yaw 0
 SHEET_HALF_THICKNESS_M = 0.0005
 TAPE_CENTER_M = np.array([0.27, 0.0])
 TAPE_WIDTH_M = 0.019
-# gripper down, its tip over the tape's centre, jaws almost closed: both fingertips 7 mm above the sheet's surface.
+# gripper down, its tip over the tape's centre, jaws almost closed: both fingertips 10 mm above the sheet's surface.
 # wrist_roll .047 puts the jaws into the arm's plane of symmetry.
-HOME_RAD = np.array([0.0, 0.4822, -0.2207, 1.3093, 0.0470, 0.0])
-# A target at most this far from the measured joint. It must exceed the gravity sag of the stretched arm, and it bounds
-# the torque of a blocked servo (gain x window), hence the force on the table.
-COMMAND_WINDOW_RAD = 0.04
+HOME_RAD = np.array([0.0, 0.4759, -0.2335, 1.3284, 0.0470, 0.0])
+# A target stays this close to the one a free arm would need for the same motion. Times the servo gain it bounds the
+# torque against an obstacle to 0.21 N m, and so the press of a fingertip to about 1 N: light enough to drag a sheet.
+COMMAND_WINDOW_RAD = 0.012
 SHEET_REACH_M = 0.42  # stretched arm, tip on the table, from the shoulder_pan axis
 PAN_AXIS_M = np.array([0.0388353, 0.0])
 
@@ -182,7 +182,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         max_episode_steps: control steps until truncation.
         shaping_gamma: discount of the potential-based shaping; None switches the shaping off.
         randomization: ranges, used where randomize is True.
-        num_threads: physics threads; None uses every core, but at most one per environment. Results do not depend on it.
+        num_threads: physics threads; None uses every core, at most one per environment. No result depends on it.
         autoreset_mode: SAME_STEP, or DISABLED: then a finished environment rests, unsimulated, until it is reset.
 
     Raises:
@@ -235,7 +235,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._qpos, self._qvel, self._ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
         self._tip = self.batch.bind("site_xpos")[:, self.model.site("gripperframe").id]
         self._gravity = self.batch.bind("qfrc_bias")
-        self._gain = self.model.actuator_gainprm[:, 0].copy()
+        self._gain, self._damping = self.model.actuator_gainprm[:, 0].copy(), self.model.dof_damping[:ACT_DIM].copy()
         self._stage = mujoco.mjtStage.mjSTAGE_VEL.value  # makes positions and gravity torques current after a step
         self._limits = self.model.actuator_ctrlrange.T.copy()
         self._home = self._home_state()
@@ -247,7 +247,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
         n = num_envs
         self._rngs: list[np.random.Generator] = [None] * n
-        # everything below, the random generators, the state rows and the drawn fields are the whole state: see get_state
+        # all below, the random generators, the state rows and the drawn fields are the whole state: see get_state
         self._command = np.zeros((n, ACT_DIM))  # last commanded joint targets, rad, in encoder coordinates
         self._delayed = np.zeros((n, 3, ACT_DIM))  # the last three commands, newest first
         self._latency = np.zeros(n, np.int64)
@@ -323,10 +323,11 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
                 raise ValueError(f"base policy {name}: act() must return finite {delta.shape}, got {base.shape}")
             delta += base
 
-        # where a free arm would hang under the servo targets `measured + sag`: around it, the window bounds the force
-        measured = self._qpos[:, :ACT_DIM] + self._joint_offset + self._gravity[:, :ACT_DIM] / self._gain
-        lower = np.maximum(self._limits[0], measured - COMMAND_WINDOW_RAD)
-        upper = np.minimum(self._limits[1], measured + COMMAND_WINDOW_RAD)
+        # the targets that a free arm would have right now: what it measures, plus its lag under gravity and damping
+        load = self._gravity[:, :ACT_DIM] + self._damping * self._qvel[:, :ACT_DIM]
+        holding = self._qpos[:, :ACT_DIM] + self._joint_offset + load / self._gain
+        lower = np.maximum(self._limits[0], holding - COMMAND_WINDOW_RAD)
+        upper = np.minimum(self._limits[1], holding + COMMAND_WINDOW_RAD)
         command = np.clip(self._command + delta, lower, upper)
         self._command[active] = command[active]
         if self.randomization.latency_steps:
@@ -361,16 +362,15 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             "residual": -self.residual_penalty * square,
             "success": 10.0 * success,
             # a failure costs what waiting for the time-out in that state would: pushing the sheet away never pays
-            "failure": failure
-            * (self.max_episode_steps - self._steps)
-            * (-2.0 * distance - 0.1 * yaw_error - 0.01),
+            "failure": failure * (self.max_episode_steps - self._steps) * (-2.0 * distance - 0.1 * yaw_error - 0.01),
         }
         unshaped = sum(terms.values())
         phi = potential(self._tip, sheet, yaw)
         if self.shaping_gamma is None:
             terms["shaping"] = np.zeros(self.num_envs)
         else:
-            terms["shaping"] = self.shaping_gamma * phi - self._phi
+            # zero at terminal states: only then does shaping leave the best policy as it is (Ng et al. 1999)
+            terms["shaping"] = self.shaping_gamma * np.where(terminated, 0.0, phi) - self._phi
         self._phi = phi.copy()
         reward = np.where(active, unshaped + terms["shaping"], 0.0)
         self._return += np.where(active, unshaped, 0.0)
@@ -466,7 +466,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
     # -- internals
 
     def _home_state(self) -> dict[str, np.ndarray]:
-        """Nominal resting state: joints at home, servo targets raised by the gravity sag, sheet sunk into its contact."""
+        """Nominal resting state: joints at home, servo targets raised by gravity sag, sheet settled on the table."""
         data = mujoco.MjData(self.model)
         data.qpos[:ACT_DIM] = HOME_RAD
         data.qpos[6:8] = TAPE_CENTER_M
@@ -564,7 +564,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
 
 class SO101ResidualEnv(gym.Env):
-    """One arm: SO101ResidualVectorEnv with a batch of one, as a gym.Env. Arguments, observation, action and reward there.
+    """One arm: SO101ResidualVectorEnv with a batch of one; arguments, spaces and reward are described there.
 
     render_mode "human" opens MuJoCo's passive viewer and runs in real time. info holds floats and bools, and at the end
     of an episode "episode" with its unshaped return r and length l.

@@ -42,7 +42,7 @@ class BenchmarkArgs:
 
 
 def random_commands(envs: SO101ResidualVectorEnv, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """What physics has to do for random actions: state before each control step (T, N, nstate), and its ctrl (T, N, 6)."""
+    """What physics meets under random actions: state before each control step (T, N, nstate), ctrl (T, N, 6)."""
     spec = mujoco.mjtState.mjSTATE_FULLPHYSICS.value
     rng, states, controls = np.random.default_rng(seed), [], []
     envs.reset(seed=seed)

@@ -4,8 +4,15 @@ import mujoco
 import numpy as np
 import pytest
 
-from so101_env import ACT_DIM, CONTROL_HZ, HOME_RAD, SHEET_HALF_THICKNESS_M, TAPE_CENTER_M, SO101ResidualVectorEnv
-from so101_env import load_model
+from so101_env import (
+    ACT_DIM,
+    CONTROL_HZ,
+    HOME_RAD,
+    SHEET_HALF_THICKNESS_M,
+    TAPE_CENTER_M,
+    SO101ResidualVectorEnv,
+    load_model,
+)
 
 FINGER_RADIUS_M = 0.008
 

@@ -131,8 +131,9 @@ def test_state_saved_and_restored_continues_to_the_bit():
 
 def test_state_only_use_does_not_touch_opengl():
     code = (
-        "import sys, so101_env as e; env = e.SO101ResidualEnv(); env.reset(seed=0); env.step(env.action_space.sample());"
-        "env.close(); print([m for m in sys.modules if m.startswith(('OpenGL', 'mujoco.egl', 'mujoco.osmesa'))])"
+        "import sys, so101_env; env = so101_env.SO101ResidualEnv(); env.reset(seed=0);"
+        "env.step(env.action_space.sample()); env.close();"
+        "print([m for m in sys.modules if m.startswith(('OpenGL', 'mujoco.egl', 'mujoco.osmesa'))])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -221,9 +222,9 @@ def test_total_action_is_base_plus_scaled_clipped_residual():
         return obs[0, 4] - start
 
     # dry friction holds the joint up to frictionloss / gain short of its target
-    tolerance = dict(abs=0.052 / 8.9 + 1e-3)
+    tolerance = dict(abs=0.052 / 17.8 + 1e-3)
     assert roll_after(None, 0.5) == pytest.approx(40 * 0.7 * 0.02 * 0.5, **tolerance)
-    assert roll_after(None, 3.0) == pytest.approx(40 * 0.7 * 0.02, **tolerance)
+    assert roll_after(None, 3.0) == roll_after(None, 1.0) > 40 * 0.7 * 0.02 * 0.95  # starting up, it meets the window
     assert roll_after(None, 0.5, alpha=0.3) == pytest.approx(40 * 0.3 * 0.02 * 0.5, **tolerance)
     assert roll_after(ConstantPolicy(0.006), -0.5, act_scale=0.01) == pytest.approx(40 * (0.006 - 0.0035), **tolerance)
     assert roll_after(ConstantPolicy(0.006), 1.0, alpha=0.0) == pytest.approx(40 * 0.006, **tolerance)
@@ -363,7 +364,7 @@ def test_reward_terms_add_up_and_match_their_formulas():
     assert info["episode"]["r"][0] == pytest.approx(unshaped)
     # what makes shaping harmless: discounted, it adds up to a difference of potentials whatever was done in between
     assert discounted_shaping == pytest.approx(gamma**50 * float(envs._phi[0]) - phi_start)
-    assert abs(float(envs._phi[0]) - phi_start) > 0.1
+    assert abs(discounted_shaping) > 0.1
 
 
 def test_shaping_can_be_switched_off():
@@ -449,14 +450,14 @@ def test_latency_delays_the_command():
         envs = SO101ResidualVectorEnv(1, randomization=DomainRandomization(latency_steps=2))
         start = envs.reset(seed=0)[0]
         envs._latency[:] = latency
-        action = np.full((1, ACT_DIM), 0.2)  # slow enough that no command meets the window around the measured joint
-        action[0, 1] = -0.2  # up
+        action = np.full((1, ACT_DIM), 0.1)  # slow enough that no command meets the window around the measured joint
+        action[0, 1] = -0.1  # up
         for _ in range(steps):
             obs = envs.step(action)[0]
         return obs[0, :6] - start[0, :6]
 
     np.testing.assert_allclose(joints_after(2, 8), joints_after(0, 6), atol=1e-4)
-    assert np.abs(joints_after(0, 8) - joints_after(0, 6)).max() > 0.003
+    assert np.abs(joints_after(0, 8) - joints_after(0, 6)).max() > 0.002
 
 
 # -- rendering

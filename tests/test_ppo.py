@@ -198,11 +198,10 @@ def test_agent_is_mirror_symmetric(setup):
 
 
 @pytest.mark.parametrize("culprit", ["rewards", "loss", "gradient"])
-def test_non_finite_numbers_name_the_culprit(setup, culprit, monkeypatch):
+def test_non_finite_numbers_name_the_culprit(setup, culprit):
     args, agent, envs, obs = setup
     if culprit == "rewards":
-        step = envs.step
-        monkeypatch.setattr(envs, "step", lambda action: (lambda out: (out[0], out[1] * np.nan, *out[2:]))(step(action)))
+        envs.residual_penalty = np.nan
     with pytest.raises(FloatingPointError, match=culprit):
         buffers, _, _ = ppo.rollout(agent, envs, obs, 32, torch.Generator())
         if culprit == "loss":
