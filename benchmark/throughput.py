@@ -2,7 +2,8 @@
 
     pip install -r benchmark/requirements.txt && python benchmark/throughput.py
 
-All figures of one call come from one machine in one state; the ratios are what carries over to other machines.
+Physics in contact costs twice as much as in the air, so raw physics is measured on the very states and commands of a
+training run. The ratios are what carries over to other machines.
 """
 
 import contextlib
@@ -21,10 +22,11 @@ import mujoco.rollout
 import numpy as np
 import torch
 import tyro
+from gymnasium.vector import AutoresetMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo_residual_so101 as ppo
-from so101_env import ACT_DIM, SO101ResidualVectorEnv
+from so101_env import ACT_DIM, CONTROL_HZ, SO101ResidualVectorEnv
 
 
 @dataclasses.dataclass
@@ -33,60 +35,84 @@ class BenchmarkArgs:
     """environments side by side"""
     num_threads: int = os.cpu_count() or 1
     """physics threads"""
-    steps: int = 20_000
-    """environment steps of each measurement"""
-    training_steps: int = 50_000
-    """environment steps of the training run, evaluations included as in a user's run"""
+    steps: int = 50_000
+    """environment steps of every measurement"""
     sb3: bool = True
     """measure stable-baselines3, too"""
 
 
-def random_commands(envs: SO101ResidualVectorEnv, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """What physics meets under random actions: state before each control step (T, N, nstate), ctrl (T, N, 6)."""
-    spec = mujoco.mjtState.mjSTATE_FULLPHYSICS.value
-    rng, states, controls = np.random.default_rng(seed), [], []
-    envs.reset(seed=seed)
-    data = mujoco.MjData(envs.model)
-    for _ in range(200):
-        rows = np.zeros((envs.num_envs, mujoco.mj_stateSize(envs.model, spec)))
-        for i in range(envs.num_envs):
-            mujoco.mj_getState(envs.model, envs.batch.get_data(i, data), rows[i], spec)
-        envs.step(rng.uniform(-1, 1, (envs.num_envs, ACT_DIM)))
-        states.append(rows)
-        controls.append(envs.batch.bind("ctrl").copy())
-    return np.array(states), np.array(controls)
+def time_training(args: BenchmarkArgs, steps: int, record: list | None = None) -> float:
+    """Steps/s of ppo_residual_so101.py, all but the import of libraries: evaluations and checkpoints are included.
+
+    record gets, for every training step, what physics was given: state, warm start and ctrl, (num_envs, ...) each.
+    """
+    original = SO101ResidualVectorEnv.step
+    if record is not None:
+
+        def step(envs: SO101ResidualVectorEnv, actions: np.ndarray):
+            if envs.metadata["autoreset_mode"] == AutoresetMode.DISABLED:  # an evaluation
+                return original(envs, actions)
+            state = [envs.batch.bind(name).copy() for name in ("time", "qpos", "qvel", "qacc_warmstart")]
+            ctrl_of = envs.batch.bind("ctrl")
+            batch_step = envs.batch.step
+
+            def spy(*positional, **named):
+                record.append((*state, ctrl_of.copy()))
+                batch_step(*positional, **named)
+
+            envs.batch.step = spy
+            try:
+                return original(envs, actions)
+            finally:
+                envs.batch.step = batch_step
+
+        SO101ResidualVectorEnv.step = step
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            sys.argv = ["ppo_residual_so101.py", "--log-dir", directory, "--num-threads", str(args.num_threads)]
+            sys.argv += ["--num-envs", str(args.num_envs), "--total-timesteps", str(steps)]
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                assert ppo.main() == 0
+            summary = json.loads(next(Path(directory).glob("*/training_summary.json")).read_text())
+    finally:
+        SO101ResidualVectorEnv.step = original
+    return summary["steps_per_second"]
 
 
-def time_rollout(args: BenchmarkArgs) -> float:
-    """Steps/s of mujoco.rollout on the states and commands of random actions: nothing but physics."""
+def time_rollout(args: BenchmarkArgs, record: list) -> float:
+    """Steps/s of mujoco.rollout over the recorded training: the same states and commands, nothing but physics."""
     envs = SO101ResidualVectorEnv(args.num_envs, num_threads=args.num_threads)
-    states, controls = random_commands(envs, seed=0)
-    substeps = round(1 / 30 / envs.model.opt.timestep)
-    controls = np.repeat(controls[:, :, None], substeps, axis=2)
+    envs.reset(seed=0)
+    substeps = round(1 / CONTROL_HZ / envs.model.opt.timestep)
     models = [envs.batch.get_model(i) for i in range(args.num_envs)]
     data = [mujoco.MjData(envs.model) for _ in range(args.num_threads)]
-    state = np.zeros((args.num_envs, substeps, states.shape[-1]))
+    inputs = [
+        (np.column_stack([t, qpos, qvel]), warmstart, np.repeat(ctrl[:, None], substeps, axis=1))
+        for t, qpos, qvel, warmstart, ctrl in record
+    ]
+    state = np.zeros((args.num_envs, substeps, inputs[0][0].shape[1]))
     sensors = np.zeros((args.num_envs, substeps, envs.model.nsensordata))
     with mujoco.rollout.Rollout(nthread=args.num_threads) as rollout:
         start = time.perf_counter()
-        for t in range(args.steps // args.num_envs):
-            k = t % len(states)
-            rollout.rollout(models, data, states[k], controls[k], state=state, sensordata=sensors)
-        return args.steps / (time.perf_counter() - start)
+        for initial_state, warmstart, control in inputs:
+            rollout.rollout(
+                models, data, initial_state, control, initial_warmstart=warmstart, state=state, sensordata=sensors
+            )
+        return len(inputs) * args.num_envs / (time.perf_counter() - start)
 
 
-def time_batch(args: BenchmarkArgs) -> float:
-    """The same with mujoco.batch, which keeps the state between calls and which the environment is built on."""
+def time_batch(args: BenchmarkArgs, record: list) -> float:
+    """The same with mujoco.batch, which the environment is built on."""
     envs = SO101ResidualVectorEnv(args.num_envs, num_threads=args.num_threads)
-    states, controls = random_commands(envs, seed=0)
-    qpos, qvel, ctrl = (envs.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
-    nq, nv = envs.model.nq, envs.model.nv
+    envs.reset(seed=0)
+    bound = [envs.batch.bind(name) for name in ("time", "qpos", "qvel", "qacc_warmstart", "ctrl")]
+    substeps = round(1 / CONTROL_HZ / envs.model.opt.timestep)
     start = time.perf_counter()
-    for t in range(args.steps // args.num_envs):
-        k = t % len(states)
-        qpos[:], qvel[:], ctrl[:] = states[k, :, 1 : 1 + nq], states[k, :, 1 + nq : 1 + nq + nv], controls[k]
-        envs.batch.step(nstep=8)
-    return args.steps / (time.perf_counter() - start)
+    for values in record:
+        for array, value in zip(bound, values):
+            array[:] = value
+        envs.batch.step(nstep=substeps)
+    return len(record) * args.num_envs / (time.perf_counter() - start)
 
 
 def time_env(args: BenchmarkArgs) -> float:
@@ -98,17 +124,6 @@ def time_env(args: BenchmarkArgs) -> float:
     for t in range(args.steps // args.num_envs):
         envs.step(actions[t % 100])
     return args.steps / (time.perf_counter() - start)
-
-
-def time_training(args: BenchmarkArgs) -> float:
-    """Steps/s of ppo_residual_so101.py from its first line to its last, evaluations and checkpoints included."""
-    with tempfile.TemporaryDirectory() as directory:
-        sys.argv = ["ppo_residual_so101.py", "--log-dir", directory, "--num-threads", str(args.num_threads)]
-        sys.argv += ["--num-envs", str(args.num_envs), "--total-timesteps", str(args.training_steps)]
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            assert ppo.main() == 0
-        summary = json.loads(next(Path(directory).glob("*/training_summary.json")).read_text())
-    return summary["steps_per_second"]
 
 
 def make_single_env() -> gym.Env:
@@ -141,22 +156,27 @@ def time_sb3(args: BenchmarkArgs) -> float:
 
 
 def main() -> None:
+    """Measure and print."""
     args = tyro.cli(BenchmarkArgs, description=__doc__)
     torch.set_num_threads(1)
-    print(f"{args.num_envs} environments, {args.num_threads} threads, 8 substeps of 1/240 s, steps/s")
-    rows = {"raw physics, mujoco.rollout": time_rollout, "raw physics, mujoco.batch": time_batch}
-    rows |= {"batched env, random actions": time_env, "training, end to end": time_training}
+    record: list = []
+    time_training(args, 1000)  # warm up: PyTorch imports parts of itself when first used
+    time_training(args, args.steps, record)
+    rows = {
+        "raw physics of that training, mujoco.rollout": lambda: time_rollout(args, record),
+        "raw physics of that training, mujoco.batch": lambda: time_batch(args, record),
+        "batched env, random actions": lambda: time_env(args),
+        "training, end to end": lambda: time_training(args, args.steps),
+    }
     if args.sb3:
-        rows["stable-baselines3 PPO, SubprocVecEnv"] = time_sb3
+        rows["stable-baselines3 PPO, SubprocVecEnv"] = lambda: time_sb3(args)
+    print(f"environment steps/s; {args.num_envs} environments, {args.num_threads} threads, {args.steps} steps each")
     speed = {}
     for name, measure in rows.items():
-        speed[name] = measure(args)
-        print(f"{name:40}{speed[name]:10.0f}", flush=True)
-    training = speed["training, end to end"]
-    print(f"{'training / physics (mujoco.rollout)':40}{training / speed['raw physics, mujoco.rollout']:10.2f}")
-    print(f"{'training / physics (mujoco.batch)':40}{training / speed['raw physics, mujoco.batch']:10.2f}")
-    if args.sb3:
-        print(f"{'training / stable-baselines3':40}{training / speed['stable-baselines3 PPO, SubprocVecEnv']:10.2f}")
+        speed[name] = measure()
+        print(f"{name:46}{speed[name]:10.0f}", flush=True)
+    for name in list(rows)[:2] + list(rows)[4:]:
+        print(f"{'training / ' + name:58}{speed['training, end to end'] / speed[name]:6.2f}")
 
 
 if __name__ == "__main__":
