@@ -234,7 +234,7 @@ class Agent(nn.Module):
         self.register_buffer("action_mirror", action_mirror)
 
     def _symmetric(self, net: nn.Module, obs: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
-        """net on observations (B, 25); with symmetry, on the mirror image where the tape lies to the right: (B, out)."""
+        """net on observations (B, 25), or on their mirror images where the tape lies to the right: (B, out)."""
         x = ((obs - self.obs_mean) / self.obs_scale).clamp(-10.0, 10.0)
         if not self.symmetry:
             return net(x)

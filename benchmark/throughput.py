@@ -41,8 +41,8 @@ class BenchmarkArgs:
     """measure stable-baselines3, too"""
 
 
-def time_training(args: BenchmarkArgs, steps: int, record: list | None = None) -> float:
-    """Steps/s of ppo_residual_so101.py, all but the import of libraries: evaluations and checkpoints are included.
+def time_training(args: BenchmarkArgs, steps: int, *flags: str, record: list | None = None) -> float:
+    """Steps/s of ppo_residual_so101.py, all but the import of libraries: checkpoints are included, evaluations by flag.
 
     record gets, for every training step, what physics was given: state, warm start and ctrl, (num_envs, ...) each.
     """
@@ -70,7 +70,7 @@ def time_training(args: BenchmarkArgs, steps: int, record: list | None = None) -
     try:
         with tempfile.TemporaryDirectory() as directory:
             sys.argv = ["ppo_residual_so101.py", "--log-dir", directory, "--num-threads", str(args.num_threads)]
-            sys.argv += ["--num-envs", str(args.num_envs), "--total-timesteps", str(steps)]
+            sys.argv += ["--num-envs", str(args.num_envs), "--total-timesteps", str(steps), *flags]
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 assert ppo.main() == 0
             summary = json.loads(next(Path(directory).glob("*/training_summary.json")).read_text())
@@ -161,12 +161,13 @@ def main() -> None:
     torch.set_num_threads(1)
     record: list = []
     time_training(args, 1000)  # warm up: PyTorch imports parts of itself when first used
-    time_training(args, args.steps, record)
+    time_training(args, args.steps, record=record)
     rows = {
         "raw physics of that training, mujoco.rollout": lambda: time_rollout(args, record),
         "raw physics of that training, mujoco.batch": lambda: time_batch(args, record),
         "batched env, random actions": lambda: time_env(args),
-        "training, end to end": lambda: time_training(args, args.steps),
+        "training, end to end": lambda: time_training(args, args.steps, "--eval-every", "0"),
+        "training, its evaluations included": lambda: time_training(args, args.steps),
     }
     if args.sb3:
         rows["stable-baselines3 PPO, SubprocVecEnv"] = lambda: time_sb3(args)
@@ -175,7 +176,7 @@ def main() -> None:
     for name, measure in rows.items():
         speed[name] = measure()
         print(f"{name:46}{speed[name]:10.0f}", flush=True)
-    for name in list(rows)[:2] + list(rows)[4:]:
+    for name in list(rows)[:2] + list(rows)[5:]:
         print(f"{'training / ' + name:58}{speed['training, end to end'] / speed[name]:6.2f}")
 
 

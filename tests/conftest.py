@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # a run of a few seconds that still has every part: several rollouts, checkpoints, evaluations, a shortened last rollout
-SMALL = "--total-timesteps 3000 --num-envs 4 --num-steps 64 --minibatch-size 128 --checkpoint-every 1000 --eval-every 1500 --eval-episodes 3"
+SMALL = (
+    "--total-timesteps 3000 --num-envs 4 --num-steps 64 --minibatch-size 128 "
+    "--checkpoint-every 1000 --eval-every 1500 --eval-episodes 3"
+)
 
 
 def run_script(name: str, *flags: str, **env: str | None) -> subprocess.CompletedProcess:
