@@ -80,7 +80,7 @@ class Args:
     log_std_init: float = -0.3
     """log standard deviation of the exploration noise at the start"""
     symmetry: bool = True
-    """learn one side only: where the tape lies to the right of the sheet, see and act in the mirror image"""
+    """average actor and critic over the scene and its left-right mirror image"""
     reward_scale: float = 1.0
     """factor on the rewards that PPO learns from; logged returns are unscaled"""
     shaping: bool = True
@@ -234,12 +234,12 @@ class Agent(nn.Module):
         self.register_buffer("action_mirror", action_mirror)
 
     def _symmetric(self, net: nn.Module, obs: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
-        """net on observations (B, 25), or on their mirror images where the tape lies to the right: (B, out)."""
+        """net on observations (B, 25), averaged with its mirror image if symmetry is on: (B, out)."""
         x = ((obs - self.obs_mean) / self.obs_scale).clamp(-10.0, 10.0)
         if not self.symmetry:
             return net(x)
-        to_the_right = obs[:, 20:21] < 0
-        return net(torch.where(to_the_right, x * self.obs_mirror, x)) * torch.where(to_the_right, sign, 1.0)
+        straight, mirrored = net(torch.cat([x, x * self.obs_mirror])).chunk(2)
+        return 0.5 * (straight + sign * mirrored)
 
     def get_mean(self, obs: torch.Tensor) -> torch.Tensor:
         """Mean action (B, 6), unclipped."""
