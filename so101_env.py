@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -617,10 +618,15 @@ class SO101ResidualEnv(gym.Env):
             if self._viewer is None:
                 self._viewer_data = mujoco.MjData(self._envs.model)
                 self._viewer = mujoco.viewer.launch_passive(self._envs.model, self._viewer_data)
+                self._frame_due = time.perf_counter()
             with self._viewer.lock():
                 self._envs.batch.get_data(0, self._viewer_data)
                 mujoco.mj_forward(self._envs.model, self._viewer_data)
             self._viewer.sync()
+            # real time; after a pause of the caller's, time starts anew instead of rushing to catch up
+            now = time.perf_counter()
+            self._frame_due = max(self._frame_due + 1 / CONTROL_HZ, now)
+            time.sleep(self._frame_due - now)
         return None
 
     def close(self) -> None:
