@@ -34,7 +34,7 @@ from ppo_residual_so101 import (
     write_json,
     write_video,
 )
-from so101_env import CONTROL_HZ, SHEET_HALF_M, TAPE_CENTER_M, SO101ResidualVectorEnv
+from so101_env import ACT_DIM, CONTROL_HZ, SHEET_HALF_M, TAPE_CENTER_M, SO101ResidualVectorEnv
 
 
 @dataclasses.dataclass
@@ -189,7 +189,7 @@ def main() -> int:
     seeds = [TEST_SEED + i for i in range(args.episodes)]
     traced = bool(args.video or args.plot or args.render_mode)
     episodes = evaluate(mean_action(agent), envs, seeds, trace=traced)
-    base_episodes = evaluate(lambda obs: np.zeros((len(obs), 6), np.float32), envs, seeds)
+    base_episodes = evaluate(lambda obs: np.zeros((len(obs), ACT_DIM), np.float32), envs, seeds)
     summary, base = summarize(episodes), summarize(base_episodes)
     physics = "full" if task.full_randomization else "default" if task.randomize else "no"
     print(

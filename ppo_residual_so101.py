@@ -625,6 +625,11 @@ def main() -> int:
     eval_envs = make_envs(args, args.eval_episodes, AutoresetMode.DISABLED)
     if args.capture_video:
         check_rendering(eval_envs, "--capture-video")
+    if args.track:
+        try:
+            import wandb
+        except ImportError:
+            fail("--track needs Weights & Biases: pip install wandb")
     run_dir = make_run_dir(args)
 
     global_step, recent, best = 0, deque(maxlen=100), None
@@ -636,7 +641,8 @@ def main() -> int:
         next_obs, global_step, best = resumed["next_obs"], resumed["global_step"], resumed["best"]
         recent.extend(resumed["recent_episodes"])
         if best:
-            best["checkpoint"] = best["checkpoint"] or resumed  # None in the best model itself
+            # the best model's own file has None there; a new dict, or the checkpoint would contain itself
+            best = {**best, "checkpoint": best["checkpoint"] or resumed}
             save_checkpoint(run_dir / "best_model" / "best_model.pt", best["checkpoint"])
     else:
         seeds = np.random.SeedSequence(args.seed).generate_state(envs.num_envs) % VALIDATION_SEED
@@ -644,10 +650,6 @@ def main() -> int:
     first_step = global_step
 
     if args.track:
-        try:
-            import wandb
-        except ImportError:
-            fail("--track needs Weights & Biases: pip install wandb")
         wandb.init(
             project=args.wandb_project_name, name=run_dir.name, config=dataclasses.asdict(args), sync_tensorboard=True
         )

@@ -250,7 +250,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._rngs: list[np.random.Generator] = [None] * n
         # all below, the random generators, the state rows and the drawn fields are the whole state: see get_state
         self._command = np.zeros((n, ACT_DIM))  # last commanded joint targets, rad, in encoder coordinates
-        self._delayed = np.zeros((n, 3, ACT_DIM))  # the last three commands, newest first
+        self._delayed = np.zeros((n, self.randomization.latency_steps + 1, ACT_DIM))  # last commands, newest first
         self._latency = np.zeros(n, np.int64)
         self._joint_offset = np.zeros((n, ACT_DIM))  # encoder minus truth, rad
         self._phi = np.zeros(n)
