@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -31,7 +31,10 @@ from tqdm import tqdm
 from so101_env import (
     ACT_DIM,
     HOME_RAD,
+    MAX_EPISODE_STEPS,
     OBS_DIM,
+    SHAPING_INSET_M,
+    SHEET_HALF_M,
     TAPE_CENTER_M,
     DomainRandomization,
     SO101ResidualVectorEnv,
@@ -51,9 +54,9 @@ class Args:
     """seed of everything: weights, exploration, minibatches, environments"""
     total_timesteps: int = 50_000
     """environment steps in all; never exceeded"""
-    num_envs: int = 8
+    num_envs: int = 32
     """environments simulated side by side"""
-    num_steps: int = 256
+    num_steps: int = 32
     """steps per environment and rollout"""
     minibatch_size: int = 512
     """samples per gradient step"""
@@ -67,7 +70,7 @@ class Args:
     """discount factor"""
     gae_lambda: float = 0.9
     """lambda of the generalised advantage estimation"""
-    clip_coef: float = 0.2
+    clip_coef: float = 0.3
     """clipping range of the probability ratio"""
     ent_coef: float = 0.0
     """weight of the entropy bonus"""
@@ -81,6 +84,14 @@ class Args:
     """log standard deviation of the exploration noise at the start"""
     symmetry: bool = True
     """average actor and critic over the scene and its left-right mirror image"""
+    sheet_feature: bool = True
+    """show the networks the vector from the sheet's nearest point to the tip, computed from the observation"""
+    activation: Literal["relu", "tanh"] = "relu"
+    """of the hidden layers"""
+    hidden_size: int = 128
+    """units in each of the two hidden layers"""
+    train_episode_steps: int = 150
+    """time-out of training episodes in control steps: a new start teaches more than a stuck arm; evaluation has 400"""
     reward_scale: float = 1.0
     """factor on the rewards that PPO learns from; logged returns are unscaled"""
     shaping: bool = True
@@ -132,8 +143,11 @@ def fail(message: str) -> NoReturn:
 
 def check_args(args: Args) -> Args:
     """Fill in the run-time fields; fail with the name of the first flag that is out of range."""
-    positive = "total_timesteps num_envs num_steps minibatch_size update_epochs learning_rate act_scale eval_episodes"
-    for name in (positive + " max_grad_norm reward_scale tape_margin checkpoint_every num_threads").split():
+    positive = (
+        "total_timesteps num_envs num_steps minibatch_size update_epochs learning_rate max_grad_norm hidden_size "
+    )
+    positive += "train_episode_steps reward_scale act_scale tape_margin checkpoint_every eval_episodes num_threads"
+    for name in positive.split():
         value = getattr(args, name)
         if value is not None and not value > 0:
             fail(f"--{name.replace('_', '-')} must be positive, got {value}")
@@ -176,6 +190,7 @@ def make_envs(
         randomize=args.randomize,
         randomization=DomainRandomization.full() if args.full_randomization else None,
         tape_margin=args.tape_margin,
+        max_episode_steps=args.train_episode_steps if autoreset_mode == AutoresetMode.SAME_STEP else MAX_EPISODE_STEPS,
         shaping_gamma=args.gamma if args.shaping else None,
         num_threads=args.num_threads,
         autoreset_mode=autoreset_mode,
@@ -193,27 +208,24 @@ def layer_init(layer: nn.Linear, std: float = np.sqrt(2)) -> nn.Linear:
     return layer
 
 
-class Tanh(nn.Module):
-    """tanh by way of the sigmoid, which PyTorch computes several times faster on a CPU."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2.0 * torch.sigmoid(2.0 * x) - 1.0
-
-
-def mlp(out_dim: int, out_std: float) -> nn.Sequential:
-    """Two hidden layers of 64 tanh units."""
-    return nn.Sequential(
-        layer_init(nn.Linear(OBS_DIM, 64)), Tanh(), layer_init(nn.Linear(64, 64)), Tanh(),
-        layer_init(nn.Linear(64, out_dim), std=out_std),
-    )  # fmt: skip
-
-
 class Agent(nn.Module):
-    """Gaussian actor and critic on observations normalised by fixed, known scales (kept in the state_dict)."""
+    """Gaussian actor and critic on observations normalised by fixed, known scales (kept in the state_dict).
+
+    The networks see `features(obs)`, computed once per observation; (B, views, F) below stands for those.
+    """
 
     def __init__(self, args: Args):
         super().__init__()
-        self.symmetry = args.symmetry
+        self.sheet_feature = args.sheet_feature
+        in_dim, width = OBS_DIM + 2 * args.sheet_feature, args.hidden_size
+        activation = {"relu": nn.ReLU, "tanh": nn.Tanh}[args.activation]
+
+        def mlp(out_dim: int, out_std: float) -> nn.Sequential:
+            return nn.Sequential(
+                layer_init(nn.Linear(in_dim, width)), activation(), layer_init(nn.Linear(width, width)), activation(),
+                layer_init(nn.Linear(width, out_dim), std=out_std),
+            )  # fmt: skip
+
         # with a base policy to start from, the residual starts at exactly zero
         self.actor_mean = mlp(ACT_DIM, out_std=0.01 if args.base_policy == "zero" else 0.0)
         self.actor_logstd = nn.Parameter(torch.full((1, ACT_DIM), args.log_std_init))
@@ -226,32 +238,41 @@ class Agent(nn.Module):
         mean[24], scale[24] = 0.015, 0.02  # millimetres of tip height decide about contact
         self.register_buffer("obs_mean", torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("obs_scale", torch.tensor(scale, dtype=torch.float32))
+        self.register_buffer("sheet_half", torch.tensor(SHEET_HALF_M - SHAPING_INSET_M, dtype=torch.float32))
         # the mirror image flips pan, roll, their velocities, y of sheet, goal and tip, and the rotations about x and z
-        obs_mirror, action_mirror = torch.ones(OBS_DIM), torch.ones(ACT_DIM)
-        obs_mirror[[0, 4, 6, 10, 13, 16, 18, 20, 23]] = -1.0
+        feature_mirror, action_mirror = torch.ones(in_dim), torch.ones(ACT_DIM)
+        feature_mirror[[0, 4, 6, 10, 13, 16, 18, 20, 23]] = -1.0
+        feature_mirror[OBS_DIM + 1 :] = -1.0
         action_mirror[[0, 4]] = -1.0
-        self.register_buffer("obs_mirror", obs_mirror)
-        self.register_buffer("action_mirror", action_mirror)
+        views = 1 + args.symmetry  # as it is, and mirrored
+        self.register_buffer("feature_signs", torch.stack([torch.ones(in_dim), feature_mirror])[:views])
+        self.register_buffer("action_signs", torch.stack([torch.ones(ACT_DIM), action_mirror])[:views])
 
-    def _symmetric(self, net: nn.Module, obs: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
-        """net on observations (B, 25), averaged with its mirror image if symmetry is on: (B, out)."""
+    def features(self, obs: torch.Tensor) -> torch.Tensor:
+        """What the networks see of observations (B, 25): (B, views, F), the scene and, with symmetry, its mirror."""
         x = ((obs - self.obs_mean) / self.obs_scale).clamp(-10.0, 10.0)
-        if not self.symmetry:
-            return net(x)
-        straight, mirrored = net(torch.cat([x, x * self.obs_mirror])).chunk(2)
-        return 0.5 * (straight + sign * mirrored)
+        if self.sheet_feature:
+            # from the sheet's nearest point to the tip, zero over the sheet: whether to press or to go there first.
+            # The networks can hardly make it themselves of a yaw and two positions in this number of steps.
+            w, z = obs[:, 15], obs[:, 18]
+            c, s = 1.0 - 2.0 * z * z, 2.0 * w * z
+            rotation = torch.stack([c, s, -s, c], dim=1).view(-1, 2, 2)  # world to sheet
+            local = (rotation @ (obs[:, 22:24] - obs[:, 12:14]).unsqueeze(2)).squeeze(2)
+            outside = local - local.clamp(-self.sheet_half, self.sheet_half)
+            x = torch.cat([x, (outside.unsqueeze(1) @ rotation).squeeze(1) / 0.03], dim=1)
+        return x.unsqueeze(1) * self.feature_signs
 
-    def get_mean(self, obs: torch.Tensor) -> torch.Tensor:
-        """Mean action (B, 6), unclipped."""
-        return self._symmetric(self.actor_mean, obs, self.action_mirror)
+    def get_mean(self, x: torch.Tensor) -> torch.Tensor:
+        """Mean action (B, 6), unclipped, of features (B, views, F)."""
+        return (self.actor_mean(x) * self.action_signs).mean(1)
 
-    def get_value(self, obs: torch.Tensor) -> torch.Tensor:
-        """Value of the scaled, shaped reward (B,)."""
-        return self._symmetric(self.critic, obs, torch.ones(1)).squeeze(-1)
+    def get_value(self, x: torch.Tensor) -> torch.Tensor:
+        """Value of the scaled, shaped reward (B,), of features (B, views, F)."""
+        return self.critic(x).mean((1, 2))
 
-    def get_logprob(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        """Log-density (B,) of unclipped actions (B, 6) under the Gaussian policy."""
-        z = (action - self.get_mean(obs)) * torch.exp(-self.actor_logstd)
+    def get_logprob(self, x: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """Log-density (B,) of unclipped actions (B, 6) under the Gaussian policy, given features (B, views, F)."""
+        z = (action - self.get_mean(x)) * torch.exp(-self.actor_logstd)
         return -0.5 * z.square().sum(-1) - self.actor_logstd.sum() - 0.5 * ACT_DIM * LOG_2PI
 
     def get_entropy(self) -> torch.Tensor:
@@ -285,9 +306,9 @@ def rollout(
     with torch.inference_mode():
         std = agent.actor_logstd.exp()
         for step in range(num_steps):
-            action = agent.get_mean(next_obs) + std * noise[step]
+            action = torch.addcmul(agent.get_mean(agent.features(next_obs)), std, noise[step])
             buffers["obs"][step], buffers["actions"][step] = next_obs, action
-            obs, reward, terminations, truncations, infos = envs.step(action.clamp(-1, 1).numpy())
+            obs, reward, terminations, truncations, infos = envs.step(action.numpy())  # which clips it
             next_obs = torch.from_numpy(obs)
             buffers["real_next_obs"][step] = next_obs
             buffers["rewards"][step] = torch.from_numpy(reward)
@@ -327,17 +348,17 @@ def compute_gae(
 
 
 def ppo_loss(
-    agent: Agent, mb_obs: torch.Tensor, mb_actions: torch.Tensor, mb_logprobs: torch.Tensor,
+    agent: Agent, mb_x: torch.Tensor, mb_actions: torch.Tensor, mb_logprobs: torch.Tensor,
     mb_advantages: torch.Tensor, mb_returns: torch.Tensor, args: Args,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
     """Loss of one minibatch and the metrics to log; (B, ...) each."""
-    logratio = agent.get_logprob(mb_obs, mb_actions) - mb_logprobs
+    logratio = agent.get_logprob(mb_x, mb_actions) - mb_logprobs
     ratio = logratio.exp()
     if args.norm_adv and len(mb_advantages) > 1:
         mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * clipped_ratio).mean()
-    v_loss = 0.5 * (agent.get_value(mb_obs) - mb_returns).square().mean()
+    v_loss = 0.5 * (agent.get_value(mb_x) - mb_returns).square().mean()
     entropy_loss = agent.get_entropy()
     loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
     with torch.no_grad():
@@ -357,12 +378,14 @@ def update(
 ) -> dict[str, float]:  # fmt: skip
     """Improve the agent on one rollout; returns the metrics averaged over all minibatches."""
     num_steps, n = buffers["rewards"].shape
-    b_obs, b_actions = buffers["obs"].flatten(0, 1), buffers["actions"].flatten(0, 1)
+    b_actions = buffers["actions"].flatten(0, 1)
     with torch.no_grad():
         # values and log-probabilities of the whole rollout at once: while acting, only the mean action was needed
-        b_values = agent.get_value(b_obs)
-        b_logprobs = agent.get_logprob(b_obs, b_actions)
-        real_next_values = agent.get_value(buffers["real_next_obs"].flatten(0, 1)).view(num_steps, n)
+        b_x = agent.features(buffers["obs"].flatten(0, 1))  # (num_steps * num_envs, views, F)
+        b_values = agent.get_value(b_x)
+        b_logprobs = agent.get_logprob(b_x, b_actions)
+        real_next_x = agent.features(buffers["real_next_obs"].flatten(0, 1))
+        real_next_values = agent.get_value(real_next_x).view(num_steps, n)
         advantages = compute_gae(
             buffers["rewards"] * args.reward_scale, b_values.view(num_steps, n), real_next_values,
             buffers["terminations"], buffers["dones"], args.gamma, args.gae_lambda,
@@ -371,12 +394,12 @@ def update(
     b_returns = b_advantages + b_values
 
     # minibatches of equal size, at most minibatch_size: a shortened rollout leaves no tiny rest
-    num_minibatches = -(-len(b_obs) // args.minibatch_size)
+    num_minibatches = -(-len(b_x) // args.minibatch_size)
     sums: dict[str, torch.Tensor] = {}
     for _ in range(args.update_epochs):
-        for mb_inds in torch.randperm(len(b_obs), generator=generator).tensor_split(num_minibatches):
+        for mb_inds in torch.randperm(len(b_x), generator=generator).tensor_split(num_minibatches):
             loss, metrics = ppo_loss(
-                agent, b_obs[mb_inds], b_actions[mb_inds], b_logprobs[mb_inds], b_advantages[mb_inds],
+                agent, b_x[mb_inds], b_actions[mb_inds], b_logprobs[mb_inds], b_advantages[mb_inds],
                 b_returns[mb_inds], args,
             )  # fmt: skip
             if not torch.isfinite(loss):
@@ -452,7 +475,7 @@ def mean_action(agent: Agent) -> Callable[[np.ndarray], np.ndarray]:
 
     def act(obs: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            return agent.get_mean(torch.from_numpy(obs)).clamp(-1, 1).numpy()
+            return agent.get_mean(agent.features(torch.from_numpy(obs))).clamp(-1, 1).numpy()
 
     return act
 
@@ -613,7 +636,7 @@ def describe_run(args: Args) -> dict[str, Any]:
 def main() -> int:
     """Train; returns the exit code."""
     args, resumed = parse_args()
-    start_time = time.perf_counter()
+    start_time, start_cpu = time.perf_counter(), time.process_time()
     torch.set_num_threads(1)  # these networks are too small to share out, and one thread adds up in one order
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(args.seed)
@@ -759,6 +782,7 @@ def main() -> int:
     summary = {
         "total_timesteps": global_step,
         "wall_time_s": wall_time,
+        "cpu_time_s": time.process_time() - start_cpu,
         "steps_per_second": (global_step - first_step) / wall_time,
         "eval_time_s": eval_time,
         "interrupted": bool(interrupted),

@@ -348,7 +348,9 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         inside = sheet_inside(sheet[:, :2], yaw, self.tape_margin) & ~broken
         self._streak = np.where(inside, self._streak + active, 0)
         success = active & (self._streak >= SUCCESS_STEPS)
-        far = distance_to_sheet(np.broadcast_to(PAN_AXIS_M, (self.num_envs, 2)), sheet[:, :2], yaw) > SHEET_REACH_M
+        far = np.hypot(sheet[:, 0] - PAN_AXIS_M[0], sheet[:, 1] - PAN_AXIS_M[1]) > SHEET_REACH_M
+        if far.any():  # the centre is; is all of the sheet?
+            far = distance_to_sheet(np.broadcast_to(PAN_AXIS_M, (self.num_envs, 2)), sheet[:, :2], yaw) > SHEET_REACH_M
         failure = active & (broken | far)
         terminated = success | failure
         truncated = active & (self._steps >= self.max_episode_steps) & ~terminated
@@ -539,7 +541,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
     def _observe(self, mask: np.ndarray) -> None:
         """Write the observations of the environments in mask from the state after the last substep."""
-        qpos, obs = self._qpos, np.zeros((self.num_envs, OBS_DIM))
+        qpos, obs = self._qpos, self._obs if mask.all() else np.zeros((self.num_envs, OBS_DIM), np.float32)
         obs[:, 0:6] = qpos[:, :6] + self._joint_offset
         obs[:, 6:12] = self._qvel[:, :6]
         obs[:, 12:15] = qpos[:, 6:9]
@@ -561,7 +563,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
                 yaw[i] += NOISE_YAW_RAD * noise[18]
         obs[:, 15], obs[:, 18] = np.cos(yaw / 2), np.sin(yaw / 2)
         obs[:, 19:21] = TAPE_CENTER_M - obs[:, 12:14]
-        self._obs[mask] = obs[mask]
+        if obs is not self._obs:
+            self._obs[mask] = obs[mask]
 
 
 class SO101ResidualEnv(gym.Env):

@@ -41,6 +41,13 @@ class BenchmarkArgs:
     """rounds over all measurements; the best of each counts, since other programs can only slow one down"""
     sb3: bool = True
     """measure stable-baselines3, too"""
+    scaling: bool = True
+    """then show how steps/s grows with the number of environments and threads"""
+
+
+def num_steps(num_envs: int) -> int:
+    """Steps per environment and rollout that keep the trainer's default rollout size, at least 8."""
+    return max(8, ppo.Args().num_envs * ppo.Args().num_steps // num_envs)
 
 
 def time_training(args: BenchmarkArgs, steps: int, *flags: str, record: list | None = None) -> float:
@@ -72,7 +79,8 @@ def time_training(args: BenchmarkArgs, steps: int, *flags: str, record: list | N
     try:
         with tempfile.TemporaryDirectory() as directory:
             sys.argv = ["ppo_residual_so101.py", "--log-dir", directory, "--num-threads", str(args.num_threads)]
-            sys.argv += ["--num-envs", str(args.num_envs), "--total-timesteps", str(steps), *flags]
+            sys.argv += ["--num-envs", str(args.num_envs), "--num-steps", str(num_steps(args.num_envs))]
+            sys.argv += ["--total-timesteps", str(steps), *flags]
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 assert ppo.main() == 0
             summary = json.loads(next(Path(directory).glob("*/training_summary.json")).read_text())
@@ -129,10 +137,24 @@ def time_env(args: BenchmarkArgs) -> float:
 
 
 def make_single_env() -> gym.Env:
-    """One environment for a stable-baselines3 worker process."""
+    """One environment for a worker process."""
     import so101_env
 
     return so101_env.SO101ResidualEnv()
+
+
+def time_gymnasium(args: BenchmarkArgs, vector_env: type[gym.vector.VectorEnv]) -> float:
+    """Steps/s of a Gymnasium vector environment over our single one, random actions."""
+    envs = vector_env([make_single_env] * args.num_envs)
+    envs.reset(seed=0)
+    actions = np.random.default_rng(0).uniform(-1, 1, (100, args.num_envs, ACT_DIM)).astype(np.float32)
+    steps = args.steps // args.num_envs // 4  # slow, and steady enough
+    start = time.perf_counter()
+    for t in range(steps):
+        envs.step(actions[t % 100])
+    elapsed = time.perf_counter() - start
+    envs.close()
+    return steps * args.num_envs / elapsed
 
 
 def time_sb3(args: BenchmarkArgs) -> float:
@@ -143,13 +165,15 @@ def time_sb3(args: BenchmarkArgs) -> float:
     ours = ppo.Args()
     torch.set_num_threads(1)  # faster than its default for networks this small
     envs = SubprocVecEnv([make_single_env] * args.num_envs, start_method="spawn")
+    n_steps = num_steps(args.num_envs)
     model = PPO(
-        "MlpPolicy", envs, learning_rate=ours.learning_rate, n_steps=ours.num_steps, batch_size=ours.minibatch_size,
+        "MlpPolicy", envs, learning_rate=ours.learning_rate, n_steps=n_steps, batch_size=ours.minibatch_size,
         n_epochs=ours.update_epochs, gamma=ours.gamma, gae_lambda=ours.gae_lambda, clip_range=ours.clip_coef,
         ent_coef=ours.ent_coef, vf_coef=ours.vf_coef, max_grad_norm=ours.max_grad_norm, device="cpu", seed=1,
-        policy_kwargs={"net_arch": [64, 64], "log_std_init": ours.log_std_init},
+        policy_kwargs={"net_arch": [ours.hidden_size] * 2, "activation_fn": torch.nn.ReLU,
+                       "log_std_init": ours.log_std_init},
     )  # fmt: skip
-    steps = max(1, round(args.steps / (args.num_envs * ours.num_steps))) * args.num_envs * ours.num_steps
+    steps = max(1, round(args.steps / (args.num_envs * n_steps))) * args.num_envs * n_steps
     start = time.perf_counter()
     model.learn(steps)
     elapsed = time.perf_counter() - start
@@ -168,6 +192,8 @@ def main() -> None:
         "raw physics of that training, mujoco.rollout": lambda: time_rollout(args, record),
         "raw physics of that training, mujoco.batch": lambda: time_batch(args, record),
         "batched env, random actions": lambda: time_env(args),
+        "Gymnasium SyncVectorEnv, random actions": lambda: time_gymnasium(args, gym.vector.SyncVectorEnv),
+        "Gymnasium AsyncVectorEnv, random actions": lambda: time_gymnasium(args, gym.vector.AsyncVectorEnv),
         "training, end to end": lambda: time_training(args, args.steps, "--eval-every", "0"),
         "training, its evaluations included": lambda: time_training(args, args.steps),
     }
@@ -181,8 +207,18 @@ def main() -> None:
             speed[name] = max(speed[name], measure())
     for name in rows:
         print(f"{name:46}{speed[name]:10.0f}")
-    for name in list(rows)[:2] + list(rows)[5:]:
+    for name in list(rows)[:2] + list(rows)[7:]:
         print(f"{'training / ' + name:58}{speed['training, end to end'] / speed[name]:6.2f}")
+    if args.scaling:
+        print("\nsteps/s over environments and threads: batched env with random actions, training end to end")
+        threads = sorted({1, *(2**k for k in range(10) if 2**k < args.num_threads), args.num_threads})
+        for num_envs in (8, 16, 32, 64, 128, 256, 512):
+            cells = []
+            for count in threads:
+                setting = dataclasses.replace(args, num_envs=num_envs, num_threads=count)
+                env, training = time_env(setting), time_training(setting, args.steps, "--eval-every", "0")
+                cells.append(f"{count} threads {env:8.0f} {training:8.0f}")
+            print(f"{num_envs:4} environments  " + "   ".join(cells), flush=True)
 
 
 if __name__ == "__main__":

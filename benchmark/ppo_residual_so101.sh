@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Train a sweep of seeds, evaluate every one on the held-out episodes, and write the report.
+#
+#   bash benchmark/ppo_residual_so101.sh                                                # seeds 1 to 10, the defaults
+#   NAME=standard_200k bash benchmark/ppo_residual_so101.sh --total-timesteps 200000    # other flags of the trainer
+#   NAME=trial SEEDS="1 2 3" bash benchmark/ppo_residual_so101.sh --gamma 0.99
+#
+# NAME     of the sweep: runs go to logs/benchmark/NAME, the report to benchmark/results/NAME (standard_50k)
+# SEEDS    to train (1 to 10)
+# JOBS     processes at a time, one thread each (one per core)
+# REPORT   0 leaves the report out (1)
+#
+# A seed that is finished is not run again, so an interrupted sweep goes on where it stopped.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+export NAME=${NAME:-standard_50k} SEEDS=${SEEDS:-$(seq -s " " 1 10)} OMP_NUM_THREADS=1
+export RUNS=logs/benchmark/$NAME
+mkdir -p "$RUNS"
+
+run_seed() {
+  local seed=$1 dir=$RUNS/seed_$1 run model
+  shift
+  if [ ! -e "$dir/best_model.json" ]; then # the last file to be written
+    rm -rf "$dir"
+    mkdir -p "$dir"
+    if ! {
+      python ppo_residual_so101.py --seed "$seed" --log-dir "$dir" --num-threads 1 "$@" &&
+        run=$(echo "$dir"/ppo_residual_*) &&
+        for model in final_model best_model/best_model; do
+          python eval_so101.py --model "$run/$model.pt" --episodes 100 --num-threads 1 \
+            --json "$dir/$(basename $model).json" || return 1
+        done
+    } > "$dir/log.txt" 2>&1; then
+      echo "$NAME: seed $seed FAILED, see $dir/log.txt"
+      tail -n 1 "$dir/log.txt"
+      return 1
+    fi
+  fi
+  printf '%s: seed %s done, %s of %s; success %s\n' "$NAME" "$seed" "$(ls "$RUNS"/seed_*/best_model.json | wc -l)" \
+    "$(wc -w <<< "$SEEDS")" "$(python -c "import json; print(json.load(open('$dir/final_model.json'))['success_rate'])")"
+}
+export -f run_seed
+
+if ! printf '%s\n' $SEEDS | xargs -P "${JOBS:-$(nproc)}" -I{} bash -c 'run_seed "$@"' _ {} "$@"; then
+  for seed in $SEEDS; do
+    [ -e "$RUNS/seed_$seed/best_model.json" ] || failed="${failed:-} $seed"
+  done
+  echo "$NAME: failed seeds:${failed:-}; the same command runs them again" >&2
+  exit 1
+fi
+if [ "${REPORT:-1}" != 0 ]; then
+  python benchmark/report.py --runs "$RUNS" --out "benchmark/results/$NAME"
+fi

@@ -1,0 +1,204 @@
+"""Report of a seed sweep: learning curves and a table, from event files, summaries and evaluations.
+
+    python benchmark/report.py --runs logs/benchmark/standard_50k --out benchmark/results/standard_50k
+
+benchmark/ppo_residual_so101.sh makes the runs, and calls this.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import tyro
+from scipy.stats import bootstrap, trim_mean
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from ppo_residual_so101 import fail
+
+CURVES = {"rollout/success_rate_100": "success, last 100 training episodes", "rollout/ep_reward": "return, the same"}
+
+
+@dataclasses.dataclass
+class ReportArgs:
+    runs: str
+    """directory of the sweep, with one seed_<n> directory per seed"""
+    out: str
+    """directory to write results.md, results.json and learning_curves.png into"""
+
+
+def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Mean of the middle half: less at the mercy of one seed than the mean, less wasteful than the median."""
+    return trim_mean(values, 0.25, axis=axis)
+
+
+def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bootstrap 95 % interval of the interquartile mean over seeds, axis 0.
+
+    With one task there is one stratum, so resampling seeds is the stratified bootstrap of Agarwal et al. (2021).
+    """
+    if len(values) < 2:
+        return values[0], values[0]
+    generator = np.random.default_rng(0)
+    result = bootstrap(
+        (values,), interquartile_mean, axis=0, n_resamples=2000, method="percentile", vectorized=True, rng=generator
+    )
+    return result.confidence_interval.low, result.confidence_interval.high
+
+
+def read_seed(directory: Path) -> dict[str, Any]:
+    """Everything about one seed; fail, naming the file, if a part is missing."""
+    runs = sorted(directory.glob("ppo_residual_*"))
+    if len(runs) != 1:
+        fail(f"--runs: {directory} must hold one run, it has {len(runs)}; delete it and train the seed again")
+    files = {
+        "config": runs[0] / "config.json",
+        "summary": runs[0] / "training_summary.json",
+        "final": directory / "final_model.json",
+        "best": directory / "best_model.json",
+    }
+    for path in files.values():
+        if not path.is_file():
+            fail(f"--runs: {path} is missing; run benchmark/ppo_residual_so101.sh again to finish the sweep")
+    seed = {name: json.loads(path.read_text()) for name, path in files.items()}
+    events = EventAccumulator(str(runs[0] / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    for tag in CURVES:
+        seed[tag] = np.array([(event.step, event.value) for event in events.Scalars(tag)])
+    return seed
+
+
+def steps_to(curve: np.ndarray, level: float) -> int | None:
+    """First step at which a curve (T, 2) of steps and values reaches level; None if it never does."""
+    reached = np.flatnonzero(curve[:, 1] >= level)
+    return int(curve[reached[0], 0]) if len(reached) else None
+
+
+def settings(seed: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that a sweep's seeds share."""
+    own = ("seed", "log_dir", "num_threads")
+    return {key: value for key, value in seed["config"]["args"].items() if key not in own}
+
+
+def plot(seeds: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Success and return over steps: every seed thin, the interquartile mean thick, its 95 % band shaded."""
+    figure, axes = plt.subplots(1, len(CURVES), figsize=(11, 4), layout="constrained")
+    for axis, (tag, label) in zip(axes, CURVES.items()):
+        # a curve begins when the first episode ends: common steps are those that every seed has reached
+        steps = seeds[0][tag][:, 0]
+        steps = steps[steps >= max(seed[tag][0, 0] for seed in seeds)]
+        values = np.array([np.interp(steps, *seed[tag].T) for seed in seeds])
+        axis.plot(steps, values.T, color="tab:blue", linewidth=0.6, alpha=0.4)
+        axis.fill_between(steps, *interval(values), color="tab:blue", alpha=0.25, linewidth=0)
+        axis.plot(steps, interquartile_mean(values, axis=0), color="tab:blue", linewidth=2)
+        axis.set(xlabel="environment steps", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylim(0, 1)
+    figure.suptitle(f"{title}: interquartile mean of {len(seeds)} seeds, bootstrap 95 % band", fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def describe(args: dict[str, Any]) -> str:
+    """The trainer's command line for these arguments, without what is at its default."""
+    from ppo_residual_so101 import Args
+
+    words = ["python ppo_residual_so101.py"]
+    for field in dataclasses.fields(Args):
+        value, flag = args[field.name], field.name.replace("_", "-")
+        if value == field.default or field.name == "batch_size":
+            continue
+        words.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
+    return " ".join(words)
+
+
+def main() -> None:
+    """Read, check that the seeds belong together, and write."""
+    args = tyro.cli(ReportArgs, description=__doc__)
+    directories = sorted(Path(args.runs).glob("seed_*"), key=lambda path: int(path.name.removeprefix("seed_")))
+    if not directories:
+        fail(f"--runs {args.runs}: has no seed_<n> directory; benchmark/ppo_residual_so101.sh makes them")
+    seeds = [read_seed(directory) for directory in directories]
+    for directory, seed in zip(directories, seeds):
+        for key, value in settings(seed).items():
+            if value != (first := settings(seeds[0])[key]):
+                fail(f"--runs: {directory} was trained with {key} {value}, {directories[0]} with {first}; delete one")
+    name, out = Path(args.runs).name, Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    rows = []
+    for seed in seeds:
+        row = {"seed": seed["config"]["args"]["seed"]}
+        for model in ("final", "best"):
+            row |= {f"{model}_success": seed[model]["success_rate"], f"{model}_return": seed[model]["mean_return"]}
+        row["final_length"] = seed["final"]["mean_length"]
+        for percent in (50, 85):
+            row[f"steps_to_{percent}"] = steps_to(seed["rollout/success_rate_100"], percent / 100)
+        row |= {"wall_time_s": seed["summary"]["wall_time_s"], "cpu_time_s": seed["summary"]["cpu_time_s"]}
+        rows.append(row)
+    final = np.array([row["final_success"] for row in rows])
+    low, high = interval(final)
+    command = describe(settings(seeds[0]))
+    commits = sorted({f"{s['config']['git']['commit']}{'+' * bool(s['config']['git']['dirty'])}" for s in seeds})
+    results = {
+        "name": name,
+        "command": command,
+        "commits": commits,
+        "episodes": seeds[0]["final"]["episodes"],
+        "final_success_mean": float(final.mean()),
+        "final_success_min": float(final.min()),
+        "final_success_iqm": float(interquartile_mean(final)),
+        "final_success_iqm_ci95": [float(low), float(high)],
+        "best_success_mean": float(np.mean([row["best_success"] for row in rows])),
+        "seeds": rows,
+    }
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+
+    columns = {
+        "seed": "seed", "final_success": "final model: success", "final_return": "return", "final_length": "length",
+        "best_success": "best model: success", "best_return": "return", "steps_to_50": "steps to 50 %",
+        "steps_to_85": "steps to 85 %", "wall_time_s": "wall s", "cpu_time_s": "CPU s",
+    }  # fmt: skip
+
+    def cell(key: str, value: Any) -> str:
+        if value is None:
+            return "-"
+        if isinstance(value, int):
+            return f"{value:,}" if key.startswith("steps") else str(value)
+        return f"{value:.2f}" if "success" in key or "return" in key else f"{value:.0f}"
+
+    lines = [
+        f"# {name}",
+        "",
+        f"`{command}`, seeds {' '.join(str(row['seed']) for row in rows)}, commit {', '.join(c[:12] for c in commits)}",
+        f"(a + marks local changes). {results['episodes']} held-out episodes per model, mean action. Steps to 50 and",
+        "85 %: first time that the last 100 training episodes, with exploration noise, succeed as often.",
+        "",
+        "| " + " | ".join(columns.values()) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(cell(key, row[key]) for key in columns) + " |" for row in rows),
+    ]
+    means = {key: [row[key] for row in rows if row[key] is not None] for key in columns}
+    averages = [cell(key, float(np.mean(means[key]))) if len(means[key]) == len(rows) else "-" for key in columns]
+    lines += [
+        "| " + " | ".join(["**mean**", *averages[1:]]) + " |",
+        "",
+        f"Final success: mean {final.mean():.3f}, worst seed {final.min():.2f}, interquartile mean "
+        f"{results['final_success_iqm']:.3f} [{low:.3f}, {high:.3f}] (bootstrap 95 %).",
+        "",
+        "![learning curves](learning_curves.png)",
+    ]
+    (out / "results.md").write_text("\n".join(lines) + "\n")
+    plot(seeds, name, out / "learning_curves.png")
+    print("\n".join(lines[-4:-2]) + f" Report: {out}/results.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The seed sweep as a Slurm array, one seed per task; the same variables and flags as benchmark/ppo_residual_so101.sh.
+#
+#   NAME=standard_200k sbatch benchmark/slurm.sh --total-timesteps 200000
+#
+# When all are done, the plain script on the shared file system finds every seed finished and writes the report:
+#
+#   NAME=standard_200k bash benchmark/ppo_residual_so101.sh --total-timesteps 200000
+#
+#SBATCH --job-name=so101
+#SBATCH --array=1-10
+#SBATCH --cpus-per-task=1
+#SBATCH --mem=2G
+#SBATCH --time=01:00:00
+#SBATCH --output=slurm-%A_%a.txt
+set -euo pipefail
+cd "$SLURM_SUBMIT_DIR"
+# shellcheck disable=SC1091
+[ ! -e .venv/bin/activate ] || source .venv/bin/activate
+SEEDS=$SLURM_ARRAY_TASK_ID JOBS=1 REPORT=0 bash benchmark/ppo_residual_so101.sh "$@"
