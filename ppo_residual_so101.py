@@ -56,7 +56,7 @@ class Args:
     """environment steps in all; never exceeded"""
     num_envs: int = 32
     """environments simulated side by side"""
-    num_steps: int = 32
+    num_steps: int = 64
     """steps per environment and rollout"""
     minibatch_size: int = 512
     """samples per gradient step"""
@@ -218,7 +218,7 @@ class Agent(nn.Module):
         super().__init__()
         self.sheet_feature = args.sheet_feature
         in_dim, width = OBS_DIM + 2 * args.sheet_feature, args.hidden_size
-        activation = {"relu": nn.ReLU, "tanh": nn.Tanh}[args.activation]
+        activation = {"relu": lambda: nn.ReLU(inplace=True), "tanh": nn.Tanh}[args.activation]
 
         def mlp(out_dim: int, out_std: float) -> nn.Sequential:
             return nn.Sequential(
@@ -264,11 +264,11 @@ class Agent(nn.Module):
 
     def get_mean(self, x: torch.Tensor) -> torch.Tensor:
         """Mean action (B, 6), unclipped, of features (B, views, F)."""
-        return (self.actor_mean(x) * self.action_signs).mean(1)
+        return (self.actor_mean(x.flatten(0, 1)).view(len(x), -1, ACT_DIM) * self.action_signs).mean(1)
 
     def get_value(self, x: torch.Tensor) -> torch.Tensor:
         """Value of the scaled, shaped reward (B,), of features (B, views, F)."""
-        return self.critic(x).mean((1, 2))
+        return self.critic(x.flatten(0, 1)).view(len(x), -1).mean(1)
 
     def get_logprob(self, x: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """Log-density (B,) of unclipped actions (B, 6) under the Gaussian policy, given features (B, views, F)."""
