@@ -43,6 +43,8 @@ class EvalArgs:
     """checkpoint to evaluate"""
     episodes: int = 50
     """number of episodes"""
+    base: bool = True
+    """evaluate the base policy alone, too"""
     json: str | None = None
     """write the results and the list of episodes to this file"""
     video: str | None = None
@@ -98,8 +100,8 @@ def summarize(episodes: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def print_table(agent: dict[str, Any], base: dict[str, Any], base_name: str) -> None:
-    """Both summaries side by side, in the units a person thinks in."""
+def print_table(columns: dict[str, dict[str, Any]]) -> None:
+    """Summaries side by side under their names, in the units a person thinks in."""
 
     def success(summary: dict[str, Any]) -> str:
         low, high = summary["success_ci95"]
@@ -114,9 +116,9 @@ def print_table(agent: dict[str, Any], base: dict[str, Any], base_name: str) -> 
         ("residual magnitude", lambda s: f"{s['mean_residual_magnitude']:.3f}"),
         ("out of reach, non-finite", lambda s: f"{s['failures']['out_of_reach']}, {s['failures']['non_finite']}"),
     ]
-    print(f"{'':28}{'agent':>20}{'base alone (' + base_name + ')':>24}")
+    print(f"{'':28}" + "".join(f"{name:>24}" for name in columns))
     for name, text in rows:
-        print(f"{name:28}{text(agent):>20}{text(base):>24}")
+        print(f"{name:28}" + "".join(f"{text(summary):>24}" for summary in columns.values()))
 
 
 def plot(episodes: list[dict[str, Any]], tape_margin: float, path: Path) -> None:
@@ -189,14 +191,17 @@ def main() -> int:
     seeds = [TEST_SEED + i for i in range(args.episodes)]
     traced = bool(args.video or args.plot or args.render_mode)
     episodes = evaluate(mean_action(agent), envs, seeds, trace=traced)
-    base_episodes = evaluate(lambda obs: np.zeros((len(obs), ACT_DIM), np.float32), envs, seeds)
-    summary, base = summarize(episodes), summarize(base_episodes)
+    summary = summarize(episodes)
+    columns, base = {"agent": summary}, None
+    if args.base:
+        base = summarize(evaluate(lambda obs: np.zeros((len(obs), ACT_DIM), np.float32), envs, seeds))
+        columns[f"base alone ({task.base_policy})"] = base
     physics = "full" if task.full_randomization else "default" if task.randomize else "no"
     print(
         f"{args.model} ({checkpoint['global_step']} steps): {args.episodes} held-out episodes, mean action, "
         f"tape margin {1000 * task.tape_margin:.0f} mm, {physics} randomisation"
     )
-    print_table(summary, base, task.base_policy)
+    print_table(columns)
 
     if args.json:
         result = {
@@ -206,7 +211,7 @@ def main() -> int:
             "base_policy": task.base_policy,
             **summary,
             "episodes": args.episodes,
-            "base_success_rate": base["success_rate"],
+            "base_success_rate": base["success_rate"] if base else None,
             "base": base,
             "episode_list": [{k: v for k, v in episode.items() if k != "qpos"} for episode in episodes],
         }

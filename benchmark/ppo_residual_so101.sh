@@ -28,7 +28,7 @@ run_seed() {
       python ppo_residual_so101.py --seed "$seed" --log-dir "$dir" --num-threads 1 "$@" &&
         run=$(echo "$dir"/ppo_residual_*) &&
         for model in final_model best_model/best_model; do
-          python eval_so101.py --model "$run/$model.pt" --episodes 100 --num-threads 1 \
+          python eval_so101.py --model "$run/$model.pt" --episodes 100 --no-base --num-threads 1 \
             --json "$dir/$(basename $model).json" || return 1
         done
     } > "$dir/log.txt" 2>&1; then

@@ -71,6 +71,8 @@ def read_seed(directory: Path) -> dict[str, Any]:
     events = EventAccumulator(str(runs[0] / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     for tag in CURVES:
+        if tag not in events.Tags()["scalars"]:
+            fail(f"--runs: no episode ended in {runs[0]}; train longer")
         seed[tag] = np.array([(event.step, event.value) for event in events.Scalars(tag)])
     return seed
 
