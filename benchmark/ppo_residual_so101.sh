@@ -5,17 +5,19 @@
 #   NAME=standard_200k bash benchmark/ppo_residual_so101.sh --total-timesteps 200000    # other flags of the trainer
 #   NAME=trial SEEDS="1 2 3" bash benchmark/ppo_residual_so101.sh --gamma 0.99
 #
-# NAME     of the sweep: runs go to logs/benchmark/NAME, the report to benchmark/results/NAME (standard_50k)
-# SEEDS    to train (1 to 10)
-# JOBS     processes at a time, one thread each (one per core)
-# REPORT   0 leaves the report out (1)
+# NAME      of the sweep (standard_50k)
+# SEEDS     to train (1 to 10)
+# JOBS      processes at a time, one thread each (one per core)
+# EPISODES  of every evaluation (100)
+# RUNS      directory of the runs (logs/benchmark/NAME)
+# OUT       directory of the report (benchmark/results/NAME); empty for none
 #
 # A seed that is finished is not run again, so an interrupted sweep goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-export NAME=${NAME:-standard_50k} SEEDS=${SEEDS:-$(seq -s " " 1 10)} OMP_NUM_THREADS=1
-export RUNS=logs/benchmark/$NAME
+export NAME=${NAME:-standard_50k} SEEDS=${SEEDS:-$(seq -s " " 1 10)} EPISODES=${EPISODES:-100} OMP_NUM_THREADS=1
+export RUNS=${RUNS:-logs/benchmark/$NAME} OUT=${OUT-benchmark/results/$NAME}
 mkdir -p "$RUNS"
 
 run_seed() {
@@ -28,7 +30,7 @@ run_seed() {
       python ppo_residual_so101.py --seed "$seed" --log-dir "$dir" --num-threads 1 "$@" &&
         run=$(echo "$dir"/ppo_residual_*) &&
         for model in final_model best_model/best_model; do
-          python eval_so101.py --model "$run/$model.pt" --episodes 100 --no-base --num-threads 1 \
+          python eval_so101.py --model "$run/$model.pt" --episodes "$EPISODES" --no-base --num-threads 1 \
             --json "$dir/$(basename $model).json" || return 1
         done
     } > "$dir/log.txt" 2>&1; then
@@ -49,6 +51,6 @@ if ! printf '%s\n' $SEEDS | xargs -P "${JOBS:-$(nproc)}" -I{} bash -c 'run_seed 
   echo "$NAME: failed seeds:${failed:-}; the same command runs them again" >&2
   exit 1
 fi
-if [ "${REPORT:-1}" != 0 ]; then
-  python benchmark/report.py --runs "$RUNS" --out "benchmark/results/$NAME"
+if [ -n "$OUT" ]; then
+  python benchmark/report.py --runs "$RUNS" --out "$OUT" --name "$NAME"
 fi

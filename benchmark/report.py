@@ -32,6 +32,8 @@ class ReportArgs:
     """directory of the sweep, with one seed_<n> directory per seed"""
     out: str
     """directory to write results.md, results.json and learning_curves.png into"""
+    name: str | None = None
+    """of the sweep, for titles (default: the last part of --runs)"""
 
 
 def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -114,9 +116,9 @@ def describe(args: dict[str, Any]) -> str:
 
     words = ["python ppo_residual_so101.py"]
     for field in dataclasses.fields(Args):
-        value, flag = args[field.name], field.name.replace("_", "-")
-        if value == field.default or field.name == "batch_size":
+        if field.name not in args or args[field.name] == field.default or field.name == "batch_size":
             continue
+        value, flag = args[field.name], field.name.replace("_", "-")
         words.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
     return " ".join(words)
 
@@ -132,7 +134,7 @@ def main() -> None:
         for key, value in settings(seed).items():
             if value != (first := settings(seeds[0])[key]):
                 fail(f"--runs: {directory} was trained with {key} {value}, {directories[0]} with {first}; delete one")
-    name, out = Path(args.runs).name, Path(args.out)
+    name, out = args.name or Path(args.runs).name, Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
     rows = []

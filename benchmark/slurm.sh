@@ -17,4 +17,4 @@ set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 # shellcheck disable=SC1091
 [ ! -e .venv/bin/activate ] || source .venv/bin/activate
-SEEDS=$SLURM_ARRAY_TASK_ID JOBS=1 REPORT=0 bash benchmark/ppo_residual_so101.sh "$@"
+SEEDS=$SLURM_ARRAY_TASK_ID JOBS=1 OUT= bash benchmark/ppo_residual_so101.sh "$@"

@@ -1,0 +1,72 @@
+"""The seed sweep and its report."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import report
+
+
+def sweep(tmp_path: Path, *flags: str, seeds: str = "1 2") -> subprocess.CompletedProcess:
+    variables = {"NAME": "trial", "SEEDS": seeds, "EPISODES": "3", "JOBS": "2"}
+    variables |= {"RUNS": str(tmp_path / "runs"), "OUT": str(tmp_path / "out")}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", str(ROOT / "benchmark" / "ppo_residual_so101.sh"), *SMALL.split(), *flags]
+    environment = {**os.environ, **variables, "PATH": path}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_sweep_trains_reports_and_does_not_repeat_itself(tmp_path):
+    flags = ("--train-episode-steps", "40")
+    done = sweep(tmp_path, *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "seed 1 done" in done.stdout and "2 of 2" in done.stdout
+    models = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/final_model.pt")}
+    assert len(models) == 2
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["seed"] for row in results["seeds"]] == [1, 2] and results["episodes"] == 3
+    for row in results["seeds"]:
+        final = json.loads((tmp_path / "runs" / f"seed_{row['seed']}" / "final_model.json").read_text())
+        assert row["final_success"] == final["success_rate"] and row["final_return"] == final["mean_return"]
+        assert 0 < row["cpu_time_s"] < 100 and 0 < row["wall_time_s"] < 100
+    assert "--train-episode-steps 40" in results["command"] and "seed" not in results["command"]
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert results["commits"][0][:12] in table and f"{results['seeds'][1]['final_return']:.2f}" in table
+    assert (tmp_path / "out" / "learning_curves.png").stat().st_size > 10_000
+    # one seed more: only that one is trained
+    assert sweep(tmp_path, *flags, seeds="1 2 3").returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in models} == models
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["seeds"]) == 3
+    # other flags under the same name are another experiment
+    done = sweep(tmp_path, *flags, "--gamma", "0.9", seeds="1 2 3 4")
+    assert done.returncode == 2 and "gamma" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_sweep_names_the_seeds_that_failed(tmp_path):
+    done = sweep(tmp_path, "--gamma", "3", seeds="4 7")
+    assert done.returncode == 1 and "failed seeds: 4 7" in done.stderr
+    assert "--gamma" in done.stdout and not (tmp_path / "out").exists()
+
+
+def test_interquartile_mean_and_its_interval():
+    """Against the definition: the middle half by sorting, and resampled seeds one by one."""
+    values = np.random.default_rng(1).normal(0, 1, (8, 3))
+    middle = np.sort(values, axis=0)[2:6].mean(0)
+    np.testing.assert_allclose(report.interquartile_mean(values, axis=0), middle)
+    rng = np.random.default_rng(2)
+    resampled = [np.sort(values[rng.integers(0, 8, 8)], axis=0)[2:6].mean(0) for _ in range(4000)]
+    low, high = report.interval(values)
+    expected = np.percentile(resampled, [2.5, 97.5], axis=0)
+    np.testing.assert_allclose([low, high], expected, atol=0.1)  # two bootstraps of 2,000 and 4,000: about 0.03 apart
+
+
+@pytest.mark.parametrize("level, step", [(0.5, 20), (0.2, 10), (0.9, None)])
+def test_steps_to_a_level(level, step):
+    assert report.steps_to(np.array([[10, 0.3], [20, 0.6], [30, 0.4], [40, 0.7]]), level) == step
