@@ -67,6 +67,7 @@ def test_interquartile_mean_and_its_interval():
     np.testing.assert_allclose([low, high], expected, atol=0.1)  # two bootstraps of 2,000 and 4,000: about 0.03 apart
 
 
-@pytest.mark.parametrize("level, step", [(0.5, 20), (0.2, 10), (0.9, None)])
-def test_steps_to_a_level(level, step):
-    assert report.steps_to(np.array([[10, 0.3], [20, 0.6], [30, 0.4], [40, 0.7]]), level) == step
+@pytest.mark.parametrize("level, step", [(0.8, None), (0.6, 30_000), (0.2, 5_000), (0.65, 45_000)])
+def test_steps_to_a_level_that_holds(level, step):
+    curve = [[5_000, 0.7], [12_000, 0.3], [30_000, 0.6], [36_000, 0.6], [45_000, 0.7]]
+    assert report.steps_to(np.array(curve), level) == step
