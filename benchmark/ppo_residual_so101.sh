@@ -16,6 +16,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+JOBS=${JOBS:-$(env -u OMP_NUM_THREADS nproc)} # nproc heeds that variable, and one thread is not one core
 export NAME=${NAME:-standard_50k} SEEDS=${SEEDS:-$(seq -s " " 1 10)} EPISODES=${EPISODES:-100} OMP_NUM_THREADS=1
 export RUNS=${RUNS:-logs/benchmark/$NAME} OUT=${OUT-benchmark/results/$NAME}
 mkdir -p "$RUNS"
@@ -44,7 +45,7 @@ run_seed() {
 }
 export -f run_seed
 
-if ! printf '%s\n' $SEEDS | xargs -P "${JOBS:-$(nproc)}" -I{} bash -c 'run_seed "$@"' _ {} "$@"; then
+if ! printf '%s\n' $SEEDS | xargs -P "$JOBS" -I{} bash -c 'run_seed "$@"' _ {} "$@"; then
   for seed in $SEEDS; do
     [ -e "$RUNS/seed_$seed/best_model.json" ] || failed="${failed:-} $seed"
   done
