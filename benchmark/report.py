@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ppo_residual_so101 import fail
 
 HOLD = 10_000  # steps
-CURVES = {"rollout/success_rate_100": "success, last 100 training episodes", "rollout/ep_reward": "return, the same"}
+CURVES = {"rollout/success_rate_100": "success", "rollout/ep_reward": "return"}
 
 
 @dataclasses.dataclass
@@ -108,7 +108,8 @@ def plot(seeds: list[dict[str, Any]], title: str, path: Path) -> None:
         axis.plot(steps, values.T, color="tab:blue", linewidth=0.6, alpha=0.4)
         axis.fill_between(steps, *interval(values), color="tab:blue", alpha=0.25, linewidth=0)
         axis.plot(steps, interquartile_mean(values, axis=0), color="tab:blue", linewidth=2)
-        axis.set(xlabel="environment steps", ylabel=label)
+        axis.set(xlabel="environment steps", ylabel=f"{label}, last 100 training episodes")
+        axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
         axis.grid(alpha=0.3)
     axes[0].set_ylim(0, 1)
     figure.suptitle(f"{title}: interquartile mean of {len(seeds)} seeds, bootstrap 95 % band", fontsize=10)
@@ -180,8 +181,10 @@ def main() -> None:
     def cell(key: str, value: Any) -> str:
         if value is None:
             return "-"
-        if isinstance(value, int):
-            return f"{value:,}" if key.startswith("steps") else str(value)
+        if key.startswith("steps"):
+            return f"{value:,.0f}"
+        if key == "seed":
+            return str(value)
         return f"{value:.2f}" if "success" in key or "return" in key else f"{value:.0f}"
 
     lines = [
