@@ -212,7 +212,7 @@ def main() -> None:
     if args.scaling:
         print("\nsteps/s over environments and threads: batched env with random actions, training end to end")
         threads = sorted({1, *(2**k for k in range(10) if 2**k < args.num_threads), args.num_threads})
-        for num_envs in (8, 16, 32, 64, 128, 256, 512):
+        for num_envs in (8, 32, 128, 512):
             cells = []
             for count in threads:
                 setting = dataclasses.replace(args, num_envs=num_envs, num_threads=count)
