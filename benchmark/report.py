@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ppo_residual_so101 import fail
+from ppo_residual_so101 import Args, fail
 
 HOLD = 10_000  # steps
 CURVES = {"rollout/success_rate_100": "success", "rollout/ep_reward": "return"}
@@ -119,8 +119,6 @@ def plot(seeds: list[dict[str, Any]], title: str, path: Path) -> None:
 
 def describe(args: dict[str, Any]) -> str:
     """The trainer's command line for these arguments, without what is at its default."""
-    from ppo_residual_so101 import Args
-
     words = ["python ppo_residual_so101.py"]
     for field in dataclasses.fields(Args):
         if field.name not in args or args[field.name] == field.default or field.name == "batch_size":

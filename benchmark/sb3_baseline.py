@@ -60,21 +60,28 @@ def mean_action(model: PPO) -> Callable[[np.ndarray], np.ndarray]:
     return lambda obs: model.predict(obs, deterministic=True)[0]
 
 
+def our_settings(num_envs: int) -> dict[str, Any]:
+    """Arguments that give stable-baselines3's PPO our hyper-parameters, with rollouts of our size."""
+    ours = ppo.Args()
+    return {
+        "learning_rate": (lambda left: ours.learning_rate * left) if ours.anneal_lr else ours.learning_rate,
+        "n_steps": ours.num_envs * ours.num_steps // num_envs, "batch_size": ours.minibatch_size,
+        "n_epochs": ours.update_epochs, "gamma": ours.gamma, "gae_lambda": ours.gae_lambda,
+        "clip_range": ours.clip_coef, "ent_coef": ours.ent_coef, "vf_coef": ours.vf_coef,
+        "max_grad_norm": ours.max_grad_norm,
+        "policy_kwargs": {
+            "net_arch": [ours.hidden_size] * 2, "log_std_init": ours.log_std_init,
+            "activation_fn": {"relu": torch.nn.ReLU, "tanh": torch.nn.Tanh}[ours.activation],
+        },
+    }  # fmt: skip
+
+
 def run(args: BaselineArgs, name: str, seed: int) -> dict[str, Any]:
     """Train and evaluate one seed."""
     ours = ppo.Args()
     settings: dict[str, Any] = {}
     if name == "our hyper-parameters":
-        schedule = (lambda left: ours.learning_rate * left) if ours.anneal_lr else ours.learning_rate
-        activation = {"relu": torch.nn.ReLU, "tanh": torch.nn.Tanh}[ours.activation]
-        settings = {
-            "learning_rate": schedule, "n_steps": ours.num_envs * ours.num_steps // args.num_envs,
-            "batch_size": ours.minibatch_size, "n_epochs": ours.update_epochs, "gamma": ours.gamma,
-            "gae_lambda": ours.gae_lambda, "clip_range": ours.clip_coef, "ent_coef": ours.ent_coef,
-            "vf_coef": ours.vf_coef, "max_grad_norm": ours.max_grad_norm,
-            "policy_kwargs": {"net_arch": [ours.hidden_size] * 2, "activation_fn": activation,
-                              "log_std_init": ours.log_std_init},
-        }  # fmt: skip
+        settings = our_settings(args.num_envs)
     env = MakeEnv(settings.get("gamma", 0.99), ours.train_episode_steps)
     envs = SubprocVecEnv([env] * args.num_envs, start_method="spawn")
     model = PPO("MlpPolicy", envs, device="cpu", seed=seed, **settings)
@@ -86,8 +93,8 @@ def run(args: BaselineArgs, name: str, seed: int) -> dict[str, Any]:
     episodes = ppo.evaluate(mean_action(model), eval_envs, [ppo.TEST_SEED + i for i in range(args.episodes)])
     eval_envs.close()
     result = {"setting": name, "seed": seed, "steps": model.num_timesteps, "wall_time_s": wall_time}
-    for key, field in (("success", "success"), ("return", "return"), ("length", "length")):
-        result[key] = float(np.mean([episode[field] for episode in episodes]))
+    for key in ("success", "return", "length"):
+        result[key] = float(np.mean([episode[key] for episode in episodes]))
     print(json.dumps(result), flush=True)
     return result
 

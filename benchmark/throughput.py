@@ -159,20 +159,14 @@ def time_gymnasium(args: BenchmarkArgs, vector_env: type[gym.vector.VectorEnv]) 
 
 def time_sb3(args: BenchmarkArgs) -> float:
     """Steps/s of stable-baselines3's PPO with SubprocVecEnv, same hyper-parameters, process start not counted."""
+    from sb3_baseline import our_settings
     from stable_baselines3 import PPO
     from stable_baselines3.common.vec_env import SubprocVecEnv
 
-    ours = ppo.Args()
     torch.set_num_threads(1)  # faster than its default for networks this small
     envs = SubprocVecEnv([make_single_env] * args.num_envs, start_method="spawn")
-    n_steps = num_steps(args.num_envs)
-    model = PPO(
-        "MlpPolicy", envs, learning_rate=ours.learning_rate, n_steps=n_steps, batch_size=ours.minibatch_size,
-        n_epochs=ours.update_epochs, gamma=ours.gamma, gae_lambda=ours.gae_lambda, clip_range=ours.clip_coef,
-        ent_coef=ours.ent_coef, vf_coef=ours.vf_coef, max_grad_norm=ours.max_grad_norm, device="cpu", seed=1,
-        policy_kwargs={"net_arch": [ours.hidden_size] * 2, "activation_fn": torch.nn.ReLU,
-                       "log_std_init": ours.log_std_init},
-    )  # fmt: skip
+    settings = our_settings(args.num_envs)
+    model, n_steps = PPO("MlpPolicy", envs, device="cpu", seed=1, **settings), settings["n_steps"]
     steps = max(1, round(args.steps / (args.num_envs * n_steps))) * args.num_envs * n_steps
     start = time.perf_counter()
     model.learn(steps)
