@@ -60,9 +60,9 @@ class Args:
     """steps per environment and rollout"""
     minibatch_size: int = 512
     """samples per gradient step"""
-    update_epochs: int = 10
+    update_epochs: int = 5
     """passes over each rollout"""
-    learning_rate: float = 2e-3
+    learning_rate: float = 7e-3
     """step size of Adam at the start"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero"""
@@ -88,8 +88,10 @@ class Args:
     """show the networks the vector from the sheet's nearest point to the tip, computed from the observation"""
     activation: Literal["relu", "tanh"] = "relu"
     """of the hidden layers"""
-    hidden_size: int = 128
+    hidden_size: int = 64
     """units in each of the two hidden layers"""
+    layer_norm: bool = True
+    """layer normalisation in the second hidden layer: it learns from larger steps"""
     train_episode_steps: int = 150
     """time-out of training episodes in control steps: a new start teaches more than a stuck arm; evaluation has 400"""
     reward_scale: float = 1.0
@@ -222,7 +224,8 @@ class Agent(nn.Module):
 
         def mlp(out_dim: int, out_std: float) -> nn.Sequential:
             return nn.Sequential(
-                layer_init(nn.Linear(in_dim, width)), activation(), layer_init(nn.Linear(width, width)), activation(),
+                layer_init(nn.Linear(in_dim, width)), activation(), layer_init(nn.Linear(width, width)),
+                nn.LayerNorm(width) if args.layer_norm else nn.Identity(), activation(),
                 layer_init(nn.Linear(width, out_dim), std=out_std),
             )  # fmt: skip
 
@@ -252,14 +255,12 @@ class Agent(nn.Module):
         """What the networks see of observations (B, 25): (B, views, F), the scene and, with symmetry, its mirror."""
         x = ((obs - self.obs_mean) / self.obs_scale).clamp(-10.0, 10.0)
         if self.sheet_feature:
-            # from the sheet's nearest point to the tip, zero over the sheet: whether to press or to go there first.
-            # The networks can hardly make it themselves of a yaw and two positions in this number of steps.
-            w, z = obs[:, 15], obs[:, 18]
-            c, s = 1.0 - 2.0 * z * z, 2.0 * w * z
-            rotation = torch.stack([c, s, -s, c], dim=1).view(-1, 2, 2)  # world to sheet
-            local = (rotation @ (obs[:, 22:24] - obs[:, 12:14]).unsqueeze(2)).squeeze(2)
-            outside = local - local.clamp(-self.sheet_half, self.sheet_half)
-            x = torch.cat([x, (outside.unsqueeze(1) @ rotation).squeeze(1) / 0.03], dim=1)
+            # from the sheet's nearest point to the tip, in the sheet's axes, zero over it: whether to press or to go
+            # there first. The networks can hardly make it themselves of a yaw and two positions in so few steps.
+            # In the plane, vectors are complex numbers, and (quaternion w + i quaternion z)^2 turns them by the yaw.
+            rotation = torch.view_as_complex(obs[:, 15:19:3].contiguous()).square()
+            tip = torch.view_as_real(torch.view_as_complex(obs[:, 22:24] - obs[:, 12:14]) / rotation)
+            x = torch.cat([x, (tip - tip.clamp(-self.sheet_half, self.sheet_half)) / 0.03], dim=1)
         return x.unsqueeze(1) * self.feature_signs
 
     def get_mean(self, x: torch.Tensor) -> torch.Tensor:
@@ -280,13 +281,28 @@ class Agent(nn.Module):
         return self.actor_logstd.sum() + 0.5 * ACT_DIM * (1.0 + LOG_2PI)
 
 
+def flatten_parameters(agent: Agent) -> nn.Parameter:
+    """Turn all parameters and their gradients into views of one vector, and return that.
+
+    To clip and step one vector instead of 17 small tensors saves a fifth of the time of an update. Gradients must be
+    set to zero, not to None, or they stop being views.
+    """
+    parameters = list(agent.parameters())
+    flat = nn.Parameter(torch.cat([p.data.flatten() for p in parameters]))
+    flat.grad = torch.zeros_like(flat)
+    sizes = [p.numel() for p in parameters]
+    for p, data, grad in zip(parameters, flat.data.split(sizes), flat.grad.split(sizes)):
+        p.data, p.grad = data.view_as(p), grad.view_as(p)
+    return flat
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # PPO
 
 
 def rollout(
-    agent: Agent, envs: SO101ResidualVectorEnv, next_obs: torch.Tensor, num_steps: int, generator: torch.Generator
-) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[dict[str, float]]]:
+    agent: Agent, envs: SO101ResidualVectorEnv, next_obs: np.ndarray, num_steps: int, generator: torch.Generator
+) -> tuple[dict[str, torch.Tensor], np.ndarray, list[dict[str, float]]]:
     """Act for num_steps with exploration.
 
     Returns the buffers (num_steps, num_envs, ...), the next observation (num_envs, 25), and one dict (success, return,
@@ -294,39 +310,35 @@ def rollout(
     """
     n = envs.num_envs
     buffers = {
-        "obs": torch.zeros(num_steps, n, OBS_DIM),
-        "real_next_obs": torch.zeros(num_steps, n, OBS_DIM),  # the final observation where an episode ended
-        "actions": torch.zeros(num_steps, n, ACT_DIM),  # unclipped
-        "rewards": torch.zeros(num_steps, n),
-        "terminations": torch.zeros(num_steps, n),
-        "dones": torch.zeros(num_steps, n),  # terminated or truncated
+        "obs": np.zeros((num_steps, n, OBS_DIM), np.float32),
+        "real_next_obs": np.zeros((num_steps, n, OBS_DIM), np.float32),  # the final one where an episode ended
+        "actions": np.zeros((num_steps, n, ACT_DIM), np.float32),  # unclipped
+        "rewards": np.zeros((num_steps, n), np.float32),
+        "terminations": np.zeros((num_steps, n), np.float32),
+        "dones": np.zeros((num_steps, n), np.float32),  # terminated or truncated
     }
     episodes = []
     noise = torch.randn(num_steps, n, ACT_DIM, generator=generator)
     with torch.inference_mode():
-        std = agent.actor_logstd.exp()
+        noise *= agent.actor_logstd.exp()
         for step in range(num_steps):
-            action = torch.addcmul(agent.get_mean(agent.features(next_obs)), std, noise[step])
+            action = (agent.get_mean(agent.features(torch.from_numpy(next_obs))) + noise[step]).numpy()
             buffers["obs"][step], buffers["actions"][step] = next_obs, action
-            obs, reward, terminations, truncations, infos = envs.step(action.numpy())  # which clips it
-            next_obs = torch.from_numpy(obs)
-            buffers["real_next_obs"][step] = next_obs
-            buffers["rewards"][step] = torch.from_numpy(reward)
+            next_obs, reward, terminations, truncations, infos = envs.step(action)  # which clips it
+            buffers["real_next_obs"][step], buffers["rewards"][step] = next_obs, reward
             if "final_info" in infos:
-                done = infos["_final_info"]
-                buffers["real_next_obs"][step][done] = torch.from_numpy(infos["final_obs"][done])
-                buffers["terminations"][step] = torch.from_numpy(terminations).float()
-                buffers["dones"][step] = torch.from_numpy(done).float()
-                final = infos["final_info"]
+                done, final = infos["_final_info"], infos["final_info"]
+                buffers["real_next_obs"][step][done] = infos["final_obs"][done]
+                buffers["terminations"][step], buffers["dones"][step] = terminations, done
                 for i in np.flatnonzero(done):
                     failed = final["non_finite"][i] or final["out_of_reach"][i]
                     r, length = final["episode"]["r"][i], final["episode"]["l"][i]
                     episode = {"success": final["is_success"][i], "return": r, "length": length, "failure": failed}
                     episodes.append({key: float(value) for key, value in episode.items()})
     for name in ("obs", "real_next_obs", "rewards"):
-        if not torch.isfinite(buffers[name]).all():
+        if not np.isfinite(buffers[name]).all():
             raise FloatingPointError(f"{name.replace('_', ' ')} of the environments")
-    return buffers, next_obs, episodes
+    return {name: torch.from_numpy(array) for name, array in buffers.items()}, next_obs, episodes
 
 
 def compute_gae(
@@ -348,17 +360,20 @@ def compute_gae(
 
 
 def ppo_loss(
-    agent: Agent, mb_x: torch.Tensor, mb_actions: torch.Tensor, mb_logprobs: torch.Tensor,
+    agent: Agent, mb_x: torch.Tensor, critic_view: int, mb_actions: torch.Tensor, mb_logprobs: torch.Tensor,
     mb_advantages: torch.Tensor, mb_returns: torch.Tensor, args: Args,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
-    """Loss of one minibatch and the metrics to log; (B, ...) each."""
+    """Loss of one minibatch and the metrics to log; (B, ...) each.
+
+    The critic learns from one view only, the scene or its mirror image: taking turns teaches as much, at half the cost.
+    """
     logratio = agent.get_logprob(mb_x, mb_actions) - mb_logprobs
     ratio = logratio.exp()
     if args.norm_adv and len(mb_advantages) > 1:
         mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * clipped_ratio).mean()
-    v_loss = 0.5 * (agent.get_value(mb_x) - mb_returns).square().mean()
+    v_loss = 0.5 * (agent.get_value(mb_x[:, critic_view : critic_view + 1]) - mb_returns).square().mean()
     entropy_loss = agent.get_entropy()
     loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
     with torch.no_grad():
@@ -396,17 +411,19 @@ def update(
     # minibatches of equal size, at most minibatch_size: a shortened rollout leaves no tiny rest
     num_minibatches = -(-len(b_x) // args.minibatch_size)
     sums: dict[str, torch.Tensor] = {}
-    for _ in range(args.update_epochs):
-        for mb_inds in torch.randperm(len(b_x), generator=generator).tensor_split(num_minibatches):
-            loss, metrics = ppo_loss(
-                agent, b_x[mb_inds], b_actions[mb_inds], b_logprobs[mb_inds], b_advantages[mb_inds],
-                b_returns[mb_inds], args,
-            )  # fmt: skip
+    for epoch in range(args.update_epochs):
+        order = torch.randperm(len(b_x), generator=generator)
+        shuffled = [
+            b[order].tensor_split(num_minibatches) for b in (b_x, b_actions, b_logprobs, b_advantages, b_returns)
+        ]
+        for mb_x, mb_actions, mb_logprobs, mb_advantages, mb_returns in zip(*shuffled):
+            view = epoch % b_x.shape[1]
+            loss, metrics = ppo_loss(agent, mb_x, view, mb_actions, mb_logprobs, mb_advantages, mb_returns, args)
             if not torch.isfinite(loss):
                 raise FloatingPointError("loss (" + ", ".join(f"{k} {v:.3g}" for k, v in metrics.items()) + ")")
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)  # see flatten_parameters
             loss.backward()
-            if not torch.isfinite(nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)):
+            if not torch.isfinite(nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)):
                 raise FloatingPointError("gradient")
             optimizer.step()
             sums = {key: sums.get(key, 0.0) + value for key, value in metrics.items()}
@@ -643,7 +660,7 @@ def main() -> int:
     generator = torch.Generator().manual_seed(args.seed)  # exploration and minibatches
 
     agent = Agent(args)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam([flatten_parameters(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
     envs = make_envs(args, resumed["num_envs"] if resumed else min(args.num_envs, args.total_timesteps))
     eval_envs = make_envs(args, args.eval_episodes, AutoresetMode.DISABLED)
     if args.capture_video:
@@ -661,7 +678,7 @@ def main() -> int:
         optimizer.load_state_dict(resumed["optimizer"])
         generator.set_state(resumed["generator"])
         envs.set_state(to_numpy(resumed["envs"]))
-        next_obs, global_step, best = resumed["next_obs"], resumed["global_step"], resumed["best"]
+        next_obs, global_step, best = resumed["next_obs"].numpy(), resumed["global_step"], resumed["best"]
         recent.extend(resumed["recent_episodes"])
         if best:
             # the best model's own file has None there; a new dict, or the checkpoint would contain itself
@@ -669,7 +686,7 @@ def main() -> int:
             save_checkpoint(run_dir / "best_model" / "best_model.pt", best["checkpoint"])
     else:
         seeds = np.random.SeedSequence(args.seed).generate_state(envs.num_envs) % VALIDATION_SEED
-        next_obs = torch.from_numpy(envs.reset(seed=[int(seed) for seed in seeds])[0])
+        next_obs = envs.reset(seed=[int(seed) for seed in seeds])[0]
     first_step = global_step
 
     if args.track:
@@ -687,7 +704,8 @@ def main() -> int:
             "format": FORMAT, "obs_dim": OBS_DIM, "act_dim": ACT_DIM, "num_envs": envs.num_envs,
             "args": {**dataclasses.asdict(args), "resume": None}, "global_step": global_step,
             "agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
-            "envs": to_plain(envs.get_state()), "next_obs": next_obs, "recent_episodes": list(recent), "best": best,
+            "envs": to_plain(envs.get_state()), "next_obs": torch.from_numpy(next_obs),
+            "recent_episodes": list(recent), "best": best,
         }  # fmt: skip
 
     # a signal only asks: the iteration is finished, so that what is saved can be continued to the bit

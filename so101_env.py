@@ -127,11 +127,8 @@ def sheet_inside(sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray, tape_margin_
     """Whether all four corners lie inside the tape's opening, (N,) bool, for centres (N, 2) and yaws (N,)."""
     c, s = np.abs(np.cos(sheet_yaw_rad)), np.abs(np.sin(sheet_yaw_rad))
     # half sides of the sheet's axis-aligned bounding box: its corners touch that box on all four sides
-    half_x = SHEET_HALF_M[0] * c + SHEET_HALF_M[1] * s
-    half_y = SHEET_HALF_M[0] * s + SHEET_HALF_M[1] * c
-    dx = np.abs(sheet_xy_m[:, 0] - TAPE_CENTER_M[0])
-    dy = np.abs(sheet_xy_m[:, 1] - TAPE_CENTER_M[1])
-    return (dx + half_x <= SHEET_HALF_M[0] + tape_margin_m) & (dy + half_y <= SHEET_HALF_M[1] + tape_margin_m)
+    half_box = c[:, None] * SHEET_HALF_M + s[:, None] * SHEET_HALF_M[::-1]
+    return (np.abs(sheet_xy_m - TAPE_CENTER_M) + half_box <= SHEET_HALF_M + tape_margin_m).all(1)
 
 
 def distance_to_sheet(
@@ -149,12 +146,12 @@ def potential(tip_m: np.ndarray, sheet_m: np.ndarray, sheet_yaw_rad: np.ndarray)
     """Shaping potential (N,), 0 at best: tip (N, 3) on the sheet, sheet (N, 3) at the tape's centre, without yaw.
 
     Any point of the sheet is as good as any other: pulling the tip to the sheet's centre drowned the signal of the drag
-    in that of the tip's own motion and learned more slowly.
+    in that of the tip's own motion and learned more slowly. The yaw is in [-pi, pi).
     """
     aside = distance_to_sheet(tip_m[:, :2], sheet_m[:, :2], sheet_yaw_rad, SHAPING_INSET_M)
     reach = np.hypot(aside, np.maximum(tip_m[:, 2] - TIP_PRESSED_M, 0.0))
     distance = np.hypot(sheet_m[:, 0] - TAPE_CENTER_M[0], sheet_m[:, 1] - TAPE_CENTER_M[1])
-    return -SHAPING_PER_M * (reach + distance + SHAPING_YAW_M_PER_RAD * np.abs(wrap_angle(sheet_yaw_rad)))
+    return -SHAPING_PER_M * (reach + distance + SHAPING_YAW_M_PER_RAD * np.abs(sheet_yaw_rad))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,7 +228,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self.model = load_model(tape_margin)
         threads = min(num_threads or os.cpu_count() or 1, num_envs)
         # one state row per environment (warm start included), per-environment copies of the fields drawn below
-        self.batch = mujoco.batch.Batch(self.model, nsim=num_envs, nthread=threads)
+        self.batch = mujoco.batch.Batch(self.model, nsim=num_envs, nthread=threads, persistent=True)
         self._substeps = round(1 / CONTROL_HZ / self.model.opt.timestep)
         self._qpos, self._qvel, self._ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
         self._tip = self.batch.bind("site_xpos")[:, self.model.site("gripperframe").id]
@@ -310,12 +307,14 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             RuntimeError: DISABLED autoreset and every environment has finished, or step before reset.
         """
         active = ~self._done
-        if not active.any():
+        everyone = bool(active.all())
+        if not everyone and not active.any():
             raise RuntimeError("step() needs a running episode: call reset() first")
+        rows = slice(None) if everyone else active
         residual = np.asarray(actions, np.float64)
         if residual.shape != (self.num_envs, ACT_DIM) or not np.isfinite(residual).all():
             raise ValueError(f"actions must be finite, of shape ({self.num_envs}, {ACT_DIM}); got {residual.shape}")
-        residual = np.clip(residual, -1.0, 1.0)
+        residual = np.minimum(np.maximum(residual, -1.0), 1.0)  # np.clip takes three times as long on arrays this small
         delta = (self.alpha * self.act_scale) * residual
         if self.base_policy is not None:
             base = np.asarray(self.base_policy.act(self._obs.copy()), np.float64)
@@ -329,24 +328,23 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         holding = self._qpos[:, :ACT_DIM] + self._joint_offset + load / self._gain
         lower = np.maximum(self._limits[0], holding - COMMAND_WINDOW_RAD)
         upper = np.minimum(self._limits[1], holding + COMMAND_WINDOW_RAD)
-        command = np.clip(self._command + delta, lower, upper)
-        self._command[active] = command[active]
+        command = np.minimum(np.maximum(self._command + delta, lower), upper)
+        self._command[rows] = command[rows]
         if self.randomization.latency_steps:
-            self._delayed[active] = np.concatenate([command[:, None], self._delayed[:, :-1]], axis=1)[active]
+            self._delayed[rows] = np.concatenate([command[:, None], self._delayed[:, :-1]], axis=1)[rows]
             command = self._delayed[np.arange(self.num_envs), self._latency]
-        self._ctrl[active] = (command - self._joint_offset)[active]
-        ids = None if active.all() else np.flatnonzero(active)
-        self.batch.step(ids, nstep=self._substeps, stage=self._stage)
+        self._ctrl[rows] = (command - self._joint_offset)[rows]
+        self.batch.step(None if everyone else np.flatnonzero(active), nstep=self._substeps, stage=self._stage)
 
         broken = active & ~np.isfinite(self.batch.state).all(1)
         if broken.any():  # such an episode ends here and is named; the numbers it reports are those of a fresh arm
             self._qpos[broken], self._qvel[broken] = self._home["qpos"], 0.0
             self.batch.forward(np.flatnonzero(broken), stage=self._stage)
-        sheet, yaw = self._qpos[:, 6:9], self._qpos[:, 9]
+        sheet, yaw = self._qpos[:, 6:9], wrap_angle(self._qpos[:, 9])
         self._observe(active)
         self._steps += active
         inside = sheet_inside(sheet[:, :2], yaw, self.tape_margin) & ~broken
-        self._streak = np.where(inside, self._streak + active, 0)
+        self._streak = (self._streak + active) * inside
         success = active & (self._streak >= SUCCESS_STEPS)
         far = np.hypot(sheet[:, 0] - PAN_AXIS_M[0], sheet[:, 1] - PAN_AXIS_M[1]) > SHEET_REACH_M
         if far.any():  # the centre is; is all of the sheet?
@@ -356,7 +354,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         truncated = active & (self._steps >= self.max_episode_steps) & ~terminated
 
         distance = np.hypot(sheet[:, 0] - TAPE_CENTER_M[0], sheet[:, 1] - TAPE_CENTER_M[1])
-        yaw_error = np.abs(wrap_angle(yaw))
+        yaw_error = np.abs(yaw)
         square = np.square(residual).sum(1)
         terms = {
             "distance": -2.0 * distance,
@@ -364,21 +362,23 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             "time": np.full(self.num_envs, -0.01),
             "residual": -self.residual_penalty * square,
             "success": 10.0 * success,
-            # a failure costs what waiting for the time-out in that state would: pushing the sheet away never pays
-            "failure": failure * (self.max_episode_steps - self._steps) * (-2.0 * distance - 0.1 * yaw_error - 0.01),
+            "failure": np.zeros(self.num_envs),
         }
+        if failure.any():  # costs what waiting for the time-out in that state would: pushing the sheet away never pays
+            waiting = terms["distance"] + terms["yaw"] + terms["time"]
+            terms["failure"] = failure * (self.max_episode_steps - self._steps) * waiting
         unshaped = sum(terms.values())
         phi = potential(self._tip, sheet, yaw)
         if self.shaping_gamma is None:
             terms["shaping"] = np.zeros(self.num_envs)
         else:
             # zero at terminal states: only then does shaping leave the best policy as it is (Ng et al. 1999)
-            terms["shaping"] = self.shaping_gamma * np.where(terminated, 0.0, phi) - self._phi
-        self._phi = phi.copy()
+            terms["shaping"] = self.shaping_gamma * (phi * ~terminated) - self._phi
+        self._phi = phi
         reward = np.where(active, unshaped + terms["shaping"], 0.0)
-        self._return += np.where(active, unshaped, 0.0)
         magnitude = np.sqrt(square)
-        self._residual_sum += np.where(active, magnitude, 0.0)
+        self._return[rows] += unshaped[rows]
+        self._residual_sum[rows] += magnitude[rows]
 
         info: dict[str, Any] = {
             "is_success": success,

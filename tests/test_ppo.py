@@ -1,5 +1,6 @@
 """The mathematics of PPO against independent versions."""
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def setup():
     with torch.no_grad():  # a policy that has opinions
         for parameter in agent.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    obs = torch.from_numpy(envs.reset(seed=0)[0])
+    obs, _ = envs.reset(seed=0)
     return args, agent, envs, obs
 
 
@@ -110,7 +111,7 @@ def test_rollout_keeps_final_observations_and_unclipped_actions(setup):
     buffers, next_obs, episodes = ppo.rollout(agent, envs, obs, 50, torch.Generator().manual_seed(0))
     ends = np.flatnonzero(buffers["dones"].numpy().all(1))
     assert ends.tolist() == [19, 39] and len(episodes) == 8 and buffers["terminations"].sum() == 0
-    following = torch.cat([buffers["obs"][1:], next_obs[None]])
+    following = torch.cat([buffers["obs"][1:], torch.from_numpy(next_obs)[None]])
     for t in range(50):
         same = torch.equal(buffers["real_next_obs"][t], following[t])
         assert same == (t not in ends)
@@ -125,21 +126,36 @@ def test_rollout_keeps_final_observations_and_unclipped_actions(setup):
 def test_first_minibatch_has_ratio_one(setup, monkeypatch):
     args, agent, envs, obs = setup
     buffers, _, _ = ppo.rollout(agent, envs, obs, 64, torch.Generator().manual_seed(0))
-    ratios, original = [], ppo.ppo_loss
+    ratios, views, original = [], [], ppo.ppo_loss
 
-    def spy(agent, mb_x, mb_actions, mb_logprobs, *rest):
+    def spy(agent, mb_x, view, mb_actions, mb_logprobs, *rest):
         with torch.no_grad():
             # density of the unclipped action, by the textbook
             mean, std = agent.get_mean(mb_x), agent.actor_logstd.exp()
             density = torch.exp(-0.5 * ((mb_actions - mean) / std) ** 2) / (std * np.sqrt(2 * np.pi))
             ratios.append(density.prod(-1) / mb_logprobs.exp())
-        return original(agent, mb_x, mb_actions, mb_logprobs, *rest)
+        views.append(view)
+        return original(agent, mb_x, view, mb_actions, mb_logprobs, *rest)
 
     monkeypatch.setattr(ppo, "ppo_loss", spy)
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3)
     ppo.update(agent, optimizer, buffers, args, torch.Generator().manual_seed(0))
     torch.testing.assert_close(ratios[0], torch.ones_like(ratios[0]), atol=2e-4, rtol=0)  # float32 products of six
     assert (ratios[-1] - 1).abs().max() > 1e-2
+    assert views == [0, 1, 0, 1, 0]  # the critic's, one minibatch an epoch
+
+
+def test_flat_parameters_train_like_separate_ones(setup):
+    args, agent, envs, obs = setup
+    buffers, _, _ = ppo.rollout(agent, envs, obs, 64, torch.Generator().manual_seed(0))
+    other = copy.deepcopy(agent)
+    for each, parameters in ((agent, list(agent.parameters())), (other, [ppo.flatten_parameters(other)])):
+        start = [p.detach().clone() for p in each.parameters()]
+        optimizer = torch.optim.Adam(parameters, lr=1e-3, eps=1e-5)
+        ppo.update(each, optimizer, buffers, args, torch.Generator().manual_seed(0))
+        assert all((p - q).abs().max() > 1e-4 for p, q in zip(each.parameters(), start))
+    for p, q in zip(agent.parameters(), other.parameters()):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=0)
 
 
 def test_loss_against_numpy(setup):
@@ -150,7 +166,7 @@ def test_loss_against_numpy(setup):
     actions = torch.tensor(rng.normal(0, 1, (32, ACT_DIM)), dtype=torch.float32)
     with torch.no_grad():
         x = agent.features(obs)
-        mean, value = agent.get_mean(x).double().numpy(), agent.get_value(x).double().numpy()
+        mean, value = agent.get_mean(x).double().numpy(), agent.critic(x[:, 1])[:, 0].double().numpy()
         logstd = agent.actor_logstd.double().numpy()
     z = (actions.double().numpy() - mean) / np.exp(logstd)
     logprob = (-0.5 * z**2 - logstd - 0.5 * np.log(2 * np.pi)).sum(1)
@@ -161,7 +177,7 @@ def test_loss_against_numpy(setup):
     v_loss = 0.5 * np.mean((value - returns) ** 2)
     entropy = (0.5 + 0.5 * np.log(2 * np.pi) + logstd).sum()
     as_tensor = [torch.tensor(x, dtype=torch.float32) for x in (old_logprob, advantages, returns)]
-    loss, metrics = ppo.ppo_loss(agent, x, actions, *as_tensor, args)
+    loss, metrics = ppo.ppo_loss(agent, x, 1, actions, *as_tensor, args)  # 1: the critic sees the mirror image
     assert loss.item() == pytest.approx(pg_loss - 0.01 * entropy + 0.5 * v_loss, abs=1e-4)
     assert metrics["approx_kl"].item() == pytest.approx(np.mean(ratio - 1 - np.log(ratio)), abs=1e-4)
     assert metrics["clip_fraction"].item() == pytest.approx(np.mean(np.abs(ratio - 1) > 0.3))
@@ -188,6 +204,7 @@ def test_agent_initialisation_and_state_dict():
 
 def test_agent_is_mirror_symmetric(setup):
     args, agent, envs, obs = setup
+    obs = torch.from_numpy(obs)
     mirrored = obs.clone()
     for i in (0, 6, 10, 13, 18, 20, 23):  # pan; pan and roll velocity; sheet y; quaternion z; goal y; tip y
         mirrored[:, i] *= -1
@@ -221,7 +238,8 @@ def test_sheet_feature_is_the_way_from_the_nearest_point_of_the_sheet():
         rotation = np.array([[np.cos(yaw[i]), -np.sin(yaw[i])], [np.sin(yaw[i]), np.cos(yaw[i])]])
         points = obs[i, 12:14] + grid @ rotation.T
         nearest = points[np.argmin(np.linalg.norm(points - obs[i, 22:24], axis=1))]
-        np.testing.assert_allclose(feature[i], obs[i, 22:24] - nearest, atol=4e-4)  # half a cell of the grid
+        in_sheet_axes = rotation.T @ (obs[i, 22:24] - nearest)
+        np.testing.assert_allclose(feature[i], in_sheet_axes, atol=4e-4)  # half a cell of the grid
 
 
 @pytest.mark.parametrize("culprit", ["rewards", "loss", "gradient"])
