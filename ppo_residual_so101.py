@@ -62,7 +62,7 @@ class Args:
     """samples per gradient step"""
     update_epochs: int = 5
     """passes over each rollout"""
-    learning_rate: float = 7e-3
+    learning_rate: float = 5e-3
     """step size of Adam at the start"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero"""
