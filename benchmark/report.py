@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ppo_residual_so101 import Args, fail
 
 HOLD = 10_000  # steps
+DISTANCES_MM = (40, 80, 100, 120)  # bins of the initial distance from the sheet to the tape
 CURVES = {"rollout/success_rate_100": "success", "rollout/ep_reward": "return"}
 
 
@@ -91,6 +92,17 @@ def steps_to(curve: np.ndarray, level: float) -> int | None:
     return None
 
 
+def success_by_distance(seeds: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Share of successes, and number of episodes, of all final models together, by initial distance."""
+    episodes = [episode for seed in seeds for episode in seed["final"]["episode_list"]]
+    result = {}
+    for low, high in zip(DISTANCES_MM, DISTANCES_MM[1:]):
+        inside = [episode["success"] for episode in episodes if low <= 1000 * episode["initial_distance_m"] < high]
+        if inside:
+            result[f"{low} to {high} mm"] = [float(np.mean(inside)), len(inside)]
+    return result
+
+
 def settings(seed: dict[str, Any]) -> dict[str, Any]:
     """The arguments that a sweep's seeds share."""
     own = ("seed", "log_dir", "num_threads")
@@ -128,20 +140,8 @@ def describe(args: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def main() -> None:
-    """Read, check that the seeds belong together, and write."""
-    args = tyro.cli(ReportArgs, description=__doc__)
-    directories = sorted(Path(args.runs).glob("seed_*"), key=lambda path: int(path.name.removeprefix("seed_")))
-    if not directories:
-        fail(f"--runs {args.runs}: has no seed_<n> directory; benchmark/ppo_residual_so101.sh makes them")
-    seeds = [read_seed(directory) for directory in directories]
-    for directory, seed in zip(directories, seeds):
-        for key, value in settings(seed).items():
-            if value != (first := settings(seeds[0])[key]):
-                fail(f"--runs: {directory} was trained with {key} {value}, {directories[0]} with {first}; delete one")
-    name, out = args.name or Path(args.runs).name, Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-
+def summarize(seeds: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """What results.json says: the sweep as a whole, and a row per seed."""
     rows = []
     for seed in seeds:
         row = {"seed": seed["config"]["args"]["seed"]}
@@ -156,7 +156,7 @@ def main() -> None:
     low, high = interval(final)
     command = describe(settings(seeds[0]))
     commits = sorted({f"{s['config']['git']['commit']}{'+' * bool(s['config']['git']['dirty'])}" for s in seeds})
-    results = {
+    return {
         "name": name,
         "command": command,
         "commits": commits,
@@ -166,10 +166,23 @@ def main() -> None:
         "final_success_iqm": float(interquartile_mean(final)),
         "final_success_iqm_ci95": [float(low), float(high)],
         "best_success_mean": float(np.mean([row["best_success"] for row in rows])),
+        "final_success_by_distance": success_by_distance(seeds),
         "seeds": rows,
     }
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
+
+def sentence(results: dict[str, Any]) -> str:
+    """The sweep in one line."""
+    low, high = results["final_success_iqm_ci95"]
+    return (
+        f"Final success: mean {results['final_success_mean']:.3f}, worst seed {results['final_success_min']:.2f}, "
+        f"interquartile mean {results['final_success_iqm']:.3f} [{low:.3f}, {high:.3f}] (bootstrap 95 %)."
+    )
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """What results.md says."""
+    rows = results["seeds"]
     columns = {
         "seed": "seed", "final_success": "final model: success", "final_return": "return", "final_length": "length",
         "best_success": "best model: success", "best_return": "return", "steps_to_50": "steps to 50 %",
@@ -185,30 +198,53 @@ def main() -> None:
             return str(value)
         return f"{value:.2f}" if "success" in key or "return" in key else f"{value:.0f}"
 
+    means = {key: [row[key] for row in rows if row[key] is not None] for key in columns}
+    averages = [cell(key, float(np.mean(means[key]))) if len(means[key]) == len(rows) else "-" for key in columns]
+    seeds, commits = " ".join(str(row["seed"]) for row in rows), ", ".join(commit[:12] for commit in results["commits"])
+    distances = results["final_success_by_distance"]
     lines = [
-        f"# {name}",
+        f"# {results['name']}",
         "",
-        f"`{command}`, seeds {' '.join(str(row['seed']) for row in rows)}, commit {', '.join(c[:12] for c in commits)}",
+        f"`{results['command']}`, seeds {seeds}, commit {commits}",
         f"(a + marks local changes). {results['episodes']} held-out episodes a model, mean action. Steps to 50, 85 %:",
         f"when the last 100 training episodes, with noise, succeed as often and go on doing so for {HOLD:,} steps.",
         "",
         "| " + " | ".join(columns.values()) + " |",
         "|" + "---|" * len(columns),
         *("| " + " | ".join(cell(key, row[key]) for key in columns) + " |" for row in rows),
-    ]
-    means = {key: [row[key] for row in rows if row[key] is not None] for key in columns}
-    averages = [cell(key, float(np.mean(means[key]))) if len(means[key]) == len(rows) else "-" for key in columns]
-    lines += [
         "| " + " | ".join(["**mean**", *averages[1:]]) + " |",
         "",
-        f"Final success: mean {final.mean():.3f}, worst seed {final.min():.2f}, interquartile mean "
-        f"{results['final_success_iqm']:.3f} [{low:.3f}, {high:.3f}] (bootstrap 95 %).",
+        sentence(results),
+        "",
+        "| initial distance | " + " | ".join(distances) + " |",
+        "|" + "---|" * (1 + len(distances)),
+        "| final success | " + " | ".join(f"{success:.2f}" for success, _ in distances.values()) + " |",
+        "| episodes | " + " | ".join(f"{count:,}" for _, count in distances.values()) + " |",
         "",
         "![learning curves](learning_curves.png)",
     ]
-    (out / "results.md").write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Read, check that the seeds belong together, and write."""
+    args = tyro.cli(ReportArgs, description=__doc__)
+    directories = sorted(Path(args.runs).glob("seed_*"), key=lambda path: int(path.name.removeprefix("seed_")))
+    if not directories:
+        fail(f"--runs {args.runs}: has no seed_<n> directory; benchmark/ppo_residual_so101.sh makes them")
+    seeds = [read_seed(directory) for directory in directories]
+    for directory, seed in zip(directories, seeds):
+        for key, value in settings(seed).items():
+            if value != (first := settings(seeds[0])[key]):
+                fail(f"--runs: {directory} was trained with {key} {value}, {directories[0]} with {first}; delete one")
+    name, out = args.name or Path(args.runs).name, Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    results = summarize(seeds, name)
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (out / "results.md").write_text(markdown(results))
     plot(seeds, name, out / "learning_curves.png")
-    print("\n".join(lines[-4:-2]) + f" Report: {out}/results.md")
+    print(f"{sentence(results)} Report: {out}/results.md")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,9 @@ def test_sweep_trains_reports_and_does_not_repeat_itself(tmp_path):
         assert row["final_success"] == final["success_rate"] and row["final_return"] == final["mean_return"]
         assert 0 < row["cpu_time_s"] < 100 and 0 < row["wall_time_s"] < 100
     assert "--train-episode-steps 40" in results["command"] and "seed" not in results["command"]
+    finals = [json.loads(path.read_text())["episode_list"] for path in tmp_path.glob("runs/*/final_model.json")]
+    far = [e["success"] for episodes in finals for e in episodes if e["initial_distance_m"] >= 0.1]
+    assert results["final_success_by_distance"]["100 to 120 mm"] == [np.mean(far), len(far)]
     table = (tmp_path / "out" / "results.md").read_text()
     assert results["commits"][0][:12] in table and f"{results['seeds'][1]['final_return']:.2f}" in table
     assert (tmp_path / "out" / "learning_curves.png").stat().st_size > 10_000
