@@ -123,7 +123,7 @@ class Args:
     eval_every: int = 10_000
     """steps between evaluations, which also choose the best model; 0 for none"""
     eval_episodes: int = 16
-    """episodes per evaluation, on fixed held-out seeds; 16 take about a seventh of the time of a default run"""
+    """episodes per evaluation, on fixed held-out seeds; 16 take about a fifth of the time of a default run"""
     resume: str | None = None
     """checkpoint to continue, to the bit, with the settings it was started with"""
     track: bool = False
