@@ -1,9 +1,10 @@
-"""Evaluate a trained residual policy on held-out episodes, beside its base policy alone.
+"""Evaluate a trained residual policy on held-out episodes, beside its base policy alone; or a base policy only.
 
     python eval_so101.py --model logs/.../best_model/best_model.pt --episodes 50
+    python eval_so101.py --base-policy jacobian --episodes 100
 
 The episodes' seeds are fixed and used nowhere else, and the policy acts with its mean action: the same command gives
-the same numbers. The checkpoint carries the settings of the task.
+the same numbers. A checkpoint carries the settings of the task.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from scipy.stats import binomtest
 from ppo_residual_so101 import (
     TEST_SEED,
     Args,
+    check_args,
     check_rendering,
     checkpoint_args,
     evaluate,
@@ -39,8 +41,12 @@ from so101_env import ACT_DIM, CONTROL_HZ, SHEET_HALF_M, TAPE_CENTER_M, SO101Res
 
 @dataclasses.dataclass
 class EvalArgs:
-    model: str
+    model: str | None = None
     """checkpoint to evaluate"""
+    base_policy: str | None = None
+    """without --model: the base policy to evaluate"""
+    tape_margin: float | None = None
+    """without --model: m between sheet and tape, 0.04 standard (default), 0.02 precise"""
     episodes: int = 50
     """number of episodes"""
     base: bool = True
@@ -59,8 +65,13 @@ class EvalArgs:
     """physics threads (default: every core); the results do not depend on it"""
 
 
-def check_args(args: EvalArgs) -> None:
+def check_eval_args(args: EvalArgs) -> None:
     """Fail for what cannot work, before any work is done."""
+    if args.model is None and args.base_policy is None:
+        fail("name a checkpoint with --model, or a base policy with --base-policy")
+    for name in ("base_policy", "tape_margin"):
+        if args.model is not None and getattr(args, name) is not None:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: the checkpoint of --model brings its own; drop it")
     for name in ("episodes", "video_episodes", "num_threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -179,26 +190,37 @@ def play(envs: SO101ResidualVectorEnv, episodes: list[dict[str, Any]]) -> None:
 def main() -> int:
     """Evaluate; returns the exit code."""
     args = tyro.cli(EvalArgs, description=__doc__)
-    check_args(args)
-    checkpoint = load_checkpoint(args.model, "--model")
-    agent, train_args = load_agent(checkpoint), checkpoint_args(checkpoint)
+    check_eval_args(args)
     torch.set_num_threads(1)
-    task: Args = dataclasses.replace(train_args, num_threads=args.num_threads)
+    checkpoint = load_checkpoint(args.model, "--model") if args.model else None
+    if checkpoint:
+        task: Args = checkpoint_args(checkpoint)
+    else:
+        task = Args(base_policy=args.base_policy)
+        if args.tape_margin is not None:
+            task.tape_margin = args.tape_margin
+        check_args(task)
+    task.num_threads = args.num_threads
     envs = make_envs(task, min(args.episodes, 50), AutoresetMode.DISABLED)
     if args.video:
         check_rendering(envs, "--video")
 
     seeds = [TEST_SEED + i for i in range(args.episodes)]
     traced = bool(args.video or args.plot or args.render_mode)
-    episodes = evaluate(mean_action(agent), envs, seeds, trace=traced)
-    summary = summarize(episodes)
-    columns, base = {"agent": summary}, None
-    if args.base:
-        base = summarize(evaluate(lambda obs: np.zeros((len(obs), ACT_DIM), np.float32), envs, seeds))
+
+    def no_residual(obs: np.ndarray) -> np.ndarray:
+        return np.zeros((len(obs), ACT_DIM), np.float32)
+
+    episodes = evaluate(mean_action(load_agent(checkpoint)) if checkpoint else no_residual, envs, seeds, trace=traced)
+    summary, base = summarize(episodes), None
+    columns = {"agent" if checkpoint else "base alone": summary}
+    if checkpoint and args.base:
+        base = summarize(evaluate(no_residual, envs, seeds))
         columns[f"base alone ({task.base_policy})"] = base
     physics = "full" if task.full_randomization else "default" if task.randomize else "no"
     print(
-        f"{args.model} ({checkpoint['global_step']} steps): {args.episodes} held-out episodes, mean action, "
+        (f"{args.model} ({checkpoint['global_step']} steps)" if checkpoint else f"base policy {task.base_policy}")
+        + f": {args.episodes} held-out episodes, mean action, "
         f"tape margin {1000 * task.tape_margin:.0f} mm, {physics} randomisation"
     )
     print_table(columns)
@@ -206,7 +228,7 @@ def main() -> int:
     if args.json:
         result = {
             "model": args.model,
-            "training_steps": checkpoint["global_step"],
+            "training_steps": checkpoint["global_step"] if checkpoint else None,
             "tape_margin_m": task.tape_margin,
             "base_policy": task.base_policy,
             **summary,

@@ -28,6 +28,7 @@ import tyro
 from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
+from so101_base_policies import make_base_policy
 from so101_env import (
     ACT_DIM,
     HOME_RAD,
@@ -38,7 +39,6 @@ from so101_env import (
     TAPE_CENTER_M,
     DomainRandomization,
     SO101ResidualVectorEnv,
-    make_base_policy,
 )
 
 LOG_2PI = float(np.log(2 * np.pi))

@@ -100,18 +100,11 @@ class BasePolicy(Protocol):
     def reset(self, mask: np.ndarray) -> None:
         """Forget the episodes of the environments in mask, (N,) bool."""
 
-    def act(self, obs: np.ndarray) -> np.ndarray:
-        """Joint deltas in rad, (N, 6), for observations (N, 25)."""
+    def act(self, obs: np.ndarray, command: np.ndarray) -> np.ndarray:
+        """Joint deltas in rad, (N, 6), for observations (N, 25) and the last commanded joint targets (N, 6), rad."""
 
     def close(self) -> None:
         """Release what the policy holds."""
-
-
-def make_base_policy(spec: str) -> BasePolicy | None:
-    """Base policy of a command-line spec string; None is the zero policy. Raises ValueError for an unknown spec."""
-    if spec == "zero":
-        return None
-    raise ValueError(f"unknown base policy {spec!r}; known: zero")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,7 +310,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         residual = np.minimum(np.maximum(residual, -1.0), 1.0)  # np.clip takes three times as long on arrays this small
         delta = (self.alpha * self.act_scale) * residual
         if self.base_policy is not None:
-            base = np.asarray(self.base_policy.act(self._obs.copy()), np.float64)
+            base = np.asarray(self.base_policy.act(self._obs.copy(), self._command.copy()), np.float64)
             if base.shape != delta.shape or not np.isfinite(base).all():
                 name = type(self.base_policy).__name__
                 raise ValueError(f"base policy {name}: act() must return finite {delta.shape}, got {base.shape}")

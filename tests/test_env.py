@@ -199,7 +199,7 @@ class ConstantPolicy:
     def reset(self, mask):
         self.resets.append(mask.copy())
 
-    def act(self, obs):
+    def act(self, obs, command):
         action = np.zeros((len(obs), ACT_DIM))
         action[:, 4] = self.delta_rad
         return action
@@ -240,7 +240,7 @@ def test_base_policy_is_told_of_resets_and_its_faults_stop_the_run():
     policy.delta_rad = np.nan
     with pytest.raises(ValueError, match="ConstantPolicy"):
         envs.step(np.zeros((2, ACT_DIM)))
-    policy.act = lambda obs: np.zeros(ACT_DIM)
+    policy.act = lambda obs, command: np.zeros(ACT_DIM)
     with pytest.raises(ValueError, match="ConstantPolicy"):
         envs.step(np.zeros((2, ACT_DIM)))
     with pytest.raises(ValueError, match="actions"):

@@ -1,0 +1,104 @@
+"""Base policies: what the residual corrects, named by one spec string (`--base-policy`).
+
+A base policy is an object with `reset(mask)`, `act(obs, command)` and `close()`, see so101_env.BasePolicy. One that
+cannot act raises; none ever falls back to zeros.
+"""
+
+import mujoco
+import mujoco.batch
+import numpy as np
+
+from so101_env import (
+    ACT_DIM,
+    COMMAND_WINDOW_RAD,
+    HOME_RAD,
+    TIP_PRESSED_M,
+    BasePolicy,
+    distance_to_sheet,
+    load_model,
+)
+
+ARM = 4  # shoulder_pan, shoulder_lift, elbow_flex and wrist_flex move the tip; wrist_roll and gripper stay at home
+SPECS = "zero, jacobian"
+
+
+class JacobianPolicy:
+    """Scripted pusher: go over the sheet, press, drag the sheet's centre to the tape's, hold. It ignores the yaw.
+
+    The wanted motion of the tip becomes one of the joints by damped least squares on the model's own Jacobian. A
+    servo's target is then where its joint should be next, plus what the servo needs against gravity and damping, plus
+    the torque of the press. Stateless: what to do follows from the observation alone.
+    """
+
+    REACH_M, DRAG_M, LIFT_M, SINK_M = 0.006, 0.004, 0.004, 0.003  # largest motion of the tip per control step
+    HOVER_M = 0.016  # height of the tip on the way
+    INSET_M = 0.02  # go this far inside the sheet's edge
+    SLACK_M = 0.025  # once down, the tip may be this far outside that before it is lifted
+    CONTACT_M = 0.0085  # below this height the tip is on the sheet
+    PRESS_N = 0.6  # enough to drag the sheet without slipping, too little to stall the arm by friction on the table
+    TOLERANCE_M = 0.005  # near enough to the tape's centre
+    PITCH_M_PER_RAD, PITCH_GAIN = 0.1, 0.3  # weight of a rad of pitch in the least squares; share corrected per step
+    DAMPING = 1e-4  # m^2 per rad^2
+
+    def __init__(self) -> None:
+        self.model = load_model()
+        site = self.model.site("gripperframe")
+        self.site, self.body = site.id, int(site.bodyid[0])
+        self.batch: mujoco.batch.Batch | None = None
+
+    def reset(self, mask: np.ndarray) -> None:
+        """Nothing to forget."""
+
+    def act(self, obs: np.ndarray, command: np.ndarray) -> np.ndarray:
+        """Joint deltas in rad (N, 6), for observations (N, 25) and the last commanded targets (N, 6)."""
+        n, obs = len(obs), obs.astype(np.float64)
+        if self.batch is None or self.batch.nsim != n:
+            self.batch = mujoco.batch.Batch(self.model, nsim=n, nthread=1)
+            self.qpos, self.qvel, self.gravity = (self.batch.bind(key) for key in ("qpos", "qvel", "qfrc_bias"))
+            self.tip = self.batch.bind("site_xpos")[:, self.site]
+        self.qpos[:, :ACT_DIM], self.qvel[:, :ACT_DIM] = obs[:, 0:6], obs[:, 6:12]
+        self.batch.forward(stage=mujoco.mjtStage.mjSTAGE_VEL.value)
+        jacobian = self.batch.jac(self.body, self.tip)[0][:, :, :ARM]  # (N, 3, 4)
+
+        sheet, to_tape, tip = obs[:, 12:14], obs[:, 19:21], obs[:, 22:25]
+        aside = distance_to_sheet(tip[:, :2], sheet, 2.0 * np.arctan2(obs[:, 18], obs[:, 15]), self.INSET_M)
+        low = tip[:, 2] < self.CONTACT_M
+        down = (aside < 0.004) | (low & (aside < self.SLACK_M))
+        drag = down & low
+
+        far = np.maximum(np.linalg.norm(to_tape, axis=1, keepdims=True), 1e-9)
+        to_tape = to_tape * np.maximum(1.0 - self.TOLERANCE_M / far, 0.0)
+        way = np.where(drag[:, None], to_tape, np.where(down[:, None], 0.0, sheet - tip[:, :2]))
+        length = np.maximum(np.linalg.norm(way, axis=1, keepdims=True), 1e-9)
+        way *= np.minimum(np.where(drag, self.DRAG_M, self.REACH_M)[:, None] / length, 1.0)
+        rise = np.where(
+            down,
+            np.clip(TIP_PRESSED_M - tip[:, 2], -self.SINK_M, 0.0),
+            np.clip(self.HOVER_M - tip[:, 2], -self.SINK_M, self.LIFT_M),
+        )
+        # the gripper points straight down, as at home: the three joints of the arm's plane add up to its pitch
+        pitch = HOME_RAD[1:ARM].sum() - obs[:, 1:ARM].sum(1)
+        weighted = np.broadcast_to(self.PITCH_M_PER_RAD * np.array([0.0, 1.0, 1.0, 1.0]), (n, 1, ARM))
+        rows = np.concatenate([jacobian, weighted], axis=1)  # (N, 4, 4)
+        wanted = np.column_stack([way, rise, self.PITCH_GAIN * self.PITCH_M_PER_RAD * pitch])
+        transposed = rows.transpose(0, 2, 1)
+        motion = transposed @ np.linalg.solve(rows @ transposed + self.DAMPING * np.eye(4), wanted[:, :, None])
+        motion = motion[:, :, 0] / np.maximum(np.abs(motion[:, :, 0]).max(1, keepdims=True) / COMMAND_WINDOW_RAD, 1.0)
+
+        torque = self.gravity[:, :ACT_DIM] + self.model.dof_damping[:ACT_DIM] * obs[:, 6:12]
+        torque[:, :ARM] -= self.PRESS_N * jacobian[:, 2] * drag[:, None]
+        target = np.tile(HOME_RAD, (n, 1))
+        target[:, :ARM] = obs[:, :ARM] + motion
+        return target + torque / self.model.actuator_gainprm[:, 0] - command
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def make_base_policy(spec: str) -> BasePolicy | None:
+    """Base policy of a command-line spec string; None is the zero policy. Raises ValueError for an unknown spec."""
+    if spec == "zero":
+        return None
+    if spec == "jacobian":
+        return JacobianPolicy()
+    raise ValueError(f"unknown base policy {spec!r}; known: {SPECS}")
