@@ -100,7 +100,7 @@ class Args:
     """add the potential-based shaping term to the rewards that PPO learns from; logged returns are unshaped"""
 
     base_policy: str = "zero"
-    """policy that the residual corrects"""
+    """policy that the residual corrects: zero, or jacobian, a scripted pusher"""
     alpha: float = 0.7
     """share of act_scale that the residual commands, in [0, 1]"""
     act_scale: float = 0.02

@@ -220,7 +220,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
         self.model = load_model(tape_margin)
         threads = min(num_threads or os.cpu_count() or 1, num_envs)
-        # one state row per environment (warm start included), per-environment copies of the fields drawn below
+        # one state row per environment (warm start included), per-environment copies of the fields drawn below;
+        # persistent: a step goes on from the quantities that were made current after the last one
         self.batch = mujoco.batch.Batch(self.model, nsim=num_envs, nthread=threads, persistent=True)
         self._substeps = round(1 / CONTROL_HZ / self.model.opt.timestep)
         self._qpos, self._qvel, self._ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))

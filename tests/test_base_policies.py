@@ -2,6 +2,7 @@
 
 import json
 
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -60,8 +61,6 @@ def test_pusher_drags_the_sheet_with_a_light_press():
 
 def contact_force_n(envs: SO101ResidualVectorEnv, i: int) -> float:
     """Normal force of both fingertips on the sheet."""
-    import mujoco
-
     data, total, force = mujoco.MjData(envs.model), 0.0, np.zeros(6)
     envs.batch.get_data(i, data)
     mujoco.mj_forward(envs.model, data)
