@@ -42,7 +42,7 @@ from so101_env import (
 )
 
 LOG_2PI = float(np.log(2 * np.pi))
-FORMAT = "ppo_residual_so101 checkpoint 2"
+FORMAT = "ppo_residual_so101 checkpoint 3"
 # Episodes of training, of the evaluations during training, and of eval_so101.py never share a seed: the best model is
 # chosen on the second, and reported on the third.
 VALIDATION_SEED, TEST_SEED = 1_000_000_000, 2_000_000_000
