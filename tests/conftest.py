@@ -1,10 +1,12 @@
-"""Running the scripts as a user does."""
+"""Running the scripts as a user does, and measuring contact forces."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import mujoco
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +33,18 @@ def train(log_dir: Path, *flags: str) -> Path:
     assert done.returncode == 0, done.stderr
     (run_dir,) = set(log_dir.glob("*")) - before
     return run_dir
+
+
+def press_force_n(model: mujoco.MjModel, data: mujoco.MjData) -> float:
+    """Normal force between fingertips and sheet, summed over contacts."""
+    sheet = model.geom("sheet_col").id
+    fingers = [model.geom(name).id for name in ("fixed_finger_col", "moving_finger_col")]
+    force, total = np.zeros(6), 0.0
+    for i, contact in enumerate(data.contact[: data.ncon]):
+        if contact.geom1 in fingers and contact.geom2 == sheet:
+            mujoco.mj_contactForce(model, data, i, force)
+            total += force[0]
+    return total
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import mujoco
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, run_script, train
+from conftest import SMALL, press_force_n, run_script, train
 from gymnasium.vector import AutoresetMode
 
 import ppo_residual_so101 as ppo
@@ -43,34 +43,22 @@ def test_pusher_is_deterministic_and_alike_in_every_batch():
 
 
 def test_pusher_drags_the_sheet_with_a_light_press():
-    """What the servos push with, mapped to the tip, while the sheet moves."""
+    """Contact force of the fingertips while the sheet moves."""
     envs = SO101ResidualVectorEnv(20, JacobianPolicy(), randomize=False, autoreset_mode=AutoresetMode.DISABLED)
     obs, _ = envs.reset(seed=SEEDS[0])
-    sensed = []
+    data, sensed = mujoco.MjData(envs.model), []
     for _ in range(120):
         before = obs[:, 12:14].copy()
         obs = envs.step(np.zeros((20, ACT_DIM)))[0]
         moving = np.linalg.norm(obs[:, 12:14] - before, axis=1) > 0.0005
         for i in np.flatnonzero(moving):
-            sensed.append(contact_force_n(envs, i))
+            envs.batch.get_data(i, data)
+            mujoco.mj_forward(envs.model, data)
+            sensed.append(press_force_n(envs.model, data))
         if envs._done.all():
             break
     assert len(sensed) > 200
     assert 0.3 < np.median(sensed) < 1.2 and np.percentile(sensed, 95) < 3.0
-
-
-def contact_force_n(envs: SO101ResidualVectorEnv, i: int) -> float:
-    """Normal force of both fingertips on the sheet."""
-    data, total, force = mujoco.MjData(envs.model), 0.0, np.zeros(6)
-    envs.batch.get_data(i, data)
-    mujoco.mj_forward(envs.model, data)
-    sheet = envs.model.body("sheet").id
-    for k, contact in enumerate(data.contact):
-        bodies = envs.model.geom_bodyid[[contact.geom1, contact.geom2]]
-        if sheet in bodies and 0 not in bodies and envs.model.body("tape").id not in bodies:
-            mujoco.mj_contactForce(envs.model, data, k, force)
-            total += force[0]
-    return total
 
 
 def test_untrained_residual_leaves_every_episode_to_the_base():

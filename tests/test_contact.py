@@ -3,6 +3,7 @@
 import mujoco
 import numpy as np
 import pytest
+from conftest import press_force_n
 
 from so101_env import (
     ACT_DIM,
@@ -27,17 +28,11 @@ class Presser:
         mujoco.mj_forward(self.model, self.data)
         self.data.ctrl[:] = HOME_RAD + self.data.qfrc_bias[:ACT_DIM] / self.model.actuator_gainprm[:, 0]
         self.site = self.model.site("gripperframe").id
-        self.sheet = self.model.geom("sheet_col").id
         self.fingers = [self.model.geom(name).id for name in ("fixed_finger_col", "moving_finger_col")]
 
     def press_force_n(self) -> float:
-        """Normal force between fingertips and sheet, summed over contacts."""
-        force, total = np.zeros(6), 0.0
-        for i, contact in enumerate(self.data.contact[: self.data.ncon]):
-            if contact.geom1 in self.fingers and contact.geom2 == self.sheet:
-                mujoco.mj_contactForce(self.model, self.data, i, force)
-                total += force[0]
-        return total
+        """Normal force between fingertips and sheet."""
+        return press_force_n(self.model, self.data)
 
     def sink_m(self) -> float:
         """How deep the lower fingertip lies in the sheet's upper surface."""
