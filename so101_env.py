@@ -335,7 +335,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             self._qpos[broken], self._qvel[broken] = self._home["qpos"], 0.0
             self.batch.forward(np.flatnonzero(broken), stage=self._stage)
         sheet, yaw = self._qpos[:, 6:9], wrap_angle(self._qpos[:, 9])
-        self._observe(active)
+        self._observe(active, yaw)
         self._steps += active
         inside = sheet_inside(sheet[:, :2], yaw, self.tape_margin) & ~broken
         self._streak = (self._streak + active) * inside
@@ -516,10 +516,11 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._steps[ids] = self._streak[ids] = 0
         self._return[ids] = self._residual_sum[ids] = 0.0
         self._done[ids] = False
-        self._phi[ids] = potential(self._tip, self._qpos[:, 6:9], self._qpos[:, 9])[ids]
+        yaw = wrap_angle(self._qpos[:, 9])
+        self._phi[ids] = potential(self._tip, self._qpos[:, 6:9], yaw)[ids]
         mask = np.zeros(self.num_envs, bool)
         mask[ids] = True
-        self._observe(mask)
+        self._observe(mask, yaw)
         if self.base_policy is not None:
             self.base_policy.reset(mask)
 
@@ -533,14 +534,13 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             if not sheet_inside(xy[None], np.array([yaw]), self.tape_margin)[0]:
                 return xy[0], xy[1], yaw
 
-    def _observe(self, mask: np.ndarray) -> None:
-        """Write the observations of the environments in mask from the state after the last substep."""
+    def _observe(self, mask: np.ndarray, yaw: np.ndarray) -> None:
+        """Write the observations of the environments in mask from the state after the last substep, given all yaws."""
         qpos, obs = self._qpos, self._obs if mask.all() else np.zeros((self.num_envs, OBS_DIM), np.float32)
         obs[:, 0:6] = qpos[:, :6] + self._joint_offset
         obs[:, 6:12] = self._qvel[:, :6]
         obs[:, 12:15] = qpos[:, 6:9]
         obs[:, 22:25] = self._tip
-        yaw = wrap_angle(qpos[:, 9])
         if self.randomization.joint_offset_rad:
             # a real arm computes its tip from the encoders: to first order, the Jacobian carries their error over
             site = self.model.site("gripperframe")

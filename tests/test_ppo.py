@@ -162,7 +162,7 @@ def test_loss_against_numpy(setup):
     args, agent, _, _ = setup
     args.ent_coef = 0.01
     rng = np.random.default_rng(0)
-    obs = torch.tensor(rng.normal(0, 0.1, (32, OBS_DIM)), dtype=torch.float32)
+    obs = rng.normal(0, 0.1, (32, OBS_DIM)).astype(np.float32)
     actions = torch.tensor(rng.normal(0, 1, (32, ACT_DIM)), dtype=torch.float32)
     with torch.no_grad():
         x = agent.features(obs)
@@ -198,14 +198,13 @@ def test_agent_initialisation_and_state_dict():
     agent.obs_scale.mul_(3.0)
     other = ppo.Agent(ppo.Args())
     other.load_state_dict(agent.state_dict())
-    obs = torch.randn(5, OBS_DIM)
+    obs = np.random.default_rng(0).normal(size=(5, OBS_DIM)).astype(np.float32)
     assert torch.equal(agent.get_mean(agent.features(obs)), other.get_mean(other.features(obs)))
 
 
 def test_agent_is_mirror_symmetric(setup):
     args, agent, envs, obs = setup
-    obs = torch.from_numpy(obs)
-    mirrored = obs.clone()
+    mirrored = obs.copy()
     for i in (0, 6, 10, 13, 18, 20, 23):  # pan; pan and roll velocity; sheet y; quaternion z; goal y; tip y
         mirrored[:, i] *= -1
     mirrored[:, 4] = 2 * HOME_RAD[4] - mirrored[:, 4]  # roll, about the angle that puts the jaws into the mirror plane
@@ -231,7 +230,7 @@ def test_sheet_feature_is_the_way_from_the_nearest_point_of_the_sheet():
     yaw = rng.uniform(-3, 3, 50)
     obs[:, 15], obs[:, 18] = np.cos(yaw / 2), np.sin(yaw / 2)
     obs[:, 12:14], obs[:, 22:24] = rng.uniform(-0.1, 0.1, (2, 50, 2))
-    feature = 0.03 * agent.features(torch.from_numpy(obs))[:, 0, OBS_DIM:].numpy()
+    feature = 0.03 * agent.features(obs)[:, 0, OBS_DIM:].numpy()
     half = SHEET_HALF_M - 0.01
     grid = np.stack(np.meshgrid(*[np.linspace(-h, h, 401) for h in half]), -1).reshape(-1, 2)
     for i in range(50):
