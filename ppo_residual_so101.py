@@ -267,7 +267,7 @@ class Agent(nn.Module):
             tip = ((obs[:, 22:24] - obs[:, 12:14]).view(np.complex64) / (half_turn * half_turn)).view(np.float32)
             half = self.sheet_half.numpy()
             x[:, OBS_DIM:] = (tip - np.minimum(np.maximum(tip, -half), half)) / np.float32(0.03)
-        return torch.from_numpy(x).unsqueeze(1) * self.feature_signs
+        return torch.from_numpy(x[:, None] * self.feature_signs.numpy())
 
     def get_mean(self, x: torch.Tensor) -> torch.Tensor:
         """Mean action (B, 6), unclipped, of features (B, views, F)."""
@@ -326,9 +326,9 @@ def rollout(
     episodes = []
     noise = torch.randn(num_steps, n, ACT_DIM, generator=generator)
     with torch.inference_mode():
-        noise *= agent.actor_logstd.exp()
+        noise = (noise * agent.actor_logstd.exp()).numpy()
         for step in range(num_steps):
-            action = (agent.get_mean(agent.features(next_obs)) + noise[step]).numpy()
+            action = agent.get_mean(agent.features(next_obs)).numpy() + noise[step]
             buffers["obs"][step], buffers["actions"][step] = next_obs, action
             next_obs, reward, terminations, truncations, infos = envs.step(action)  # which clips it
             buffers["real_next_obs"][step], buffers["rewards"][step] = next_obs, reward
@@ -356,13 +356,13 @@ def compute_gae(
     A truncated episode bootstraps from the value of its final observation, a terminated one from zero; the sum over
     lambda stops at both.
     """
-    deltas = rewards + gamma * real_next_values * (1.0 - terminations) - values
-    decay = gamma * gae_lambda * (1.0 - dones)
-    advantages = torch.zeros_like(rewards)
-    lastgaelam = torch.zeros_like(rewards[0])
-    for t in reversed(range(len(rewards))):
+    deltas = (rewards + gamma * real_next_values * (1.0 - terminations) - values).numpy()
+    decay = (gamma * gae_lambda * (1.0 - dones)).numpy()
+    advantages = np.zeros_like(deltas)
+    lastgaelam = np.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
         advantages[t] = lastgaelam = deltas[t] + decay[t] * lastgaelam
-    return advantages
+    return torch.from_numpy(advantages)
 
 
 def ppo_loss(
@@ -662,6 +662,7 @@ def main() -> int:
     start_time, start_cpu = time.perf_counter(), time.process_time()
     torch.set_num_threads(1)  # these networks are too small to share out, and one thread adds up in one order
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a help for debugging, at 3 % of an update
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)  # exploration and minibatches
 

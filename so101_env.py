@@ -135,16 +135,22 @@ def distance_to_sheet(
     return np.hypot(out_x, out_y)
 
 
-def potential(tip_m: np.ndarray, sheet_m: np.ndarray, sheet_yaw_rad: np.ndarray) -> np.ndarray:
-    """Shaping potential (N,), 0 at best: tip (N, 3) on the sheet, sheet (N, 3) at the tape's centre, without yaw.
+def sheet_distance(sheet_xy_m: np.ndarray) -> np.ndarray:
+    """Distance of sheet centres (N, 2) from the tape's centre, (N,)."""
+    return np.hypot(sheet_xy_m[:, 0] - TAPE_CENTER_M[0], sheet_xy_m[:, 1] - TAPE_CENTER_M[1])
+
+
+def potential(
+    tip_m: np.ndarray, sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray, sheet_distance_m: np.ndarray
+) -> np.ndarray:
+    """Shaping potential (N,), 0 at best: tip (N, 3) on the sheet, sheet (N, 2) at the tape's centre, without yaw.
 
     Any point of the sheet is as good as any other: pulling the tip to the sheet's centre drowned the signal of the drag
     in that of the tip's own motion and learned more slowly. The yaw is in [-pi, pi).
     """
-    aside = distance_to_sheet(tip_m[:, :2], sheet_m[:, :2], sheet_yaw_rad, SHAPING_INSET_M)
+    aside = distance_to_sheet(tip_m[:, :2], sheet_xy_m, sheet_yaw_rad, SHAPING_INSET_M)
     reach = np.hypot(aside, np.maximum(tip_m[:, 2] - TIP_PRESSED_M, 0.0))
-    distance = np.hypot(sheet_m[:, 0] - TAPE_CENTER_M[0], sheet_m[:, 1] - TAPE_CENTER_M[1])
-    return -SHAPING_PER_M * (reach + distance + SHAPING_YAW_M_PER_RAD * np.abs(sheet_yaw_rad))
+    return -SHAPING_PER_M * (reach + sheet_distance_m + SHAPING_YAW_M_PER_RAD * np.abs(sheet_yaw_rad))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,42 +340,37 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         if broken.any():  # such an episode ends here and is named; the numbers it reports are those of a fresh arm
             self._qpos[broken], self._qvel[broken] = self._home["qpos"], 0.0
             self.batch.forward(np.flatnonzero(broken), stage=self._stage)
-        sheet, yaw = self._qpos[:, 6:9], wrap_angle(self._qpos[:, 9])
+        sheet, yaw = self._qpos[:, 6:8], wrap_angle(self._qpos[:, 9])
         self._observe(active, yaw)
         self._steps += active
-        inside = sheet_inside(sheet[:, :2], yaw, self.tape_margin) & ~broken
+        inside = sheet_inside(sheet, yaw, self.tape_margin) & ~broken
         self._streak = (self._streak + active) * inside
         success = active & (self._streak >= SUCCESS_STEPS)
         far = np.hypot(sheet[:, 0] - PAN_AXIS_M[0], sheet[:, 1] - PAN_AXIS_M[1]) > SHEET_REACH_M
         if far.any():  # the centre is; is all of the sheet?
-            far = distance_to_sheet(np.broadcast_to(PAN_AXIS_M, (self.num_envs, 2)), sheet[:, :2], yaw) > SHEET_REACH_M
+            far = distance_to_sheet(np.broadcast_to(PAN_AXIS_M, (self.num_envs, 2)), sheet, yaw) > SHEET_REACH_M
         failure = active & (broken | far)
         terminated = success | failure
         truncated = active & (self._steps >= self.max_episode_steps) & ~terminated
 
-        distance = np.hypot(sheet[:, 0] - TAPE_CENTER_M[0], sheet[:, 1] - TAPE_CENTER_M[1])
-        yaw_error = np.abs(yaw)
-        square = np.square(residual).sum(1)
-        terms = {
-            "distance": -2.0 * distance,
-            "yaw": -0.1 * yaw_error,
-            "time": np.full(self.num_envs, -0.01),
-            "residual": -self.residual_penalty * square,
-            "success": 10.0 * success,
-            "failure": np.zeros(self.num_envs),
-        }
+        distance, yaw_error, square = sheet_distance(sheet), np.abs(yaw), np.square(residual).sum(1)
+        rows_of_terms = np.zeros((len(REWARD_TERMS), self.num_envs))
+        terms = dict(zip(REWARD_TERMS, rows_of_terms))
+        terms["distance"][:] = -2.0 * distance
+        terms["yaw"][:] = -0.1 * yaw_error
+        terms["time"][:] = -0.01
+        terms["residual"][:] = -self.residual_penalty * square
+        terms["success"][:] = 10.0 * success
         if failure.any():  # costs what waiting for the time-out in that state would: pushing the sheet away never pays
             waiting = terms["distance"] + terms["yaw"] + terms["time"]
-            terms["failure"] = failure * (self.max_episode_steps - self._steps) * waiting
-        unshaped = sum(terms.values())
-        phi = potential(self._tip, sheet, yaw)
-        if self.shaping_gamma is None:
-            terms["shaping"] = np.zeros(self.num_envs)
-        else:
+            terms["failure"][:] = failure * (self.max_episode_steps - self._steps) * waiting
+        unshaped = rows_of_terms.sum(0)
+        phi = potential(self._tip, sheet, yaw, distance)
+        if self.shaping_gamma is not None:
             # zero at terminal states: only then does shaping leave the best policy as it is (Ng et al. 1999)
-            terms["shaping"] = self.shaping_gamma * (phi * ~terminated) - self._phi
+            terms["shaping"][:] = self.shaping_gamma * (phi * ~terminated) - self._phi
         self._phi = phi
-        reward = np.where(active, unshaped + terms["shaping"], 0.0)
+        reward = (unshaped + terms["shaping"]) * active
         magnitude = np.sqrt(square)
         self._return[rows] += unshaped[rows]
         self._residual_sum[rows] += magnitude[rows]
@@ -517,7 +518,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._return[ids] = self._residual_sum[ids] = 0.0
         self._done[ids] = False
         yaw = wrap_angle(self._qpos[:, 9])
-        self._phi[ids] = potential(self._tip, self._qpos[:, 6:9], yaw)[ids]
+        self._phi[ids] = potential(self._tip, self._qpos[:, 6:8], yaw, sheet_distance(self._qpos[:, 6:8]))[ids]
         mask = np.zeros(self.num_envs, bool)
         mask[ids] = True
         self._observe(mask, yaw)
