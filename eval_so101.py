@@ -21,9 +21,12 @@ from gymnasium.vector import AutoresetMode
 from scipy.stats import binomtest
 
 from ppo_residual_so101 import (
+    RECORD_SEED,
     TEST_SEED,
     Args,
     check_args,
+    check_base,
+    check_output,
     check_rendering,
     checkpoint_args,
     evaluate,
@@ -32,11 +35,14 @@ from ppo_residual_so101 import (
     load_checkpoint,
     make_envs,
     mean_action,
+    no_residual,
+    residual_to_base,
     write_atomically,
     write_json,
     write_video,
 )
-from so101_env import ACT_DIM, CONTROL_HZ, SHEET_HALF_M, TAPE_CENTER_M, SO101ResidualVectorEnv
+from so101_dataset import ACTION, ENVIRONMENT, STATE, DatasetError, write_dataset
+from so101_env import CONTROL_HZ, SHEET_HALF_M, TAPE_CENTER_M, SO101ResidualVectorEnv
 
 
 @dataclasses.dataclass
@@ -59,6 +65,12 @@ class EvalArgs:
     """episodes in --video"""
     plot: str | None = None
     """plot success over the initial displacement and the sheets' paths into this PNG file"""
+    record: str | None = None
+    """write the episodes as a LeRobotDataset v3.0 into this new directory; they then have seeds of their own"""
+    action_noise: float = 0.0
+    """with --record: standard deviation of noise on the residual, 1 being alpha * act_scale rad"""
+    only_successes: bool = False
+    """with --record: leave out episodes that fail"""
     render_mode: Literal["human"] | None = None
     """human: play the evaluated episodes in MuJoCo's viewer"""
     num_threads: int | None = None
@@ -76,14 +88,15 @@ def check_eval_args(args: EvalArgs) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             fail(f"--{name.replace('_', '-')} must be positive, got {value}")
-    for name, suffixes in (("json", [".json"]), ("video", [".mp4", ".gif"]), ("plot", [".png"])):
-        path = getattr(args, name)
-        if path is None:
-            continue
-        if Path(path).suffix not in suffixes:
-            fail(f"--{name} {path}: must end in {' or '.join(suffixes)}")
-        if not os.access(Path(path).resolve().parent, os.W_OK):
-            fail(f"--{name} {path}: its directory does not exist or cannot be written; create it or name another")
+    for name, suffixes in (("json", [".json"]), ("video", [".mp4", ".gif"]), ("plot", [".png"]), ("record", [])):
+        check_output(f"--{name}", getattr(args, name), suffixes)
+    if args.record and Path(args.record).exists():
+        fail(f"--record {args.record}: exists; delete it or name another directory")
+    if args.action_noise < 0:
+        fail(f"--action-noise must not be negative, got {args.action_noise}")
+    for name in ("action_noise", "only_successes"):
+        if getattr(args, name) and not args.record:
+            fail(f"--{name.replace('_', '-')} is for --record PATH")
     displays = ("DISPLAY", "WAYLAND_DISPLAY")
     if args.render_mode == "human" and sys.platform.startswith("linux") and not any(map(os.environ.get, displays)):
         fail("--render-mode human: there is no display here; use --video PATH.mp4 instead")
@@ -202,16 +215,21 @@ def main() -> int:
         check_args(task)
     task.num_threads = args.num_threads
     envs = make_envs(task, min(args.episodes, 50), AutoresetMode.DISABLED)
+    if checkpoint:
+        check_base(checkpoint, envs.base_policy, f"--model {args.model}")
     if args.video:
         check_rendering(envs, "--video")
 
-    seeds = [TEST_SEED + i for i in range(args.episodes)]
-    traced = bool(args.video or args.plot or args.render_mode)
+    # demonstrations are for training: they must not contain the episodes that training is judged by
+    seeds = [(RECORD_SEED if args.record else TEST_SEED) + i for i in range(args.episodes)]
+    traced = bool(args.video or args.plot or args.render_mode or args.record)
+    policy, noise = mean_action(load_agent(checkpoint)) if checkpoint else no_residual, np.random.default_rng(0)
 
-    def no_residual(obs: np.ndarray) -> np.ndarray:
-        return np.zeros((len(obs), ACT_DIM), np.float32)
+    def act(obs: np.ndarray) -> np.ndarray:
+        action = policy(obs)
+        return action + args.action_noise * noise.standard_normal(action.shape) if args.action_noise else action
 
-    episodes = evaluate(mean_action(load_agent(checkpoint)) if checkpoint else no_residual, envs, seeds, trace=traced)
+    episodes = evaluate(act, envs, seeds, trace=traced)
     summary, base = summarize(episodes), None
     columns = {"agent" if checkpoint else "base alone": summary}
     if checkpoint and args.base:
@@ -220,10 +238,14 @@ def main() -> int:
     physics = "full" if task.full_randomization else "default" if task.randomize else "no"
     print(
         (f"{args.model} ({checkpoint['global_step']} steps)" if checkpoint else f"base policy {task.base_policy}")
-        + f": {args.episodes} held-out episodes, mean action, "
-        f"tape margin {1000 * task.tape_margin:.0f} mm, {physics} randomisation"
+        + f": {args.episodes} {'recorded' if args.record else 'held-out'} episodes, mean action"
+        + (f" with noise {args.action_noise:g}, " if args.action_noise else ", ")
+        + f"tape margin {1000 * task.tape_margin:.0f} mm, {physics} randomisation"
     )
     print_table(columns)
+    ratios = residual_to_base(episodes)
+    if ratios and checkpoint:
+        print("residual to base, per joint  " + "  ".join(f"{joint} {ratio:.2f}" for joint, ratio in ratios.items()))
 
     if args.json:
         result = {
@@ -235,9 +257,21 @@ def main() -> int:
             "episodes": args.episodes,
             "base_success_rate": base["success_rate"] if base else None,
             "base": base,
-            "episode_list": [{k: v for k, v in episode.items() if k != "qpos"} for episode in episodes],
+            "residual_to_base": ratios,
+            "episode_list": [
+                {k: v for k, v in episode.items() if not isinstance(v, np.ndarray)} for episode in episodes
+            ],
         }
         write_json(Path(args.json), result)
+    if args.record:
+        kept = [episode for episode in episodes if episode["success"] or not args.only_successes]
+        demos = [{STATE: e["obs"][:, :6], ENVIRONMENT: e["obs"][:, 6:], ACTION: e["command"]} for e in kept]
+        try:
+            write_dataset(Path(args.record), demos)
+        except DatasetError as error:
+            fail(f"--record: {error}")
+        print(f"{len(demos)} episodes, {sum(len(e['command']) for e in kept)} frames in {args.record}")
+        print(f"clone: python bc_so101.py --demos {args.record}")
     if args.plot:
         plot(episodes, task.tape_margin, Path(args.plot))
     if args.video:

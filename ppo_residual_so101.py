@@ -32,20 +32,23 @@ from so101_base_policies import make_base_policy
 from so101_env import (
     ACT_DIM,
     HOME_RAD,
+    JOINTS,
     MAX_EPISODE_STEPS,
     OBS_DIM,
     SHAPING_INSET_M,
     SHEET_HALF_M,
     TAPE_CENTER_M,
+    BasePolicy,
+    BasePolicyError,
     DomainRandomization,
     SO101ResidualVectorEnv,
 )
 
 LOG_2PI = float(np.log(2 * np.pi))
-FORMAT = "ppo_residual_so101 checkpoint 3"
-# Episodes of training, of the evaluations during training, and of eval_so101.py never share a seed: the best model is
-# chosen on the second, and reported on the third.
-VALIDATION_SEED, TEST_SEED = 1_000_000_000, 2_000_000_000
+FORMAT = "ppo_residual_so101 checkpoint 4"
+# Episodes of training, of the evaluations during training, of demonstrations, and of eval_so101.py never share a seed:
+# the best model is chosen on the second, and reported on the last.
+VALIDATION_SEED, RECORD_SEED, TEST_SEED = 1_000_000_000, 1_400_000_000, 2_000_000_000
 
 
 @dataclasses.dataclass
@@ -100,7 +103,13 @@ class Args:
     """add the potential-based shaping term to the rewards that PPO learns from; logged returns are unshaped"""
 
     base_policy: str = "zero"
-    """policy that the residual corrects: zero, or jacobian, a scripted pusher"""
+    """policy that the residual corrects: zero, jacobian (a scripted pusher), checkpoint:PATH or bc:PATH"""
+    observe_base: bool = False
+    """append the base policy's action to the observation: 31 numbers instead of 25"""
+    critic_warmup_steps: int = 0
+    """steps at the start in which only the critic learns"""
+    progressive_steps: int = 0
+    """let the share of steps in which the residual acts grow from 0 to 1 over this many steps; 0: it always acts"""
     alpha: float = 0.7
     """share of act_scale that the residual commands, in [0, 1]"""
     act_scale: float = 0.02
@@ -153,7 +162,7 @@ def check_args(args: Args) -> Args:
         value = getattr(args, name)
         if value is not None and not value > 0:
             fail(f"--{name.replace('_', '-')} must be positive, got {value}")
-    for name in "ent_coef vf_coef clip_coef residual_penalty eval_every".split():
+    for name in "ent_coef vf_coef clip_coef residual_penalty eval_every critic_warmup_steps progressive_steps".split():
         if not getattr(args, name) >= 0:
             fail(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
     for name in "alpha gamma gae_lambda".split():
@@ -172,11 +181,18 @@ def check_args(args: Args) -> Args:
             f"--minibatch-size {args.minibatch_size} exceeds a rollout of num_envs * num_steps = {args.batch_size} "
             "samples: lower it or raise --num-steps"
         )
-    try:
-        make_base_policy(args.base_policy)
-    except ValueError as error:
-        fail(f"--base-policy: {error}")
+    for name in ("observe_base", "progressive_steps"):
+        if getattr(args, name) and args.base_policy == "zero":
+            fail(f"--{name.replace('_', '-')} needs a base policy: name one with --base-policy")
     return args
+
+
+def load_base_policy(spec: str) -> BasePolicy | None:
+    """The base policy of a command line; fail with one line if there is none."""
+    try:
+        return make_base_policy(spec)
+    except BasePolicyError as error:
+        fail(f"--base-policy {spec}: {error}")
 
 
 def make_envs(
@@ -185,7 +201,7 @@ def make_envs(
     """The task as args describe it. SAME_STEP autoreset to train, DISABLED to evaluate."""
     return SO101ResidualVectorEnv(
         num_envs,
-        base_policy=make_base_policy(args.base_policy),
+        base_policy=load_base_policy(args.base_policy),
         alpha=args.alpha,
         act_scale=args.act_scale,
         residual_penalty=args.residual_penalty,
@@ -196,6 +212,7 @@ def make_envs(
         shaping_gamma=args.gamma if args.shaping else None,
         num_threads=args.num_threads,
         autoreset_mode=autoreset_mode,
+        observe_base=args.observe_base,
     )
 
 
@@ -219,7 +236,8 @@ class Agent(nn.Module):
     def __init__(self, args: Args):
         super().__init__()
         self.sheet_feature = args.sheet_feature
-        in_dim, width = OBS_DIM + 2 * args.sheet_feature, args.hidden_size
+        obs_dim, width = OBS_DIM + ACT_DIM * args.observe_base, args.hidden_size
+        in_dim = obs_dim + 2 * args.sheet_feature
         activation = {"relu": lambda: nn.ReLU(inplace=True), "tanh": nn.Tanh}[args.activation]
 
         def mlp(out_dim: int, out_std: float) -> nn.Sequential:
@@ -233,32 +251,36 @@ class Agent(nn.Module):
         self.actor_mean = mlp(ACT_DIM, out_std=0.01 if args.base_policy == "zero" else 0.0)
         self.actor_logstd = nn.Parameter(torch.full((1, ACT_DIM), args.log_std_init))
         self.critic = mlp(1, out_std=1.0)
-        mean, scale = np.zeros(OBS_DIM), np.full(OBS_DIM, 0.1)  # 0.1 m, 0.1 in quaternion components
+        mean, scale = np.zeros(obs_dim), np.full(obs_dim, 0.1)  # 0.1 m, 0.1 in quaternion components
         mean[0:6], scale[0:6] = HOME_RAD, 0.3
         scale[6:12] = 0.5
         mean[12:14] = mean[22:24] = TAPE_CENTER_M
         mean[15] = 1.0
         mean[24], scale[24] = 0.015, 0.02  # millimetres of tip height decide about contact
+        scale[OBS_DIM:] = 0.02  # rad
         self.register_buffer("obs_mean", torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("obs_scale", torch.tensor(scale, dtype=torch.float32))
         self.register_buffer("sheet_half", torch.tensor(SHEET_HALF_M - SHAPING_INSET_M, dtype=torch.float32))
         # the mirror image flips pan, roll, their velocities, y of sheet, goal and tip, and the rotations about x and z
         feature_mirror, action_mirror = torch.ones(in_dim), torch.ones(ACT_DIM)
         feature_mirror[[0, 4, 6, 10, 13, 16, 18, 20, 23]] = -1.0
-        feature_mirror[OBS_DIM + 1 :] = -1.0
+        if args.observe_base:
+            feature_mirror[[OBS_DIM, OBS_DIM + 4]] = -1.0
+        if args.sheet_feature:
+            feature_mirror[-1] = -1.0
         action_mirror[[0, 4]] = -1.0
         views = 1 + args.symmetry  # as it is, and mirrored
         self.register_buffer("feature_signs", torch.stack([torch.ones(in_dim), feature_mirror])[:views])
         self.register_buffer("action_signs", torch.stack([torch.ones(ACT_DIM), action_mirror])[:views])
 
     def features(self, obs: np.ndarray) -> torch.Tensor:
-        """What the networks see of observations (B, 25): (B, views, F), the scene and, with symmetry, its mirror.
+        """What the networks see of observations (B, 25 or 31): (B, views, F), the scene and, with symmetry, its mirror.
 
         In NumPy, whose calls cost a third of PyTorch's on the few rows of a step.
         """
         x = np.empty((len(obs), self.feature_signs.shape[1]), np.float32)
         scaled = (obs - self.obs_mean.numpy()) / self.obs_scale.numpy()
-        x[:, :OBS_DIM] = np.minimum(np.maximum(scaled, -10.0), 10.0)
+        x[:, : obs.shape[1]] = np.minimum(np.maximum(scaled, -10.0), 10.0)
         if self.sheet_feature:
             # from the sheet's nearest point to the tip, in the sheet's axes, zero over it: whether to press or to go
             # there first. The networks can hardly make it themselves of a yaw and two positions in so few steps.
@@ -266,7 +288,7 @@ class Agent(nn.Module):
             half_turn = np.ascontiguousarray(obs[:, 15:19:3]).view(np.complex64)
             tip = ((obs[:, 22:24] - obs[:, 12:14]).view(np.complex64) / (half_turn * half_turn)).view(np.float32)
             half = self.sheet_half.numpy()
-            x[:, OBS_DIM:] = (tip - np.minimum(np.maximum(tip, -half), half)) / np.float32(0.03)
+            x[:, -2:] = (tip - np.minimum(np.maximum(tip, -half), half)) / np.float32(0.03)
         return torch.from_numpy(x[:, None] * self.feature_signs.numpy())
 
     def get_mean(self, x: torch.Tensor) -> torch.Tensor:
@@ -307,22 +329,26 @@ def flatten_parameters(agent: Agent) -> nn.Parameter:
 
 
 def rollout(
-    agent: Agent, envs: SO101ResidualVectorEnv, next_obs: np.ndarray, num_steps: int, generator: torch.Generator
-) -> tuple[dict[str, torch.Tensor], np.ndarray, list[dict[str, float]]]:
-    """Act for num_steps with exploration.
+    agent: Agent, envs: SO101ResidualVectorEnv, next_obs: np.ndarray, num_steps: int, generator: torch.Generator,
+    residual_share: float = 1.0,
+) -> tuple[dict[str, torch.Tensor], np.ndarray, list[dict[str, float]]]:  # fmt: skip
+    """Act for num_steps with exploration, in a random residual_share of the steps, and leave the others to the base.
 
-    Returns the buffers (num_steps, num_envs, ...), the next observation (num_envs, 25), and one dict (success, return,
-    length, failure) per finished episode.
+    Returns the buffers (num_steps, num_envs, ...), the next observation (num_envs, 25 or 31), and one dict (success,
+    return, length, failure) per finished episode.
     """
-    n = envs.num_envs
+    n, obs_dim = next_obs.shape
     buffers = {
-        "obs": np.zeros((num_steps, n, OBS_DIM), np.float32),
-        "real_next_obs": np.zeros((num_steps, n, OBS_DIM), np.float32),  # the final one where an episode ended
+        "obs": np.zeros((num_steps, n, obs_dim), np.float32),
+        "real_next_obs": np.zeros((num_steps, n, obs_dim), np.float32),  # the final one where an episode ended
         "actions": np.zeros((num_steps, n, ACT_DIM), np.float32),  # unclipped
         "rewards": np.zeros((num_steps, n), np.float32),
         "terminations": np.zeros((num_steps, n), np.float32),
         "dones": np.zeros((num_steps, n), np.float32),  # terminated or truncated
     }
+    if residual_share < 1.0:
+        acts = torch.rand(num_steps, n, generator=generator) < residual_share
+        buffers["acts"] = acts.numpy().astype(np.float32)  # whether the residual acted
     episodes = []
     noise = torch.randn(num_steps, n, ACT_DIM, generator=generator)
     with torch.inference_mode():
@@ -330,6 +356,8 @@ def rollout(
         for step in range(num_steps):
             action = agent.get_mean(agent.features(next_obs)).numpy() + noise[step]
             buffers["obs"][step], buffers["actions"][step] = next_obs, action
+            if residual_share < 1.0:
+                action = action * buffers["acts"][step][:, None]
             next_obs, reward, terminations, truncations, infos = envs.step(action)  # which clips it
             buffers["real_next_obs"][step], buffers["rewards"][step] = next_obs, reward
             if "final_info" in infos:
@@ -367,21 +395,24 @@ def compute_gae(
 
 def ppo_loss(
     agent: Agent, mb_x: torch.Tensor, critic_view: int, mb_actions: torch.Tensor, mb_logprobs: torch.Tensor,
-    mb_advantages: torch.Tensor, mb_returns: torch.Tensor, args: Args,
+    mb_advantages: torch.Tensor, mb_returns: torch.Tensor, args: Args, mb_acts: torch.Tensor | None = None,
+    critic_only: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
     """Loss of one minibatch and the metrics to log; (B, ...) each.
 
     The critic learns from one view only, the scene or its mirror image: taking turns teaches as much, at half the cost.
+    The actor learns from the steps in which it acted, those with mb_acts 1; None for all.
     """
     logratio = agent.get_logprob(mb_x, mb_actions) - mb_logprobs
     ratio = logratio.exp()
     if args.norm_adv and len(mb_advantages) > 1:
         mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * clipped_ratio).mean()
+    pg_losses = torch.max(-mb_advantages * ratio, -mb_advantages * clipped_ratio)
+    pg_loss = pg_losses.mean() if mb_acts is None else (pg_losses * mb_acts).sum() / mb_acts.sum().clamp(min=1.0)
     v_loss = 0.5 * (agent.get_value(mb_x[:, critic_view : critic_view + 1]) - mb_returns).square().mean()
     entropy_loss = agent.get_entropy()
-    loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
+    loss = (not critic_only) * (pg_loss - args.ent_coef * entropy_loss) + args.vf_coef * v_loss
     with torch.no_grad():
         metrics = {
             "approx_kl": ((ratio - 1) - logratio).mean(),  # http://joschu.net/blog/kl-approx.html
@@ -395,9 +426,9 @@ def ppo_loss(
 
 def update(
     agent: Agent, optimizer: torch.optim.Optimizer, buffers: dict[str, torch.Tensor], args: Args,
-    generator: torch.Generator,
+    generator: torch.Generator, critic_only: bool = False,
 ) -> dict[str, float]:  # fmt: skip
-    """Improve the agent on one rollout; returns the metrics averaged over all minibatches."""
+    """Improve the agent, or only its critic, on one rollout; returns the metrics averaged over all minibatches."""
     num_steps, n = buffers["rewards"].shape
     b_actions = buffers["actions"].flatten(0, 1)
     with torch.no_grad():
@@ -413,18 +444,22 @@ def update(
         )  # fmt: skip
     b_advantages = advantages.flatten()
     b_returns = b_advantages + b_values
+    tensors = [b_x, b_actions, b_logprobs, b_advantages, b_returns]
+    if "acts" in buffers:
+        tensors.append(buffers["acts"].flatten())
 
     # minibatches of equal size, at most minibatch_size: a shortened rollout leaves no tiny rest
     num_minibatches = -(-len(b_x) // args.minibatch_size)
     sums: dict[str, torch.Tensor] = {}
     for epoch in range(args.update_epochs):
         order = torch.randperm(len(b_x), generator=generator)
-        shuffled = [
-            b[order].tensor_split(num_minibatches) for b in (b_x, b_actions, b_logprobs, b_advantages, b_returns)
-        ]
-        for mb_x, mb_actions, mb_logprobs, mb_advantages, mb_returns in zip(*shuffled):
+        shuffled = [b[order].tensor_split(num_minibatches) for b in tensors]
+        for mb_x, mb_actions, mb_logprobs, mb_advantages, mb_returns, *mb_acts in zip(*shuffled):
             view = epoch % b_x.shape[1]
-            loss, metrics = ppo_loss(agent, mb_x, view, mb_actions, mb_logprobs, mb_advantages, mb_returns, args)
+            loss, metrics = ppo_loss(
+                agent, mb_x, view, mb_actions, mb_logprobs, mb_advantages, mb_returns, args, *mb_acts,
+                critic_only=critic_only,
+            )  # fmt: skip
             if not torch.isfinite(loss):
                 raise FloatingPointError("loss (" + ", ".join(f"{k} {v:.3g}" for k, v in metrics.items()) + ")")
             optimizer.zero_grad(set_to_none=False)  # see flatten_parameters
@@ -452,11 +487,13 @@ def evaluate(
 
     Args:
         act: residuals (num_envs, 6) for observations (num_envs, 25).
-        trace: keep every state, as "qpos" (length + 1, 10), the start included.
+        trace: keep every state as "qpos" (length + 1, 10), the start included, every observation "obs" (length, 25)
+            and the joint targets commanded then, "command" (length, 6), rad.
 
     Returns:
         A dict per seed, in order: seed, success, return, length, final_distance_m, final_yaw_error_rad,
-        residual_magnitude, failure ("", "non_finite" or "out_of_reach"), initial_distance_m, initial_yaw_rad.
+        residual_magnitude, failure ("", "non_finite" or "out_of_reach"), initial_distance_m, initial_yaw_rad; with a
+        base policy also base_delta_rad and residual_delta_rad, the episode's mean absolute values per joint.
     """
     episodes: list[dict[str, Any]] = []
     for start in range(0, len(seeds), envs.num_envs):
@@ -465,13 +502,21 @@ def evaluate(
         padded = chunk + [0] * (envs.num_envs - len(chunk))
         obs, _ = envs.reset(seed=padded, options={"reset_mask": mask})
         results: list[dict[str, Any]] = [{} for _ in chunk]
-        running, states = mask.copy(), [envs.qpos]
+        running, states, observations, commands = mask.copy(), [envs.qpos], [], []
+        deltas = np.zeros((2, envs.num_envs, ACT_DIM))  # sums of what base and residual moved the targets, rad
         initial_distance = np.linalg.norm(obs[:, 19:21], axis=1)
         initial_yaw = 2.0 * np.arctan2(obs[:, 18], obs[:, 15])
         while running.any():
-            obs, _, terminated, truncated, infos = envs.step(act(obs))
+            action = act(obs)
+            if trace:
+                observations.append(obs[:, :OBS_DIM])
+            obs, _, terminated, truncated, infos = envs.step(action)
             if trace:
                 states.append(envs.qpos)
+                commands.append(envs.command)
+            if envs.base_policy is not None:
+                residual_delta = envs.alpha * envs.act_scale * np.clip(action, -1, 1)
+                deltas += np.abs([infos["base_delta_rad"], residual_delta]) * running[:, None]
             for i in np.flatnonzero(running & (terminated | truncated)):
                 running[i] = False
                 episode = infos["episode"]
@@ -487,8 +532,12 @@ def evaluate(
                     "initial_distance_m": float(initial_distance[i]),
                     "initial_yaw_rad": float(initial_yaw[i]),
                 }
+                if envs.base_policy is not None:
+                    means = deltas[:, i] / results[i]["length"]
+                    results[i] |= {"base_delta_rad": means[0].tolist(), "residual_delta_rad": means[1].tolist()}
                 if trace:
-                    results[i]["qpos"] = np.array([state[i] for state in states])
+                    trajectories = {"qpos": states, "obs": observations, "command": commands}
+                    results[i] |= {key: np.array([row[i] for row in rows]) for key, rows in trajectories.items()}
         episodes += results
     return episodes
 
@@ -501,6 +550,25 @@ def mean_action(agent: Agent) -> Callable[[np.ndarray], np.ndarray]:
             return agent.get_mean(agent.features(obs)).clamp(-1, 1).numpy()
 
     return act
+
+
+def no_residual(obs: np.ndarray) -> np.ndarray:
+    """The base policy alone: residuals (N, 6) of zero."""
+    return np.zeros((len(obs), ACT_DIM), np.float32)
+
+
+def residual_to_base(episodes: list[dict[str, Any]]) -> dict[str, float]:
+    """Residual relative to the base action, per joint: ratio of mean absolute values, inf where the base rests.
+
+    Empty without a base policy.
+    """
+    if "base_delta_rad" not in episodes[0]:
+        return {}
+    base, residual = (
+        np.average([e[key] for e in episodes], axis=0, weights=[e["length"] for e in episodes])
+        for key in ("base_delta_rad", "residual_delta_rad")
+    )
+    return {joint: float(r / b) if b > 1e-9 else float("inf") * bool(r) for joint, b, r in zip(JOINTS, base, residual)}
 
 
 def check_rendering(envs: SO101ResidualVectorEnv, flag: str) -> None:
@@ -575,10 +643,21 @@ def load_checkpoint(path: str, flag: str) -> dict[str, Any]:
         fail(f"{flag} {path}: not a readable checkpoint, perhaps truncated ({type(error).__name__}); take another one")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         fail(f"{flag} {path}: not a checkpoint of ppo_residual_so101.py (this version reads {FORMAT!r})")
-    if (checkpoint["obs_dim"], checkpoint["act_dim"]) != (OBS_DIM, ACT_DIM):
+    obs_dim = OBS_DIM + ACT_DIM * checkpoint["args"]["observe_base"]
+    if (checkpoint["obs_dim"], checkpoint["act_dim"]) != (obs_dim, ACT_DIM):
         sizes = f"{checkpoint['obs_dim']} observations and {checkpoint['act_dim']} actions"
-        fail(f"{flag} {path}: made for {sizes}, the environment has {OBS_DIM} and {ACT_DIM}")
+        fail(f"{flag} {path}: made for {sizes}, the environment has {obs_dim} and {ACT_DIM}")
     return checkpoint
+
+
+def check_base(checkpoint: dict[str, Any], base_policy: BasePolicy | None, flag: str) -> None:
+    """Fail if a checkpoint's base policy is no longer the one its residual was trained on."""
+    fingerprint = base_policy.fingerprint if base_policy else ""
+    if fingerprint != checkpoint["base_fingerprint"]:
+        fail(
+            f"{flag}: trained on base policy {checkpoint['args']['base_policy']} with weights "
+            f"{checkpoint['base_fingerprint'][:12]}, that file now has {fingerprint[:12]}; put the old one back"
+        )
 
 
 def checkpoint_args(checkpoint: dict[str, Any]) -> Args:
@@ -615,25 +694,34 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
     return check_args(args), checkpoint
 
 
-def make_run_dir(args: Args) -> Path:
-    """A new directory for this run; fail if log_dir cannot be written."""
-    name = f"ppo_residual_{time.strftime('%Y%m%d-%H%M%S')}_s{args.seed}"
+def make_run_dir(log_dir: str, name: str, subdirectories: tuple[str, ...]) -> Path:
+    """A new directory for a run; fail if log_dir cannot be written."""
     for attempt in range(100):
-        run_dir = Path(args.log_dir) / (name + (f"_{attempt}" if attempt else ""))
+        run_dir = Path(log_dir) / (name + (f"_{attempt}" if attempt else ""))
         try:
             run_dir.mkdir(parents=True)
-            for sub in ("checkpoints", "best_model", "eval_results", "tensorboard"):
+            for sub in subdirectories:
                 (run_dir / sub).mkdir()
             return run_dir
         except FileExistsError:
-            if not Path(args.log_dir).is_dir():
+            if not Path(log_dir).is_dir():
                 break
         except OSError as error:
-            fail(f"--log-dir {args.log_dir}: cannot be written ({error.strerror}); name another directory")
-    fail(f"--log-dir {args.log_dir}: is not a directory; name another one")
+            fail(f"--log-dir {log_dir}: cannot be written ({error.strerror}); name another directory")
+    fail(f"--log-dir {log_dir}: is not a directory; name another one")
 
 
-def describe_run(args: Args) -> dict[str, Any]:
+def check_output(flag: str, path: str | None, suffixes: list[str]) -> None:
+    """Fail, before any work is done, if a result cannot be written to path; None is no path."""
+    if path is None:
+        return
+    if suffixes and Path(path).suffix not in suffixes:
+        fail(f"{flag} {path}: must end in {' or '.join(suffixes)}")
+    if not os.access(Path(path).resolve().parent, os.W_OK):
+        fail(f"{flag} {path}: its directory does not exist or cannot be written; create it or name another")
+
+
+def describe_run(args: Any) -> dict[str, Any]:
     """What config.json says: arguments, commit, versions, machine."""
 
     def git(*words: str) -> str | None:
@@ -669,6 +757,8 @@ def main() -> int:
     agent = Agent(args)
     optimizer = torch.optim.Adam([flatten_parameters(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
     envs = make_envs(args, resumed["num_envs"] if resumed else min(args.num_envs, args.total_timesteps))
+    if resumed:
+        check_base(resumed, envs.base_policy, f"--resume {args.resume}")
     eval_envs = make_envs(args, args.eval_episodes, AutoresetMode.DISABLED)
     if args.capture_video:
         check_rendering(eval_envs, "--capture-video")
@@ -677,7 +767,8 @@ def main() -> int:
             import wandb
         except ImportError:
             fail("--track needs Weights & Biases: pip install wandb")
-    run_dir = make_run_dir(args)
+    name = f"ppo_residual_{time.strftime('%Y%m%d-%H%M%S')}_s{args.seed}"
+    run_dir = make_run_dir(args.log_dir, name, ("checkpoints", "best_model", "eval_results", "tensorboard"))
 
     global_step, recent, best = 0, deque(maxlen=100), None
     if resumed:
@@ -708,7 +799,8 @@ def main() -> int:
     def checkpoint() -> dict[str, Any]:
         """Everything a resumed run needs, as tensors and plain values."""
         return {
-            "format": FORMAT, "obs_dim": OBS_DIM, "act_dim": ACT_DIM, "num_envs": envs.num_envs,
+            "format": FORMAT, "obs_dim": next_obs.shape[1], "act_dim": ACT_DIM, "num_envs": envs.num_envs,
+            "base_fingerprint": envs.base_policy.fingerprint if envs.base_policy else "",
             "args": {**dataclasses.asdict(args), "resume": None}, "global_step": global_step,
             "agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
             "envs": to_plain(envs.get_state()), "next_obs": torch.from_numpy(next_obs),
@@ -727,9 +819,11 @@ def main() -> int:
 
     def eval_and_log() -> dict[str, float]:
         """Evaluate the mean action on the validation seeds, log it, keep the best model."""
-        nonlocal best, eval_time
+        nonlocal best, base_success, eval_time
         eval_start = time.perf_counter()
         seeds = [VALIDATION_SEED + i for i in range(args.eval_episodes)]
+        if base_success is None:
+            base_success = float(np.mean([e["success"] for e in evaluate(no_residual, eval_envs, seeds)]))
         episodes = evaluate(mean_action(agent), eval_envs, seeds, trace=args.capture_video)
         if args.capture_video:
             write_video(eval_envs, episodes[:1], run_dir / "eval_results" / f"step_{global_step}.mp4")
@@ -738,6 +832,8 @@ def main() -> int:
             "mean_reward": float(np.mean([episode["return"] for episode in episodes])),
             "mean_ep_length": float(np.mean([episode["length"] for episode in episodes])),
             "residual_magnitude": float(np.mean([episode["residual_magnitude"] for episode in episodes])),
+            "base_success_rate": base_success,
+            **{f"residual_to_base/{joint}": ratio for joint, ratio in residual_to_base(episodes).items()},
         }
         for name, value in result.items():
             writer.add_scalar(f"eval/{name}", value, global_step)
@@ -752,6 +848,8 @@ def main() -> int:
         eval_time += time.perf_counter() - eval_start
         return result
 
+    # an arm that rests moves nothing, and no sheet starts inside the tape
+    base_success = 0.0 if envs.base_policy is None else None
     eval_time, result, metrics, means = 0.0, None, {}, {}
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
     try:
@@ -759,8 +857,9 @@ def main() -> int:
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - global_step / args.total_timesteps)
             num_steps = min(args.num_steps, (args.total_timesteps - global_step) // envs.num_envs)
-            buffers, next_obs, episodes = rollout(agent, envs, next_obs, num_steps, generator)
-            metrics = update(agent, optimizer, buffers, args, generator)
+            share = min(1.0, global_step / args.progressive_steps) if args.progressive_steps else 1.0
+            buffers, next_obs, episodes = rollout(agent, envs, next_obs, num_steps, generator, share)
+            metrics = update(agent, optimizer, buffers, args, generator, global_step < args.critic_warmup_steps)
             before, global_step = global_step, global_step + num_steps * envs.num_envs
 
             recent.extend(episodes)
@@ -786,6 +885,9 @@ def main() -> int:
                 result = eval_and_log()
         if args.eval_every and result is None and not interrupted:
             result = eval_and_log()
+    except BasePolicyError as error:
+        bar.close()
+        fail(f"--base-policy {args.base_policy}: {error} (after {global_step} steps; earlier checkpoints in {run_dir})")
     except FloatingPointError as error:
         bar.close()
         print(
@@ -817,6 +919,7 @@ def main() -> int:
         "residual_magnitude": metrics.get("residual_magnitude"),
         "final_eval_success_rate": result["success_rate"] if result else None,
         "final_eval_mean_return": result["mean_reward"] if result else None,
+        "base_eval_success_rate": base_success,
         "best_eval_success_rate": best["success_rate"] if best else None,
         "best_eval_step": best["step"] if best else None,
         "best_checkpoint": str(best_model),
@@ -828,7 +931,7 @@ def main() -> int:
         return 128 + interrupted[0]
     if best:
         print(f"evaluation success: best {best['success_rate']:.2f} at {best['step']} steps", end="")
-        print(f", last {result['success_rate']:.2f}" if result else "")
+        print((f", last {result['success_rate']:.2f}" if result else "") + f", base policy alone {base_success:.2f}")
     print(f"evaluate: python eval_so101.py --model {best_model}")
     return 0
 

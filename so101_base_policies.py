@@ -4,9 +4,12 @@ A base policy is an object with `reset(mask)`, `act(obs, command)` and `close()`
 cannot act raises; none ever falls back to zeros.
 """
 
+import hashlib
+
 import mujoco
 import mujoco.batch
 import numpy as np
+import torch
 
 from so101_env import (
     ACT_DIM,
@@ -14,12 +17,13 @@ from so101_env import (
     HOME_RAD,
     TIP_PRESSED_M,
     BasePolicy,
+    BasePolicyError,
     distance_to_sheet,
     load_model,
 )
 
-ARM = 4  # shoulder_pan, shoulder_lift, elbow_flex and wrist_flex move the tip; wrist_roll and gripper stay at home
-SPECS = "zero, jacobian"
+ARM = 4  # shoulder_pan, shoulder_lift, elbow_flex and wrist_flex move the tip; wrist_roll and gripper keep still
+SPECS = "zero, jacobian, checkpoint:PATH, bc:PATH"
 
 
 class JacobianPolicy:
@@ -39,6 +43,7 @@ class JacobianPolicy:
     TOLERANCE_M = 0.005  # near enough to the tape's centre
     PITCH_M_PER_RAD, PITCH_GAIN = 0.1, 0.3  # weight of a rad of pitch in the least squares; share corrected per step
     DAMPING = 1e-4  # m^2 per rad^2
+    fingerprint = ""
 
     def __init__(self) -> None:
         self.model = load_model()
@@ -85,20 +90,93 @@ class JacobianPolicy:
         motion = transposed @ np.linalg.solve(rows @ transposed + self.DAMPING * np.eye(4), wanted[:, :, None])
         motion = motion[:, :, 0] / np.maximum(np.abs(motion[:, :, 0]).max(1, keepdims=True) / COMMAND_WINDOW_RAD, 1.0)
 
-        torque = self.gravity[:, :ACT_DIM] + self.model.dof_damping[:ACT_DIM] * obs[:, 6:12]
-        torque[:, :ARM] -= self.PRESS_N * jacobian[:, 2] * drag[:, None]
-        target = np.tile(HOME_RAD, (n, 1))
-        target[:, :ARM] = obs[:, :ARM] + motion
-        return target + torque / self.model.actuator_gainprm[:, 0] - command
+        torque = self.gravity[:, :ARM] + self.model.dof_damping[:ARM] * obs[:, 6 : 6 + ARM]
+        torque -= self.PRESS_N * jacobian[:, 2] * drag[:, None]
+        delta = np.zeros(
+            (n, ACT_DIM)
+        )  # wrist_roll and gripper stay where they were told to be: a residual may turn them
+        delta[:, :ARM] = obs[:, :ARM] + motion + torque / self.model.actuator_gainprm[:ARM, 0] - command[:, :ARM]
+        return delta
 
     def close(self) -> None:
         """Nothing to release."""
 
 
+class CheckpointPolicy:
+    """A frozen policy of ppo_residual_so101.py, its own base policy included: residuals stack."""
+
+    def __init__(self, path: str) -> None:
+        # the trainer imports this module, so it is imported when needed
+        from ppo_residual_so101 import check_base, checkpoint_args, load_agent, load_base_policy, load_checkpoint
+
+        checkpoint = load_checkpoint(path, "--base-policy checkpoint:")
+        args = checkpoint_args(checkpoint)
+        self.base = load_base_policy(args.base_policy)
+        check_base(checkpoint, self.base, f"--base-policy checkpoint:{path}")
+        self.agent, self.observe_base, self.scale = (
+            load_agent(checkpoint),
+            args.observe_base,
+            args.alpha * args.act_scale,
+        )
+        self.fingerprint = fingerprint(checkpoint["agent"], f"{checkpoint['base_fingerprint']} {self.scale}")
+
+    def reset(self, mask: np.ndarray) -> None:
+        """Passed on to its own base policy."""
+        if self.base is not None:
+            self.base.reset(mask)
+
+    def act(self, obs: np.ndarray, command: np.ndarray) -> np.ndarray:
+        """Joint deltas in rad (N, 6): what its own base policy and its residual ask for together."""
+        base = np.zeros((len(obs), ACT_DIM)) if self.base is None else self.base.act(obs, command)
+        if self.observe_base:
+            obs = np.concatenate([obs, base.astype(np.float32)], axis=1)
+        with torch.inference_mode():
+            return base + self.scale * self.agent.get_mean(self.agent.features(obs)).clamp(-1, 1).double().numpy()
+
+    def close(self) -> None:
+        """Release what its own base policy holds."""
+        if self.base is not None:
+            self.base.close()
+
+
+class ClonePolicy:
+    """A behaviour clone of bc_so101.py: it asks for absolute joint targets."""
+
+    def __init__(self, path: str) -> None:
+        from bc_so101 import load_clone
+
+        self.clone, state_dict = load_clone(path, "--base-policy bc:")
+        self.fingerprint = fingerprint(state_dict)
+
+    def reset(self, mask: np.ndarray) -> None:
+        """Nothing to forget."""
+
+    def act(self, obs: np.ndarray, command: np.ndarray) -> np.ndarray:
+        """Joint deltas in rad (N, 6): from the last commanded targets to the clone's."""
+        with torch.inference_mode():
+            return self.clone(torch.from_numpy(obs)).double().numpy() - command
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def fingerprint(state_dict: dict[str, torch.Tensor], also: str = "") -> str:
+    """SHA-256 of weights, and of a string."""
+    digest = hashlib.sha256(also.encode())
+    for name, tensor in sorted(state_dict.items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def make_base_policy(spec: str) -> BasePolicy | None:
-    """Base policy of a command-line spec string; None is the zero policy. Raises ValueError for an unknown spec."""
+    """Base policy of a command-line spec string, None for zero. Raises BasePolicyError for an unknown spec."""
+    kind, _, path = spec.partition(":")
     if spec == "zero":
         return None
     if spec == "jacobian":
         return JacobianPolicy()
-    raise ValueError(f"unknown base policy {spec!r}; known: {SPECS}")
+    if kind == "checkpoint" and path:
+        return CheckpointPolicy(path)
+    if kind == "bc" and path:
+        return ClonePolicy(path)
+    raise BasePolicyError(f"unknown; known are {SPECS}")

@@ -38,6 +38,7 @@ HOME_RAD = np.array([0.0, 0.4759, -0.2335, 1.3284, 0.0470, 0.0])
 # A target stays this close to the one a free arm would need for the same motion. Times the servo gain it bounds the
 # torque against an obstacle to 0.21 N m, and so the press of a fingertip to about 1 N: light enough to drag a sheet.
 COMMAND_WINDOW_RAD = 0.012
+MAX_DELTA_RAD = 6.3  # no joint's range is wider: a base policy that asks for more is wrong about its units
 SHEET_REACH_M = 0.42  # stretched arm, tip on the table, from the shoulder_pan axis
 PAN_AXIS_M = np.array([0.0388353, 0.0])
 
@@ -94,14 +95,23 @@ class DomainRandomization:
         )
 
 
+class BasePolicyError(ValueError):
+    """A base policy that cannot act, or acts in a way that no arm can follow. It ends the run."""
+
+
 class BasePolicy(Protocol):
-    """What the residual corrects. A policy that cannot act raises; it never returns zeros instead."""
+    """What the residual corrects. A policy that cannot act raises BasePolicyError; it never returns zeros instead."""
+
+    fingerprint: str  # hash of its weights; empty if it has none
 
     def reset(self, mask: np.ndarray) -> None:
         """Forget the episodes of the environments in mask, (N,) bool."""
 
     def act(self, obs: np.ndarray, command: np.ndarray) -> np.ndarray:
-        """Joint deltas in rad, (N, 6), for observations (N, 25) and the last commanded joint targets (N, 6), rad."""
+        """Joint deltas in rad, (N, 6), for observations (N, 25) and the last commanded joint targets (N, 6), rad.
+
+        It may be called twice for the same observation: before and after other environments are reset.
+        """
 
     def close(self) -> None:
         """Release what the policy holds."""
@@ -181,6 +191,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         randomization: ranges, used where randomize is True.
         num_threads: physics threads; None uses every core, at most one per environment. No result depends on it.
         autoreset_mode: SAME_STEP, or DISABLED: then a finished environment rests, unsimulated, until it is reset.
+        observe_base: append the base policy's joint deltas (6, rad) to the observation, which then has 31 numbers.
 
     Raises:
         ValueError: an argument outside its range.
@@ -203,6 +214,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         randomization: DomainRandomization | None = None,
         num_threads: int | None = None,
         autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
+        observe_base: bool = False,
     ):
         _check(num_envs >= 1, "num_envs", num_envs, "at least 1")
         _check(0.0 <= alpha <= 1.0, "alpha", alpha, "in [0, 1]")
@@ -213,13 +225,14 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         _check(num_threads is None or num_threads >= 1, "num_threads", num_threads, "at least 1")
         _check(render_mode in (None, "rgb_array"), "render_mode", render_mode, "None or 'rgb_array'")
         _check(autoreset_mode != AutoresetMode.NEXT_STEP, "autoreset_mode", autoreset_mode, "SAME_STEP or DISABLED")
+        _check(base_policy is not None or not observe_base, "observe_base", observe_base, "False without a base policy")
         self.num_envs, self.render_mode = num_envs, render_mode
         self.metadata = {**self.metadata, "autoreset_mode": autoreset_mode}
         self.alpha, self.act_scale, self.residual_penalty = alpha, act_scale, residual_penalty
         self.tape_margin, self.max_episode_steps, self.shaping_gamma = tape_margin, max_episode_steps, shaping_gamma
-        self.base_policy = base_policy
+        self.base_policy, self.observe_base = base_policy, observe_base
         self.randomization = (randomization or DomainRandomization()) if randomize else DomainRandomization.nominal()
-        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (OBS_DIM,), np.float32)
+        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (OBS_DIM + ACT_DIM * observe_base,), np.float32)
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, (ACT_DIM,), np.float32)
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
@@ -256,7 +269,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._return = np.zeros(n)
         self._residual_sum = np.zeros(n)
         self._done = np.ones(n, bool)
-        self._obs = np.zeros((n, OBS_DIM), np.float32)
+        self._obs = np.zeros(self.observation_space.shape, np.float32)
+        self._base = np.zeros((n, ACT_DIM))  # with observe_base: the base policy's deltas for self._obs, rad
         self._renderer: mujoco.Renderer | None = None
 
     # -- Gymnasium API
@@ -268,7 +282,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
         Args:
             seed: environment i gets seed + i, or seed[i] of a list; None goes on with the generators as they are.
-            options: {"reset_mask": (N,) bool} resets only those environments.
+            options: {"reset_mask": (N,) bool} resets only those environments; {"qpos": (N, 10)} starts them at rest at
+                these positions instead of drawing the sheet's pose.
 
         Returns:
             Observations (N, 25) and an empty dict.
@@ -287,7 +302,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         for i in np.flatnonzero(mask):
             if seeds[i] is not None or self._rngs[i] is None:
                 self._rngs[i] = seeding.np_random(seeds[i])[0]
-        self._start_episodes(np.flatnonzero(mask))
+        self._start_episodes(np.flatnonzero(mask), options.get("qpos") if options else None)
         return self._obs.copy(), {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -298,12 +313,14 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
         Returns:
             obs (N, 25), reward (N,), terminated (N,), truncated (N,) and info: is_success, distance_m, yaw_error_rad,
-            non_finite, out_of_reach, residual_magnitude (N,) each, and reward_terms. With SAME_STEP autoreset, obs of a
+            non_finite, out_of_reach, residual_magnitude (N,) each, reward_terms, and with a base policy base_delta_rad
+            (N, 6). With SAME_STEP autoreset, obs of a
             finished environment is the next episode's first, and info has final_obs (N, 25) and final_info (the keys
             above, and episode: r and l), valid where _final_obs, _final_info are True.
 
         Raises:
-            ValueError: actions of another shape, or not finite; a base policy's delta likewise.
+            ValueError: actions of another shape, or not finite.
+            BasePolicyError: a base policy's joint deltas likewise, or beyond every joint's range.
             RuntimeError: DISABLED autoreset and every environment has finished, or step before reset.
         """
         active = ~self._done
@@ -316,11 +333,9 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             raise ValueError(f"actions must be finite, of shape ({self.num_envs}, {ACT_DIM}); got {residual.shape}")
         residual = np.minimum(np.maximum(residual, -1.0), 1.0)  # np.clip takes three times as long on arrays this small
         delta = (self.alpha * self.act_scale) * residual
+        base = None
         if self.base_policy is not None:
-            base = np.asarray(self.base_policy.act(self._obs.copy(), self._command.copy()), np.float64)
-            if base.shape != delta.shape or not np.isfinite(base).all():
-                name = type(self.base_policy).__name__
-                raise ValueError(f"base policy {name}: act() must return finite {delta.shape}, got {base.shape}")
+            base = self._base.copy() if self.observe_base else self._base_delta()
             delta += base
 
         # the targets that a free arm would have right now: what it measures, plus its lag under gravity and damping
@@ -384,6 +399,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             "residual_magnitude": magnitude,
             "reward_terms": terms,
         }
+        if base is not None:
+            info["base_delta_rad"] = base
         finished = terminated | truncated
         self._done |= finished
         if finished.any():
@@ -397,6 +414,11 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             else:
                 info["episode"], info["_episode"] = episode, finished
         return self._obs.copy(), reward, terminated, truncated, info
+
+    @property
+    def command(self) -> np.ndarray:
+        """Copy of the last commanded joint targets (N, 6), rad, as the encoders count."""
+        return self._command.copy()
 
     @property
     def qpos(self) -> np.ndarray:
@@ -433,7 +455,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
     # -- saving and restoring
 
     _STATE = ("_command", "_delayed", "_latency", "_joint_offset", "_phi", "_steps", "_streak", "_return",
-              "_residual_sum", "_done", "_obs")  # fmt: skip
+              "_residual_sum", "_done", "_obs", "_base")  # fmt: skip
 
     def get_state(self) -> dict[str, Any]:
         """All that the next steps depend on (not a base policy's own state): arrays, and the generators as dicts."""
@@ -463,6 +485,20 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
     # -- internals
 
+    def _base_delta(self) -> np.ndarray:
+        """The base policy's joint deltas (N, 6) in rad for the current observations, checked."""
+        base = np.asarray(self.base_policy.act(self._obs[:, :OBS_DIM].copy(), self._command.copy()), np.float64)
+        name, expected = type(self.base_policy).__name__, (self.num_envs, ACT_DIM)
+        if base.shape != expected or not np.isfinite(base).all():
+            raise BasePolicyError(f"base policy {name}: act() must return finite {expected}, got {base.shape}")
+        largest = float(np.abs(base[~self._done]).max())
+        if largest > MAX_DELTA_RAD:
+            raise BasePolicyError(
+                f"base policy {name}: asks for a joint to move by {largest:.1f} rad in one step, at most "
+                f"{MAX_DELTA_RAD:.1f} is within reach; are its actions in degrees?"
+            )
+        return base
+
     def _home_state(self) -> dict[str, np.ndarray]:
         """Nominal resting state: joints at home, servo targets raised by gravity sag, sheet settled on the table."""
         data = mujoco.MjData(self.model)
@@ -476,14 +512,16 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         data.qpos[:ACT_DIM] = HOME_RAD
         return {"qpos": data.qpos.copy(), "warmstart": data.qacc_warmstart.copy(), "torque": data.qfrc_bias[:6].copy()}
 
-    def _start_episodes(self, ids: np.ndarray) -> None:
-        """Draw and start new episodes in the environments ids, each from its own generator."""
-        ranges, model = self.randomization, self.model
+    def _start_episodes(self, ids: np.ndarray, qpos: np.ndarray | None = None) -> None:
+        """Draw and start new episodes in the environments ids, each from its own generator; qpos as in reset."""
+        ranges, model, gains = self.randomization, self.model, np.tile(self._gain, (self.num_envs, 1))
         for i in ids:
             rng = self._rngs[i]
             x, y, yaw = self._draw_sheet_pose(rng)
             self._qpos[i] = self._home["qpos"]
             self._qpos[i, 6:8], self._qpos[i, 9] = (x, y), yaw
+            if qpos is not None:
+                self._qpos[i] = qpos[i]
             if "pair_friction" in self._fields:
                 scale = rng.uniform(-1.0, 1.0, 2) * (ranges.sheet_friction, ranges.finger_friction) + 1.0
                 # by name: the compiler sorts pairs, so file order means nothing
@@ -494,7 +532,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
                 factor, sheet = 1.0 + ranges.sheet_mass * rng.uniform(-1.0, 1.0), model.body("sheet").id
                 self._fields["body_mass"][i, sheet] = model.body_mass[sheet] * factor
                 self._fields["body_inertia"][i, sheet] = model.body_inertia[sheet] * factor
-            gain = model.actuator_gainprm[:, 0].copy()
+            gain = gains[i]
             if "actuator_gainprm" in self._fields:
                 gain *= 1.0 + ranges.servo_gain * rng.uniform(-1.0, 1.0, ACT_DIM)
                 self._fields["actuator_gainprm"][i, :, 0] = gain
@@ -512,6 +550,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self.batch.bind("time")[ids] = 0.0
         self.batch.bind("qacc_warmstart")[ids] = self._home["warmstart"]
         self.batch.forward(ids, stage=self._stage)
+        if qpos is not None:
+            self._ctrl[ids] = self._qpos[ids, :ACT_DIM] + self._gravity[ids, :ACT_DIM] / gains[ids]
         self._command[ids] = self._ctrl[ids] + self._joint_offset[ids]
         self._delayed[ids] = self._command[ids][:, None]
         self._steps[ids] = self._streak[ids] = 0
@@ -521,9 +561,9 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._phi[ids] = potential(self._tip, self._qpos[:, 6:8], yaw, sheet_distance(self._qpos[:, 6:8]))[ids]
         mask = np.zeros(self.num_envs, bool)
         mask[ids] = True
-        self._observe(mask, yaw)
         if self.base_policy is not None:
             self.base_policy.reset(mask)
+        self._observe(mask, yaw)
 
     def _draw_sheet_pose(self, rng: np.random.Generator) -> tuple[float, float, float]:
         """Start pose x, y (m), yaw (rad) of a sheet that is not already inside the tape."""
@@ -537,7 +577,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
     def _observe(self, mask: np.ndarray, yaw: np.ndarray) -> None:
         """Write the observations of the environments in mask from the state after the last substep, given all yaws."""
-        qpos, obs = self._qpos, self._obs if mask.all() else np.zeros((self.num_envs, OBS_DIM), np.float32)
+        everyone, qpos = mask.all(), self._qpos
+        obs = self._obs if everyone else np.zeros_like(self._obs)
         obs[:, 0:6] = qpos[:, :6] + self._joint_offset
         obs[:, 6:12] = self._qvel[:, :6]
         obs[:, 12:15] = qpos[:, 6:9]
@@ -558,8 +599,11 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
                 yaw[i] += NOISE_YAW_RAD * noise[18]
         obs[:, 15], obs[:, 18] = np.cos(yaw / 2), np.sin(yaw / 2)
         obs[:, 19:21] = TAPE_CENTER_M - obs[:, 12:14]
-        if obs is not self._obs:
+        if not everyone:
             self._obs[mask] = obs[mask]
+        if self.observe_base:
+            self._base[mask] = self._base_delta()[mask]
+            self._obs[mask, OBS_DIM:] = self._base[mask]
 
 
 class SO101ResidualEnv(gym.Env):

@@ -1,0 +1,183 @@
+"""Clone demonstrations: a multilayer perceptron that predicts the joint targets of a recorded policy or person.
+
+    python eval_so101.py --base-policy jacobian --record demos --episodes 200
+    python bc_so101.py --demos demos
+    python ppo_residual_so101.py --base-policy bc:logs/bc_so101_.../bc_model.pt
+
+The clone sees the observation of the task and gives absolute joint targets, as LeRobot datasets store them.
+"""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from tqdm import tqdm
+
+from ppo_residual_so101 import describe_run, fail, layer_init, make_run_dir, save_checkpoint, write_json
+from so101_dataset import ACTION, ENVIRONMENT, STATE, DatasetError, read_dataset, to_rad, unit_of
+from so101_env import ACT_DIM, OBS_DIM
+
+FORMAT = "bc_so101 clone 1"
+
+
+@dataclasses.dataclass
+class Args:
+    demos: str
+    """LeRobotDataset v3.0 with observation.state, observation.environment_state and action"""
+    units: str | None = None
+    """unit of the joints, rad, deg or norm, where the dataset does not say"""
+    seed: int = 1
+    """seed of weights, minibatches, and of the choice of the validation episodes"""
+    train_steps: int = 10_000
+    """gradient steps"""
+    batch_size: int = 256
+    """frames per gradient step"""
+    learning_rate: float = 1e-3
+    """step size of AdamW at the start; it falls to zero along half a cosine"""
+    weight_decay: float = 1e-4
+    """of AdamW"""
+    hidden_size: int = 256
+    """units in each of the two hidden layers"""
+    validation_share: float = 0.1
+    """share of the episodes that are only used to measure the loss"""
+    log_dir: str = "logs"
+    """directory that gets one directory per run"""
+
+
+class Clone(nn.Module):
+    """Absolute joint targets (N, 6) in rad for observations (N, 25); normalised by the demonstrations' statistics."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            layer_init(nn.Linear(OBS_DIM, hidden_size)), nn.ReLU(),
+            layer_init(nn.Linear(hidden_size, hidden_size)), nn.ReLU(),
+            layer_init(nn.Linear(hidden_size, ACT_DIM), std=0.1),
+        )  # fmt: skip
+        for name, size in (("obs", OBS_DIM), ("motion", ACT_DIM)):
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+
+    def normalised(self, obs: torch.Tensor) -> torch.Tensor:
+        """Predicted motion (N, 6), target minus measured joint position, in standard deviations."""
+        return self.net(((obs - self.obs_mean) / self.obs_std).clamp(-5.0, 5.0))
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        """Absolute joint targets (N, 6), rad."""
+        return obs[:, :ACT_DIM] + self.normalised(obs) * self.motion_std + self.motion_mean
+
+
+def load_clone(path: str, flag: str) -> tuple[Clone, dict[str, torch.Tensor]]:
+    """A clone and its weights; fail with one line if the file is missing, damaged or of another kind."""
+    if not Path(path).is_file():
+        fail(f"{flag} {path}: no such file")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file; each ends the program here
+        fail(f"{flag} {path}: not a readable clone, perhaps truncated ({type(error).__name__}); take another one")
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        fail(f"{flag} {path}: not a clone of bc_so101.py (this version reads {FORMAT!r})")
+    clone = Clone(saved["args"]["hidden_size"])
+    clone.load_state_dict(saved["clone"])
+    return clone, saved["clone"]
+
+
+def check_args(args: Args) -> None:
+    """Fail with the name of the first flag that is out of range."""
+    for name in ("train_steps", "batch_size", "learning_rate", "hidden_size"):
+        if not getattr(args, name) > 0:
+            fail(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    if not 0 < args.validation_share < 1:
+        fail(f"--validation-share must be in (0, 1), got {args.validation_share}")
+    if args.weight_decay < 0 or args.seed < 0:
+        fail("--weight-decay and --seed must not be negative")
+
+
+def load_demos(args: Args) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Observations (T, 25) and motions (T, 6), target minus measured joint position in rad, of every episode."""
+    try:
+        info, episodes = read_dataset(Path(args.demos), (STATE, ENVIRONMENT, ACTION))
+        units = [unit_of(info, key, args.units) for key in (STATE, ACTION)]
+        demos = []
+        for episode in episodes:
+            state, action = (to_rad(episode[key], unit) for key, unit in zip((STATE, ACTION), units))
+            obs = np.concatenate([state, episode[ENVIRONMENT]], axis=1)
+            demos.append((torch.tensor(obs, dtype=torch.float32), torch.tensor(action - state, dtype=torch.float32)))
+    except DatasetError as error:
+        fail(f"--demos: {error}")
+    if len(demos) < 2:
+        fail(f"--demos {args.demos}: needs at least two episodes, one to learn from and one to validate on")
+    return demos
+
+
+def main() -> int:
+    """Train; returns the exit code."""
+    args = tyro.cli(Args, description=__doc__)
+    check_args(args)
+    demos = load_demos(args)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+
+    order = torch.randperm(len(demos), generator=generator).tolist()
+    num_validation = min(len(demos) - 1, max(1, round(args.validation_share * len(demos))))
+    parts = [[demos[i] for i in order[num_validation:]], [demos[i] for i in order[:num_validation]]]
+    (obs, motion), (valid_obs, valid_motion) = [[torch.cat(tensors) for tensors in zip(*part)] for part in parts]
+
+    clone = Clone(args.hidden_size)
+    for name, data in (("obs", obs), ("motion", motion)):
+        getattr(clone, f"{name}_mean").copy_(data.mean(0))
+        # what hardly varies in the demonstrations must not be blown up when it varies later
+        getattr(clone, f"{name}_std").copy_(data.std(0).clamp(min=1e-3))
+    target, valid_target = ((m - clone.motion_mean) / clone.motion_std for m in (motion, valid_motion))
+    optimizer = torch.optim.AdamW(clone.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.train_steps)
+
+    run_dir = make_run_dir(args.log_dir, f"bc_so101_{time.strftime('%Y%m%d-%H%M%S')}_s{args.seed}", ("tensorboard",))
+    write_json(run_dir / "config.json", describe_run(args))
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    writer, start = SummaryWriter(str(run_dir / "tensorboard")), time.perf_counter()
+    valid_loss = float("nan")
+    for step in (bar := tqdm(range(1, args.train_steps + 1), unit="step", dynamic_ncols=True)):
+        rows = torch.randint(len(obs), (args.batch_size,), generator=generator)
+        loss = (clone.normalised(obs[rows]) - target[rows]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if not torch.isfinite(loss):
+            fail(f"the loss is {loss.item()} at step {step}: lower --learning-rate {args.learning_rate}")
+        if step % 500 == 0 or step == args.train_steps:
+            with torch.no_grad():
+                valid_loss = (clone.normalised(valid_obs) - valid_target).square().mean().item()
+            writer.add_scalar("train/loss", loss.item(), step)
+            writer.add_scalar("validation/loss", valid_loss, step)
+            bar.set_postfix(loss=f"{loss.item():.4f}", validation=f"{valid_loss:.4f}")
+    writer.close()
+
+    model, wall_time = run_dir / "bc_model.pt", time.perf_counter() - start
+    saved: dict[str, Any] = {"format": FORMAT, "args": dataclasses.asdict(args), "clone": clone.state_dict()}
+    save_checkpoint(model, saved)
+    summary = {
+        "episodes": len(parts[0]), "frames": len(obs), "validation_episodes": len(parts[1]),
+        "train_loss": loss.item(), "validation_loss": valid_loss, "wall_time_s": wall_time,
+    }  # fmt: skip
+    write_json(run_dir / "training_summary.json", summary)
+    print(
+        f"{len(parts[0])} episodes, {len(obs)} frames, {wall_time:.1f} s; validation loss {valid_loss:.4f} (variance 1)"
+    )
+    print(f"evaluate:  python eval_so101.py --base-policy bc:{model} --episodes 100")
+    print(f"reinforce: python ppo_residual_so101.py --base-policy bc:{model}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Replay the actions of a recorded episode in the simulation, and compare with what was recorded.
+
+    python replay_so101.py --dataset demos --episode 3 --video replay.mp4
+
+Any LeRobotDataset v3.0 or v2.1 of an SO-101 at 30 fps will do. Without observation.environment_state of this project
+nobody knows where the sheet was: it then lies in the tape. The physics are nominal.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import tyro
+from gymnasium.vector import AutoresetMode
+
+from ppo_residual_so101 import check_output, check_rendering, fail, no_residual, write_json, write_video
+from so101_dataset import (
+    ACTION,
+    ENVIRONMENT,
+    ENVIRONMENT_NAMES,
+    STATE,
+    DatasetError,
+    read_dataset,
+    to_rad,
+    unit_of,
+)
+from so101_env import CONTROL_HZ, JOINTS, SHEET_HALF_THICKNESS_M, TAPE_CENTER_M, SO101ResidualVectorEnv
+
+
+@dataclasses.dataclass
+class ReplayArgs:
+    dataset: str
+    """directory of the LeRobotDataset"""
+    episode: int = 0
+    """number of the episode"""
+    units: str | None = None
+    """unit of the joints, rad, deg or norm, where the dataset does not say"""
+    tape_margin: float = 0.04
+    """m between sheet and tape"""
+    video: str | None = None
+    """film the replay into this MP4 or GIF file"""
+    json: str | None = None
+    """write the deviations to this file"""
+
+
+class Replay:
+    """A base policy that asks for recorded joint targets (T, 6), rad, one after the other."""
+
+    fingerprint = ""
+
+    def __init__(self, targets_rad: np.ndarray):
+        self.targets, self.step = targets_rad, 0
+
+    def reset(self, mask: np.ndarray) -> None:
+        """Start again."""
+        self.step = 0
+
+    def act(self, obs: np.ndarray, command: np.ndarray) -> np.ndarray:
+        """Joint deltas (1, 6) to the next target."""
+        self.step += 1
+        return self.targets[None, self.step - 1] - command
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def replay(
+    state_rad: np.ndarray, action_rad: np.ndarray, environment: np.ndarray | None, tape_margin: float
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Replay states (T, 6) and actions (T, 6); environment (T, 19) places the sheet.
+
+    Returns the observations (L, 25) before each step and positions (L + 1, 10), L <= T, and whether the task succeeded.
+    """
+    sheet = [*TAPE_CENTER_M, SHEET_HALF_THICKNESS_M, 0.0]
+    if environment is not None:
+        sheet = [*environment[0, 6:9], 2.0 * np.arctan2(environment[0, 12], environment[0, 9])]
+    envs = SO101ResidualVectorEnv(
+        1, Replay(action_rad), randomize=False, tape_margin=tape_margin, autoreset_mode=AutoresetMode.DISABLED,
+        max_episode_steps=len(action_rad), num_threads=1,
+    )  # fmt: skip
+    obs, _ = envs.reset(seed=0, options={"qpos": np.array([[*state_rad[0], *sheet]])})
+    observations, states = [], [envs.qpos[0]]
+    done, success = False, False
+    while not done:
+        observations.append(obs[0])
+        obs, _, terminated, truncated, info = envs.step(no_residual(obs))
+        states.append(envs.qpos[0])
+        done, success = bool(terminated[0] or truncated[0]), bool(info["is_success"][0])
+    envs.close()
+    return np.array(observations), np.array(states), success
+
+
+def main() -> int:
+    """Replay, print the deviations; returns the exit code."""
+    args = tyro.cli(ReplayArgs, description=__doc__)
+    check_output("--video", args.video, [".mp4", ".gif"])
+    check_output("--json", args.json, [".json"])
+    if not 0 < args.tape_margin <= 0.1:
+        fail(f"--tape-margin is in metres, above 0 and at most 0.1, got {args.tape_margin}")
+    try:
+        info, episodes = read_dataset(Path(args.dataset), (STATE, ACTION))
+        if info["fps"] != CONTROL_HZ:
+            fail(f"--dataset {args.dataset}: has {info['fps']} fps, the simulation runs at {CONTROL_HZ}")
+        if not 0 <= args.episode < len(episodes):
+            fail(f"--episode {args.episode}: the dataset has episodes 0 to {len(episodes) - 1}")
+        episode = episodes[args.episode]
+        state, action = (to_rad(episode[key], unit_of(info, key, args.units)) for key in (STATE, ACTION))
+        environment = None
+        if info["features"].get(ENVIRONMENT, {}).get("names") == ENVIRONMENT_NAMES:
+            environment = read_dataset(Path(args.dataset), (ENVIRONMENT,))[1][args.episode][ENVIRONMENT]
+    except DatasetError as error:
+        fail(f"--dataset: {error}")
+
+    observations, states, success = replay(state, action, environment, args.tape_margin)
+    length = len(observations)
+    deviation = np.rad2deg(np.abs(observations[:, :6] - state[:length]))
+    print(
+        f"{args.dataset}, episode {args.episode}: {len(state)} steps recorded, {length} replayed, "
+        f"{'success' if success else 'no success'} in the simulation"
+    )
+    print(f"{'deviation from the recorded states (degrees)':46}{'mean':>8}{'largest':>9}{'at the end':>12}")
+    for joint, column in zip(JOINTS, deviation.T):
+        print(f"{joint:46}{column.mean():8.3f}{column.max():9.3f}{column[-1]:12.3f}")
+    result = {
+        "steps_recorded": len(state), "steps_replayed": length, "success": success,
+        "mean_joint_deviation_deg": dict(zip(JOINTS, deviation.mean(0).tolist())),
+        "max_joint_deviation_deg": dict(zip(JOINTS, deviation.max(0).tolist())),
+    }  # fmt: skip
+    if environment is not None:
+        sheet = 1000 * np.linalg.norm(observations[:, 12:14] - environment[:length, 6:8], axis=1)
+        print(f"{'sheet (mm)':46}{sheet.mean():8.3f}{sheet.max():9.3f}{sheet[-1]:12.3f}")
+        result |= {"mean_sheet_deviation_mm": float(sheet.mean()), "max_sheet_deviation_mm": float(sheet.max())}
+    if args.json:
+        write_json(Path(args.json), result)
+    if args.video:
+        envs = SO101ResidualVectorEnv(1, tape_margin=args.tape_margin, num_threads=1)
+        check_rendering(envs, "--video")
+        write_video(envs, [{"qpos": states}], Path(args.video))
+        envs.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
