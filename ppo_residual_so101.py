@@ -42,6 +42,7 @@ from so101_env import (
     BasePolicyError,
     DomainRandomization,
     SO101ResidualVectorEnv,
+    arrival_yaw,
 )
 
 LOG_2PI = float(np.log(2 * np.pi))
@@ -89,6 +90,9 @@ class Args:
     """average actor and critic over the scene and its left-right mirror image"""
     sheet_feature: bool = True
     """show the networks the vector from the sheet's nearest point to the tip, computed from the observation"""
+    arrival_yaw_weight: float = 0.0
+    """m per rad, in the shaping, of the yaw that a straight drag from here would end with, which the networks then see,
+    too; 0: the present yaw counts 0.05"""
     activation: Literal["relu", "tanh"] = "relu"
     """of the hidden layers"""
     hidden_size: int = 64
@@ -162,7 +166,8 @@ def check_args(args: Args) -> Args:
         value = getattr(args, name)
         if value is not None and not value > 0:
             fail(f"--{name.replace('_', '-')} must be positive, got {value}")
-    for name in "ent_coef vf_coef clip_coef residual_penalty eval_every critic_warmup_steps progressive_steps".split():
+    not_negative = "ent_coef vf_coef clip_coef residual_penalty eval_every critic_warmup_steps progressive_steps "
+    for name in (not_negative + "arrival_yaw_weight seed").split():
         if not getattr(args, name) >= 0:
             fail(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
     for name in "alpha gamma gae_lambda".split():
@@ -172,8 +177,6 @@ def check_args(args: Args) -> Args:
         fail(f"--tape-margin is in metres and at most 0.1, got {args.tape_margin}")
     if args.full_randomization and not args.randomize:
         fail("--full-randomization contradicts --no-randomize: drop one of them")
-    if args.seed < 0:
-        fail(f"--seed must not be negative, got {args.seed}")
     # a budget below one rollout shortens the rollout, and below num_envs takes fewer environments
     args.batch_size = args.num_envs * args.num_steps
     if args.minibatch_size > args.batch_size:
@@ -213,6 +216,7 @@ def make_envs(
         num_threads=args.num_threads,
         autoreset_mode=autoreset_mode,
         observe_base=args.observe_base,
+        arrival_yaw_weight=args.arrival_yaw_weight,
     )
 
 
@@ -235,9 +239,9 @@ class Agent(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
-        self.sheet_feature = args.sheet_feature
+        self.sheet_feature, self.arrival_yaw = args.sheet_feature, args.arrival_yaw_weight > 0.0
         obs_dim, width = OBS_DIM + ACT_DIM * args.observe_base, args.hidden_size
-        in_dim = obs_dim + 2 * args.sheet_feature
+        in_dim = obs_dim + 2 * args.sheet_feature + 3 * self.arrival_yaw
         activation = {"relu": lambda: nn.ReLU(inplace=True), "tanh": nn.Tanh}[args.activation]
 
         def mlp(out_dim: int, out_std: float) -> nn.Sequential:
@@ -267,7 +271,9 @@ class Agent(nn.Module):
         if args.observe_base:
             feature_mirror[[OBS_DIM, OBS_DIM + 4]] = -1.0
         if args.sheet_feature:
-            feature_mirror[-1] = -1.0
+            feature_mirror[obs_dim + 1] = -1.0
+        if self.arrival_yaw:
+            feature_mirror[[-3, -2]] = -1.0
         action_mirror[[0, 4]] = -1.0
         views = 1 + args.symmetry  # as it is, and mirrored
         self.register_buffer("feature_signs", torch.stack([torch.ones(in_dim), feature_mirror])[:views])
@@ -288,7 +294,12 @@ class Agent(nn.Module):
             half_turn = np.ascontiguousarray(obs[:, 15:19:3]).view(np.complex64)
             tip = ((obs[:, 22:24] - obs[:, 12:14]).view(np.complex64) / (half_turn * half_turn)).view(np.float32)
             half = self.sheet_half.numpy()
-            x[:, -2:] = (tip - np.minimum(np.maximum(tip, -half), half)) / np.float32(0.03)
+            start = obs.shape[1]
+            x[:, start : start + 2] = (tip - np.minimum(np.maximum(tip, -half), half)) / np.float32(0.03)
+        if self.arrival_yaw:
+            # the yaw to expect, and its product with the way: across the way, that is where the tip should press
+            end = arrival_yaw(obs[:, 22:24], obs[:, 12:14], 2.0 * np.arctan2(obs[:, 18], obs[:, 15]))
+            x[:, -3], x[:, -2:] = end / 0.1, end[:, None] * obs[:, 19:21] / 0.01
         return torch.from_numpy(x[:, None] * self.feature_signs.numpy())
 
     def get_mean(self, x: torch.Tensor) -> torch.Tensor:

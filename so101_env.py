@@ -44,6 +44,9 @@ PAN_AXIS_M = np.array([0.0388353, 0.0])
 
 # potential of the shaping term, per metre: tip-to-sheet, sheet-to-tape, and radians of yaw counted as metres
 SHAPING_PER_M, SHAPING_YAW_M_PER_RAD = 100.0, 0.05
+# A sheet that is dragged by a point beside its centre turns: rad per m of that lever across the way, and m of the way.
+# Fitted to drags of the scripted pusher.
+TURN_RAD_PER_M2 = 39.0
 SHAPING_INSET_M = 0.01  # the tip counts as over the sheet this far inside its edges
 TIP_PRESSED_M = 0.0073  # height of the gripper tip when the fingertips touch the sheet
 # one standard deviation of `DomainRandomization.observation_noise = 1`
@@ -150,8 +153,18 @@ def sheet_distance(sheet_xy_m: np.ndarray) -> np.ndarray:
     return np.hypot(sheet_xy_m[:, 0] - TAPE_CENTER_M[0], sheet_xy_m[:, 1] - TAPE_CENTER_M[1])
 
 
+def arrival_yaw(tip_xy_m: np.ndarray, sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray) -> np.ndarray:
+    """Yaw (N,) that sheets would about have, were they pressed at the tips (N, 2) and dragged straight to the tape."""
+    lever, way = tip_xy_m - sheet_xy_m, TAPE_CENTER_M - sheet_xy_m
+    return sheet_yaw_rad + TURN_RAD_PER_M2 * (lever[:, 0] * way[:, 1] - lever[:, 1] * way[:, 0])
+
+
 def potential(
-    tip_m: np.ndarray, sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray, sheet_distance_m: np.ndarray
+    tip_m: np.ndarray,
+    sheet_xy_m: np.ndarray,
+    sheet_yaw_rad: np.ndarray,
+    sheet_distance_m: np.ndarray,
+    arrival_yaw_weight: float = 0.0,
 ) -> np.ndarray:
     """Shaping potential (N,), 0 at best: tip (N, 3) on the sheet, sheet (N, 2) at the tape's centre, without yaw.
 
@@ -160,7 +173,10 @@ def potential(
     """
     aside = distance_to_sheet(tip_m[:, :2], sheet_xy_m, sheet_yaw_rad, SHAPING_INSET_M)
     reach = np.hypot(aside, np.maximum(tip_m[:, 2] - TIP_PRESSED_M, 0.0))
-    return -SHAPING_PER_M * (reach + sheet_distance_m + SHAPING_YAW_M_PER_RAD * np.abs(sheet_yaw_rad))
+    turned = SHAPING_YAW_M_PER_RAD * np.abs(sheet_yaw_rad)
+    if arrival_yaw_weight:
+        turned = arrival_yaw_weight * np.abs(arrival_yaw(tip_m[:, :2], sheet_xy_m, sheet_yaw_rad))
+    return -SHAPING_PER_M * (reach + sheet_distance_m + turned)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,6 +207,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         randomization: ranges, used where randomize is True.
         num_threads: physics threads; None uses every core, at most one per environment. No result depends on it.
         autoreset_mode: SAME_STEP, or DISABLED: then a finished environment rests, unsimulated, until it is reset.
+        arrival_yaw_weight: in the shaping, metres per radian of the yaw that a straight drag would end with (see
+            `arrival_yaw`); 0 counts the present yaw.
         observe_base: append the base policy's joint deltas (6, rad) to the observation, which then has 31 numbers.
 
     Raises:
@@ -215,6 +233,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         num_threads: int | None = None,
         autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
         observe_base: bool = False,
+        arrival_yaw_weight: float = 0.0,
     ):
         _check(num_envs >= 1, "num_envs", num_envs, "at least 1")
         _check(0.0 <= alpha <= 1.0, "alpha", alpha, "in [0, 1]")
@@ -225,12 +244,13 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         _check(num_threads is None or num_threads >= 1, "num_threads", num_threads, "at least 1")
         _check(render_mode in (None, "rgb_array"), "render_mode", render_mode, "None or 'rgb_array'")
         _check(autoreset_mode != AutoresetMode.NEXT_STEP, "autoreset_mode", autoreset_mode, "SAME_STEP or DISABLED")
+        _check(arrival_yaw_weight >= 0.0, "arrival_yaw_weight", arrival_yaw_weight, "at least 0")
         _check(base_policy is not None or not observe_base, "observe_base", observe_base, "False without a base policy")
         self.num_envs, self.render_mode = num_envs, render_mode
         self.metadata = {**self.metadata, "autoreset_mode": autoreset_mode}
         self.alpha, self.act_scale, self.residual_penalty = alpha, act_scale, residual_penalty
         self.tape_margin, self.max_episode_steps, self.shaping_gamma = tape_margin, max_episode_steps, shaping_gamma
-        self.base_policy, self.observe_base = base_policy, observe_base
+        self.base_policy, self.observe_base, self.arrival_yaw_weight = base_policy, observe_base, arrival_yaw_weight
         self.randomization = (randomization or DomainRandomization()) if randomize else DomainRandomization.nominal()
         self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (OBS_DIM + ACT_DIM * observe_base,), np.float32)
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, (ACT_DIM,), np.float32)
@@ -380,7 +400,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             waiting = terms["distance"] + terms["yaw"] + terms["time"]
             terms["failure"][:] = failure * (self.max_episode_steps - self._steps) * waiting
         unshaped = rows_of_terms.sum(0)
-        phi = potential(self._tip, sheet, yaw, distance)
+        phi = potential(self._tip, sheet, yaw, distance, self.arrival_yaw_weight)
         if self.shaping_gamma is not None:
             # zero at terminal states: only then does shaping leave the best policy as it is (Ng et al. 1999)
             terms["shaping"][:] = self.shaping_gamma * (phi * ~terminated) - self._phi
@@ -557,8 +577,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._steps[ids] = self._streak[ids] = 0
         self._return[ids] = self._residual_sum[ids] = 0.0
         self._done[ids] = False
-        yaw = wrap_angle(self._qpos[:, 9])
-        self._phi[ids] = potential(self._tip, self._qpos[:, 6:8], yaw, sheet_distance(self._qpos[:, 6:8]))[ids]
+        sheet, yaw = self._qpos[:, 6:8], wrap_angle(self._qpos[:, 9])
+        self._phi[ids] = potential(self._tip, sheet, yaw, sheet_distance(sheet), self.arrival_yaw_weight)[ids]
         mask = np.zeros(self.num_envs, bool)
         mask[ids] = True
         if self.base_policy is not None:
