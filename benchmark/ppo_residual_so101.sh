@@ -18,7 +18,9 @@ cd "$(dirname "$0")/.."
 
 JOBS=${JOBS:-$(env -u OMP_NUM_THREADS nproc)} # nproc heeds that variable, and one thread is not one core
 export NAME=${NAME:-standard_50k} SEEDS=${SEEDS:-$(seq -s " " 1 10)} EPISODES=${EPISODES:-100} OMP_NUM_THREADS=1
-export RUNS=${RUNS:-logs/benchmark/$NAME} OUT=${OUT-benchmark/results/$NAME}
+# a base policy that moves is evaluated alone, too
+case " $* " in *" --base-policy "*) BASE=--base ;; *) BASE=--no-base ;; esac
+export BASE RUNS=${RUNS:-logs/benchmark/$NAME} OUT=${OUT-benchmark/results/$NAME}
 mkdir -p "$RUNS"
 
 run_seed() {
@@ -31,7 +33,7 @@ run_seed() {
       python ppo_residual_so101.py --seed "$seed" --log-dir "$dir" --num-threads 1 "$@" &&
         run=$(echo "$dir"/ppo_residual_*) &&
         for model in final_model best_model/best_model; do
-          python eval_so101.py --model "$run/$model.pt" --episodes "$EPISODES" --no-base --num-threads 1 \
+          python eval_so101.py --model "$run/$model.pt" --episodes "$EPISODES" "$BASE" --num-threads 1 \
             --json "$dir/$(basename $model).json" || return 1
         done
     } > "$dir/log.txt" 2>&1; then

@@ -36,6 +36,8 @@ class ReportArgs:
     """directory to write results.md, results.json and learning_curves.png into"""
     name: str | None = None
     """of the sweep, for titles (default: the last part of --runs)"""
+    against: tuple[str, ...] = ()
+    """directories of other sweeps to draw on the same axes"""
 
 
 def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -109,22 +111,40 @@ def settings(seed: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in seed["config"]["args"].items() if key not in own}
 
 
-def plot(seeds: list[dict[str, Any]], title: str, path: Path) -> None:
+def read_sweep(directory: str) -> list[dict[str, Any]]:
+    """Every seed of a sweep; fail if there is none, or if they were not trained alike."""
+    directories = sorted(Path(directory).glob("seed_*"), key=lambda path: int(path.name.removeprefix("seed_")))
+    if not directories:
+        fail(f"--runs {directory}: has no seed_<n> directory; benchmark/ppo_residual_so101.sh makes them")
+    seeds = [read_seed(each) for each in directories]
+    for each, seed in zip(directories, seeds):
+        for key, value in settings(seed).items():
+            if value != (first := settings(seeds[0])[key]):
+                fail(f"--runs: {each} was trained with {key} {value}, {directories[0]} with {first}; delete one")
+    return seeds
+
+
+def plot(sweeps: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Success and return over steps: every seed thin, the interquartile mean thick, its 95 % band shaded."""
     figure, axes = plt.subplots(1, len(CURVES), figsize=(11, 4), layout="constrained")
     for axis, (tag, label) in zip(axes, CURVES.items()):
-        # a curve begins when the first episode ends: common steps are those that every seed has reached
-        steps = seeds[0][tag][:, 0]
-        steps = steps[steps >= max(seed[tag][0, 0] for seed in seeds)]
-        values = np.array([np.interp(steps, *seed[tag].T) for seed in seeds])
-        axis.plot(steps, values.T, color="tab:blue", linewidth=0.6, alpha=0.4)
-        axis.fill_between(steps, *interval(values), color="tab:blue", alpha=0.25, linewidth=0)
-        axis.plot(steps, interquartile_mean(values, axis=0), color="tab:blue", linewidth=2)
+        for color, (name, seeds) in zip(("tab:blue", "tab:orange", "tab:green", "tab:purple"), sweeps.items()):
+            # a curve begins when the first episode ends: common steps are those that every seed has reached
+            steps = seeds[0][tag][:, 0]
+            steps = steps[steps >= max(seed[tag][0, 0] for seed in seeds)]
+            values = np.array([np.interp(steps, *seed[tag].T) for seed in seeds])
+            axis.plot(steps, values.T, color=color, linewidth=0.6, alpha=0.4)
+            axis.fill_between(steps, *interval(values), color=color, alpha=0.25, linewidth=0)
+            axis.plot(steps, interquartile_mean(values, axis=0), color=color, linewidth=2, label=name)
         axis.set(xlabel="environment steps", ylabel=f"{label}, last 100 training episodes")
         axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
         axis.grid(alpha=0.3)
     axes[0].set_ylim(0, 1)
-    figure.suptitle(f"{title}: interquartile mean of {len(seeds)} seeds, bootstrap 95 % band", fontsize=10)
+    title = next(iter(sweeps)) if len(sweeps) == 1 else " against ".join(sweeps)
+    counts = " and ".join(str(count) for count in sorted({len(seeds) for seeds in sweeps.values()}))
+    if len(sweeps) > 1:
+        axes[0].legend(fontsize=8)
+    figure.suptitle(f"{title}: interquartile mean of {counts} seeds, bootstrap 95 % band", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -148,6 +168,8 @@ def summarize(seeds: list[dict[str, Any]], name: str) -> dict[str, Any]:
         for model in ("final", "best"):
             row |= {f"{model}_success": seed[model]["success_rate"], f"{model}_return": seed[model]["mean_return"]}
         row["final_length"] = seed["final"]["mean_length"]
+        if base := seed["final"]["base"]:
+            row |= {"base_success": base["success_rate"], "base_length": base["mean_length"]}
         for percent in (50, 85):
             row[f"steps_to_{percent}"] = steps_to(seed["rollout/success_rate_100"], percent / 100)
         row |= {"wall_time_s": seed["summary"]["wall_time_s"], "cpu_time_s": seed["summary"]["cpu_time_s"]}
@@ -185,9 +207,11 @@ def markdown(results: dict[str, Any]) -> str:
     rows = results["seeds"]
     columns = {
         "seed": "seed", "final_success": "final model: success", "final_return": "return", "final_length": "length",
+        "base_success": "base alone: success", "base_length": "length",
         "best_success": "best model: success", "best_return": "return", "steps_to_50": "steps to 50 %",
         "steps_to_85": "steps to 85 %", "wall_time_s": "wall s", "cpu_time_s": "CPU s",
     }  # fmt: skip
+    columns = {key: title for key, title in columns.items() if key in rows[0]}
 
     def cell(key: str, value: Any) -> str:
         if value is None:
@@ -229,21 +253,14 @@ def markdown(results: dict[str, Any]) -> str:
 def main() -> None:
     """Read, check that the seeds belong together, and write."""
     args = tyro.cli(ReportArgs, description=__doc__)
-    directories = sorted(Path(args.runs).glob("seed_*"), key=lambda path: int(path.name.removeprefix("seed_")))
-    if not directories:
-        fail(f"--runs {args.runs}: has no seed_<n> directory; benchmark/ppo_residual_so101.sh makes them")
-    seeds = [read_seed(directory) for directory in directories]
-    for directory, seed in zip(directories, seeds):
-        for key, value in settings(seed).items():
-            if value != (first := settings(seeds[0])[key]):
-                fail(f"--runs: {directory} was trained with {key} {value}, {directories[0]} with {first}; delete one")
+    seeds = read_sweep(args.runs)
     name, out = args.name or Path(args.runs).name, Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
     results = summarize(seeds, name)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (out / "results.md").write_text(markdown(results))
-    plot(seeds, name, out / "learning_curves.png")
+    plot({name: seeds} | {Path(each).name: read_sweep(each) for each in args.against}, out / "learning_curves.png")
     print(f"{sentence(results)} Report: {out}/results.md")
 
 
