@@ -1,6 +1,8 @@
 """Base policies, alone and under a residual."""
 
 import json
+import re
+import sys
 
 import mujoco
 import numpy as np
@@ -11,20 +13,16 @@ from gymnasium.vector import AutoresetMode
 
 import ppo_residual_so101 as ppo
 from so101_base_policies import JacobianPolicy, make_base_policy
-from so101_env import ACT_DIM, SO101ResidualVectorEnv
+from so101_env import ACT_DIM, BasePolicyError, SO101ResidualVectorEnv
 
 SEEDS = list(range(1_700_000_000, 1_700_000_100))  # of no training and no evaluation
-
-
-def no_residual(obs: np.ndarray) -> np.ndarray:
-    return np.zeros((len(obs), ACT_DIM))
 
 
 def run_alone(tape_margin: float, num_envs: int = 50) -> list[dict]:
     envs = SO101ResidualVectorEnv(
         num_envs, JacobianPolicy(), tape_margin=tape_margin, autoreset_mode=AutoresetMode.DISABLED
     )
-    return ppo.evaluate(no_residual, envs, SEEDS)
+    return ppo.evaluate(ppo.no_residual, envs, SEEDS)
 
 
 def test_pusher_masters_standard_and_leaves_the_yaw_of_precise_to_the_residual():
@@ -66,7 +64,7 @@ def test_untrained_residual_leaves_every_episode_to_the_base():
     agent = ppo.Agent(args)
     envs = ppo.make_envs(args, 25, AutoresetMode.DISABLED)
     seeds = SEEDS[:25]
-    assert ppo.evaluate(ppo.mean_action(agent), envs, seeds) == ppo.evaluate(no_residual, envs, seeds)
+    assert ppo.evaluate(ppo.mean_action(agent), envs, seeds) == ppo.evaluate(ppo.no_residual, envs, seeds)
 
 
 def test_evaluation_of_a_base_alone(tmp_path):
@@ -94,7 +92,7 @@ def test_training_on_the_pusher_resumes_to_the_bit(tmp_path):
     "flags, message",
     [
         ("", "--base-policy"),
-        ("--base-policy magic", "known: zero, jacobian"),
+        ("--base-policy magic", "known are zero, jacobian"),
         ("--base-policy jacobian --tape-margin 3", "--tape-margin"),
     ],
 )
@@ -105,3 +103,137 @@ def test_bad_flags_of_an_evaluation_without_a_model(flags, message):
 
 def test_zero_is_no_policy():
     assert make_base_policy("zero") is None
+
+
+@pytest.mark.parametrize("observe_base", [False, True])
+def test_residuals_stack(observe_base, tmp_path):
+    """A frozen policy as base, and nothing added: the episodes of the frozen policy itself."""
+    flags = "--base-policy jacobian --tape-margin 0.02 --learning-rate 0.05" + observe_base * " --observe-base"
+    run = train(tmp_path, *SMALL.split(), *flags.split())
+    model = run / "final_model.pt"
+    checkpoint = ppo.load_checkpoint(str(model), "--model")
+    args = ppo.checkpoint_args(checkpoint)
+    args.num_threads = 1
+    agent = ppo.load_agent(checkpoint)
+    trained = ppo.evaluate(ppo.mean_action(agent), ppo.make_envs(args, 10, AutoresetMode.DISABLED), SEEDS[:10])
+    args.base_policy, args.observe_base = f"checkpoint:{model}", False
+    stacked = ppo.evaluate(ppo.no_residual, ppo.make_envs(args, 10, AutoresetMode.DISABLED), SEEDS[:10])
+    assert [e["length"] for e in stacked] == [e["length"] for e in trained]
+    np.testing.assert_allclose(
+        [e["final_distance_m"] for e in stacked], [e["final_distance_m"] for e in trained], atol=1e-9
+    )
+    assert np.mean([e["residual_magnitude"] for e in trained]) > 0.05  # it does not just repeat the pusher
+
+
+def test_another_base_is_refused(tmp_path):
+    """A checkpoint whose base policy's file was trained anew can be neither evaluated nor resumed."""
+    first, second = (train(tmp_path / seed, *SMALL.split(), "--seed", seed) / "final_model.pt" for seed in "12")
+    base = tmp_path / "base.pt"
+    base.write_bytes(first.read_bytes())
+    top = train(tmp_path / "top", *SMALL.split(), "--base-policy", f"checkpoint:{base}")
+    half = min((top / "checkpoints").glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
+    for script, flag, path in (
+        ("eval_so101.py", "--model", top / "final_model.pt"),
+        ("ppo_residual_so101.py", "--resume", half),
+    ):
+        base.write_bytes(second.read_bytes())
+        done = run_script(script, flag, str(path))
+        assert done.returncode == 2 and "weights" in done.stderr and "Traceback" not in done.stderr
+        base.unlink()
+        done = run_script(script, flag, str(path))
+        assert done.returncode == 2 and str(base) in done.stderr and "Traceback" not in done.stderr
+
+
+def test_base_success_and_residual_per_joint_are_reported(tmp_path):
+    run = train(tmp_path, *SMALL.split(), "--base-policy", "jacobian", "--learning-rate", "0.05")
+    lines = [json.loads(line) for line in (run / "eval_results" / "evaluations.jsonl").read_text().splitlines()]
+    seeds = [ppo.VALIDATION_SEED + i for i in range(3)]
+    envs = ppo.make_envs(ppo.Args(base_policy="jacobian", num_threads=1), 3, AutoresetMode.DISABLED)
+    alone = np.mean([e["success"] for e in ppo.evaluate(ppo.no_residual, envs, seeds)])
+    assert {line["base_success_rate"] for line in lines} == {alone}
+    # by hand, for one joint: how far each of the two moved the targets
+    agent = ppo.load_agent(ppo.load_checkpoint(str(run / "final_model.pt"), "--model"))
+    residual, base, act = [], [], ppo.mean_action(agent)
+    for seed in seeds:
+        envs = ppo.make_envs(ppo.Args(base_policy="jacobian", num_threads=1), 1, AutoresetMode.DISABLED)
+        obs, done = envs.reset(seed=[seed])[0], False
+        while not done:
+            base.append(abs(envs.base_policy.act(obs, envs.command)[0, 1]))
+            residual.append(0.7 * 0.02 * abs(act(obs)[0, 1]))
+            obs, _, terminated, truncated, _ = envs.step(act(obs))
+            done = terminated[0] or truncated[0]
+    assert lines[-1]["residual_to_base/shoulder_lift"] == pytest.approx(np.mean(residual) / np.mean(base), rel=1e-3)
+    assert lines[-1]["residual_to_base/wrist_roll"] == float("inf")  # the pusher keeps it still
+
+
+def test_only_the_critic_learns_while_it_warms_up(tmp_path):
+    run = train(tmp_path, *SMALL.split(), "--base-policy", "jacobian", "--critic-warmup-steps", "3000")
+    agent = ppo.load_agent(ppo.load_checkpoint(str(run / "final_model.pt"), "--model"))
+    torch.manual_seed(1)
+    start = ppo.Agent(ppo.Args(base_policy="jacobian"))
+    for (name, trained), untrained in zip(agent.named_parameters(), start.parameters()):
+        assert torch.equal(trained, untrained) != name.startswith("critic"), name
+
+
+def test_progressive_residual_leaves_steps_to_the_base_and_out_of_the_loss():
+    args = ppo.Args(base_policy="jacobian", num_threads=1, num_envs=8)
+    agent, envs = ppo.Agent(args), ppo.make_envs(args, 8)
+    applied, step = [], envs.step
+    envs.step = lambda action: (applied.append(action.copy()), step(action))[1]
+    obs, _ = envs.reset(seed=0)
+    buffers, _, _ = ppo.rollout(agent, envs, obs, 64, torch.Generator().manual_seed(0), residual_share=0.25)
+    acts = buffers["acts"].numpy()
+    assert 0.15 < acts.mean() < 0.35 and set(np.unique(acts)) == {0.0, 1.0}
+    np.testing.assert_array_equal(np.array(applied) != 0.0, np.repeat(acts[:, :, None] == 1.0, ACT_DIM, axis=2))
+    # the gradient of the actor is that of the steps in which it acted
+    x, actions = agent.features(buffers["obs"].flatten(0, 1).numpy()), buffers["actions"].flatten(0, 1)
+    mask, advantages = buffers["acts"].flatten(), torch.randn(len(x), generator=torch.Generator().manual_seed(1))
+    args.norm_adv = False
+    gradients = []
+    for rows, masks in ((slice(None), [mask]), (mask == 1.0, [])):
+        old = torch.zeros(len(x)) - 8.0
+        loss, _ = ppo.ppo_loss(
+            agent, x[rows], 0, actions[rows], old[rows], advantages[rows], advantages[rows], args, *masks
+        )
+        agent.zero_grad()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in agent.actor_mean.parameters()]))
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+    assert gradients[0].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [(np.zeros((4, 5)), "(4, 6)"), (np.full((4, ACT_DIM), np.nan), "finite"), (np.full((4, ACT_DIM), 40.0), "degrees")],
+)
+def test_a_base_policy_that_fails_stops_the_run(answer, message):
+    policy = JacobianPolicy()
+    policy.act = lambda obs, command: answer
+    envs = SO101ResidualVectorEnv(4, policy)
+    envs.reset(seed=0)
+    with pytest.raises(BasePolicyError, match=re.escape(message)):
+        envs.step(np.zeros((4, ACT_DIM)))
+
+
+def test_training_on_a_base_policy_that_fails_ends_with_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(JacobianPolicy, "act", lambda self, obs, command: np.full((len(obs), ACT_DIM), np.nan))
+    monkeypatch.setattr(sys, "argv", ["ppo_residual_so101.py", "--base-policy", "jacobian", "--log-dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        ppo.main()
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "--base-policy jacobian" in line and "JacobianPolicy" in line
+
+
+def test_observed_base_action_is_the_one_that_acts():
+    """After a reset, too, and the final observation of an episode has its own."""
+    pusher = JacobianPolicy()
+    envs = SO101ResidualVectorEnv(6, JacobianPolicy(), observe_base=True, max_episode_steps=7)
+    obs, _ = envs.reset(seed=0)
+    for _ in range(20):
+        np.testing.assert_allclose(obs[:, 25:], pusher.act(obs[:, :25], envs.command), atol=1e-6)
+        shown = obs[:, 25:].copy()
+        obs, _, _, truncated, info = envs.step(np.zeros((6, ACT_DIM)))
+        np.testing.assert_allclose(info["base_delta_rad"], shown, atol=1e-6)
+        if truncated.any():
+            assert np.abs(info["final_obs"][truncated, 25:] - obs[truncated, 25:]).max() > 1e-4

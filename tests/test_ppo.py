@@ -128,14 +128,14 @@ def test_first_minibatch_has_ratio_one(setup, monkeypatch):
     buffers, _, _ = ppo.rollout(agent, envs, obs, 64, torch.Generator().manual_seed(0))
     ratios, views, original = [], [], ppo.ppo_loss
 
-    def spy(agent, mb_x, view, mb_actions, mb_logprobs, *rest):
+    def spy(agent, mb_x, view, mb_actions, mb_logprobs, *rest, **named):
         with torch.no_grad():
             # density of the unclipped action, by the textbook
             mean, std = agent.get_mean(mb_x), agent.actor_logstd.exp()
             density = torch.exp(-0.5 * ((mb_actions - mean) / std) ** 2) / (std * np.sqrt(2 * np.pi))
             ratios.append(density.prod(-1) / mb_logprobs.exp())
         views.append(view)
-        return original(agent, mb_x, view, mb_actions, mb_logprobs, *rest)
+        return original(agent, mb_x, view, mb_actions, mb_logprobs, *rest, **named)
 
     monkeypatch.setattr(ppo, "ppo_loss", spy)
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3)
@@ -202,8 +202,11 @@ def test_agent_initialisation_and_state_dict():
     assert torch.equal(agent.get_mean(agent.features(obs)), other.get_mean(other.features(obs)))
 
 
-def test_agent_is_mirror_symmetric(setup):
+@pytest.mark.parametrize("arrival_yaw_weight", [0.0, 0.8])
+def test_agent_is_mirror_symmetric(setup, arrival_yaw_weight):
     args, agent, envs, obs = setup
+    args.arrival_yaw_weight = arrival_yaw_weight
+    agent = ppo.Agent(args)
     mirrored = obs.copy()
     for i in (0, 6, 10, 13, 18, 20, 23):  # pan; pan and roll velocity; sheet y; quaternion z; goal y; tip y
         mirrored[:, i] *= -1
