@@ -1,6 +1,6 @@
 """Clone demonstrations: a multilayer perceptron that predicts the joint targets of a recorded policy or person.
 
-    python eval_so101.py --base-policy jacobian --record demos --episodes 200
+    python eval_so101.py --base-policy jacobian --record demos --episodes 200 --action-noise 0.5 --only-successes
     python bc_so101.py --demos demos
     python ppo_residual_so101.py --base-policy bc:logs/bc_so101_.../bc_model.pt
 
@@ -19,9 +19,10 @@ import torch.nn as nn
 import tyro
 from tqdm import tqdm
 
-from ppo_residual_so101 import describe_run, fail, layer_init, make_run_dir, save_checkpoint, write_json
+import ppo_residual_so101
+from ppo_residual_so101 import Agent, describe_run, fail, make_run_dir, save_checkpoint, write_json
 from so101_dataset import ACTION, ENVIRONMENT, STATE, DatasetError, read_dataset, to_rad, unit_of
-from so101_env import ACT_DIM, OBS_DIM
+from so101_env import ACT_DIM
 
 FORMAT = "bc_so101 clone 1"
 
@@ -42,7 +43,7 @@ class Args:
     """step size of AdamW at the start; it falls to zero along half a cosine"""
     weight_decay: float = 1e-4
     """of AdamW"""
-    hidden_size: int = 256
+    hidden_size: int = 128
     """units in each of the two hidden layers"""
     validation_share: float = 0.1
     """share of the episodes that are only used to measure the loss"""
@@ -51,26 +52,22 @@ class Args:
 
 
 class Clone(nn.Module):
-    """Absolute joint targets (N, 6) in rad for observations (N, 25); normalised by the demonstrations' statistics."""
+    """Absolute joint targets (N, 6) in rad for observations (N, 25).
+
+    It is the trainer's actor, with its features and its mirror symmetry, and predicts how far a target is from the
+    measured joint position.
+    """
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.net = nn.Sequential(
-            layer_init(nn.Linear(OBS_DIM, hidden_size)), nn.ReLU(),
-            layer_init(nn.Linear(hidden_size, hidden_size)), nn.ReLU(),
-            layer_init(nn.Linear(hidden_size, ACT_DIM), std=0.1),
-        )  # fmt: skip
-        for name, size in (("obs", OBS_DIM), ("motion", ACT_DIM)):
-            self.register_buffer(f"{name}_mean", torch.zeros(size))
-            self.register_buffer(f"{name}_std", torch.ones(size))
+        self.actor = Agent(ppo_residual_so101.Args(hidden_size=hidden_size))
+        del self.actor.critic, self.actor.actor_logstd
+        self.register_buffer("motion_scale_rad", torch.ones(ACT_DIM))
 
-    def normalised(self, obs: torch.Tensor) -> torch.Tensor:
-        """Predicted motion (N, 6), target minus measured joint position, in standard deviations."""
-        return self.net(((obs - self.obs_mean) / self.obs_std).clamp(-5.0, 5.0))
-
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        """Absolute joint targets (N, 6), rad."""
-        return obs[:, :ACT_DIM] + self.normalised(obs) * self.motion_std + self.motion_mean
+    def forward(self, obs: np.ndarray) -> torch.Tensor:
+        """Absolute joint targets (N, 6), rad, for observations (N, 25)."""
+        motion = self.actor.get_mean(self.actor.features(obs)) * self.motion_scale_rad
+        return torch.from_numpy(obs[:, :ACT_DIM]) + motion
 
 
 def load_clone(path: str, flag: str) -> tuple[Clone, dict[str, torch.Tensor]]:
@@ -132,11 +129,10 @@ def main() -> int:
     (obs, motion), (valid_obs, valid_motion) = [[torch.cat(tensors) for tensors in zip(*part)] for part in parts]
 
     clone = Clone(args.hidden_size)
-    for name, data in (("obs", obs), ("motion", motion)):
-        getattr(clone, f"{name}_mean").copy_(data.mean(0))
-        # what hardly varies in the demonstrations must not be blown up when it varies later
-        getattr(clone, f"{name}_std").copy_(data.std(0).clamp(min=1e-3))
-    target, valid_target = ((m - clone.motion_mean) / clone.motion_std for m in (motion, valid_motion))
+    # joints that keep still have a scale, too: what hardly varies must not be blown up
+    clone.motion_scale_rad.copy_(motion.square().mean(0).sqrt().clamp(min=1e-3))
+    x, valid_x = clone.actor.features(obs.numpy()), clone.actor.features(valid_obs.numpy())
+    target, valid_target = motion / clone.motion_scale_rad, valid_motion / clone.motion_scale_rad
     optimizer = torch.optim.AdamW(clone.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.train_steps)
 
@@ -148,7 +144,7 @@ def main() -> int:
     valid_loss = float("nan")
     for step in (bar := tqdm(range(1, args.train_steps + 1), unit="step", dynamic_ncols=True)):
         rows = torch.randint(len(obs), (args.batch_size,), generator=generator)
-        loss = (clone.normalised(obs[rows]) - target[rows]).square().mean()
+        loss = (clone.actor.get_mean(x[rows]) - target[rows]).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -157,7 +153,7 @@ def main() -> int:
             fail(f"the loss is {loss.item()} at step {step}: lower --learning-rate {args.learning_rate}")
         if step % 500 == 0 or step == args.train_steps:
             with torch.no_grad():
-                valid_loss = (clone.normalised(valid_obs) - valid_target).square().mean().item()
+                valid_loss = (clone.actor.get_mean(valid_x) - valid_target).square().mean().item()
             writer.add_scalar("train/loss", loss.item(), step)
             writer.add_scalar("validation/loss", valid_loss, step)
             bar.set_postfix(loss=f"{loss.item():.4f}", validation=f"{valid_loss:.4f}")

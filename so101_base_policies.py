@@ -154,7 +154,7 @@ class ClonePolicy:
     def act(self, obs: np.ndarray, command: np.ndarray) -> np.ndarray:
         """Joint deltas in rad (N, 6): from the last commanded targets to the clone's."""
         with torch.inference_mode():
-            return self.clone(torch.from_numpy(obs)).double().numpy() - command
+            return self.clone(obs).double().numpy() - command
 
     def close(self) -> None:
         """Nothing to release."""
