@@ -38,7 +38,8 @@ class JacobianPolicy:
     HOVER_M = 0.016  # height of the tip on the way
     INSET_M = 0.02  # go this far inside the sheet's edge
     SLACK_M = 0.025  # once down, the tip may be this far outside that before it is lifted
-    CONTACT_M = 0.0085  # below this height the tip is on the sheet
+    CONTACT_M, MISREAD_M = 0.0085, 0.0135  # below this height the tip is on the sheet; is, if it does not sink
+    SINKING_M_S = -0.03
     PRESS_N = 0.6  # enough to drag the sheet without slipping, too little to stall the arm by friction on the table
     TOLERANCE_M = 0.005  # near enough to the tape's centre
     PITCH_M_PER_RAD, PITCH_GAIN = 0.1, 0.3  # weight of a rad of pitch in the least squares; share corrected per step
@@ -67,7 +68,9 @@ class JacobianPolicy:
 
         sheet, to_tape, tip = obs[:, 12:14], obs[:, 19:21], obs[:, 22:25]
         aside = distance_to_sheet(tip[:, :2], sheet, 2.0 * np.arctan2(obs[:, 18], obs[:, 15]), self.INSET_M)
-        low = tip[:, 2] < self.CONTACT_M
+        # with encoders that are off by a degree the tip seems millimetres too high: then it is stopped in its descent
+        sinking = np.einsum("nj,nj->n", jacobian[:, 2], obs[:, 6 : 6 + ARM]) < self.SINKING_M_S
+        low = (tip[:, 2] < self.CONTACT_M) | (tip[:, 2] < self.MISREAD_M) & ~sinking
         down = (aside < 0.004) | (low & (aside < self.SLACK_M))
         drag = down & low
 
