@@ -1,6 +1,6 @@
 """Clone demonstrations: a multilayer perceptron that predicts the joint targets of a recorded policy or person.
 
-    python eval_so101.py --base-policy jacobian --record demos --episodes 200 --action-noise 0.5 --only-successes
+    python eval_so101.py --base-policy jacobian --record demos --episodes 200 --action-noise 0.25 --only-successes
     python bc_so101.py --demos demos
     python ppo_residual_so101.py --base-policy bc:logs/bc_so101_.../bc_model.pt
 
