@@ -527,7 +527,7 @@ def evaluate(
                 commands.append(envs.command)
             if envs.base_policy is not None:
                 residual_delta = envs.alpha * envs.act_scale * np.clip(action, -1, 1)
-                deltas += np.abs([infos["base_delta_rad"], residual_delta]) * running[:, None]
+                deltas += np.abs([infos["base_delta_rad"], residual_delta])
             for i in np.flatnonzero(running & (terminated | truncated)):
                 running[i] = False
                 episode = infos["episode"]

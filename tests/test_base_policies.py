@@ -230,6 +230,7 @@ def test_observed_base_action_is_the_one_that_acts():
     pusher = JacobianPolicy()
     envs = SO101ResidualVectorEnv(6, JacobianPolicy(), observe_base=True, max_episode_steps=7)
     obs, _ = envs.reset(seed=0)
+    envs._steps[:3] = 4  # so that half of them is reset while the others go on
     for _ in range(20):
         np.testing.assert_allclose(obs[:, 25:], pusher.act(obs[:, :25], envs.command), atol=1e-6)
         shown = obs[:, 25:].copy()

@@ -151,8 +151,9 @@ def test_units_to_radians():
     low, high = load_model().actuator_ctrlrange.T
     np.testing.assert_allclose(dataset.to_rad(np.array([[-100.0] * 5 + [0.0]]), "norm")[0], low)
     np.testing.assert_allclose(dataset.to_rad(np.array([[100.0] * 6]), "norm")[0], high)
-    np.testing.assert_allclose(dataset.to_rad(np.array([[0.0, 90, -90, 45, 10, 50]]), "deg")[0, :5] * 180 / np.pi,
-                               [0, 90, -90, 45, 10])  # fmt: skip
+    # LeRobot keeps the gripper in 0 to 100 even where the joints are in degrees
+    expected = [*np.deg2rad([0.0, 90, -90, 45, 10]), (low[5] + high[5]) / 2]
+    np.testing.assert_allclose(dataset.to_rad(np.array([[0.0, 90, -90, 45, 10, 50]]), "deg")[0], expected)
 
 
 def test_clone_acts_like_the_pusher_and_is_deterministic(demos, clone, tmp_path):
