@@ -569,17 +569,14 @@ def no_residual(obs: np.ndarray) -> np.ndarray:
 
 
 def residual_to_base(episodes: list[dict[str, Any]]) -> dict[str, float]:
-    """Residual relative to the base action, per joint: ratio of mean absolute values, inf where the base rests.
-
-    Empty without a base policy.
-    """
+    """Residual relative to the base action: ratio of mean absolute values, for the joints that the base moves."""
     if "base_delta_rad" not in episodes[0]:
         return {}
     base, residual = (
         np.average([e[key] for e in episodes], axis=0, weights=[e["length"] for e in episodes])
         for key in ("base_delta_rad", "residual_delta_rad")
     )
-    return {joint: float(r / b) if b > 1e-9 else float("inf") * bool(r) for joint, b, r in zip(JOINTS, base, residual)}
+    return {joint: float(r / b) for joint, b, r in zip(JOINTS, base, residual) if b > 1e-9}
 
 
 def check_rendering(envs: SO101ResidualVectorEnv, flag: str) -> None:

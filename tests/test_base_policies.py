@@ -163,7 +163,7 @@ def test_base_success_and_residual_per_joint_are_reported(tmp_path):
             obs, _, terminated, truncated, _ = envs.step(act(obs))
             done = terminated[0] or truncated[0]
     assert lines[-1]["residual_to_base/shoulder_lift"] == pytest.approx(np.mean(residual) / np.mean(base), rel=1e-3)
-    assert lines[-1]["residual_to_base/wrist_roll"] == float("inf")  # the pusher keeps it still
+    assert "residual_to_base/wrist_roll" not in lines[-1]  # the pusher keeps it still
 
 
 def test_only_the_critic_learns_while_it_warms_up(tmp_path):
