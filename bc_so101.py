@@ -20,7 +20,7 @@ import tyro
 from tqdm import tqdm
 
 import ppo_residual_so101
-from ppo_residual_so101 import Agent, describe_run, fail, make_run_dir, save_checkpoint, write_json
+from ppo_residual_so101 import Agent, describe_run, fail, load_file, make_run_dir, save_checkpoint, write_json
 from so101_dataset import ACTION, ENVIRONMENT, STATE, DatasetError, read_dataset, to_rad, unit_of
 from so101_env import ACT_DIM
 
@@ -72,14 +72,7 @@ class Clone(nn.Module):
 
 def load_clone(path: str, flag: str) -> tuple[Clone, dict[str, torch.Tensor]]:
     """A clone and its weights; fail with one line if the file is missing, damaged or of another kind."""
-    if not Path(path).is_file():
-        fail(f"{flag} {path}: no such file")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file; each ends the program here
-        fail(f"{flag} {path}: not a readable clone, perhaps truncated ({type(error).__name__}); take another one")
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        fail(f"{flag} {path}: not a clone of bc_so101.py (this version reads {FORMAT!r})")
+    saved = load_file(path, flag, FORMAT)
     clone = Clone(saved["args"]["hidden_size"])
     clone.load_state_dict(saved["clone"])
     return clone, saved["clone"]

@@ -234,7 +234,7 @@ def main() -> int:
     columns = {"agent" if checkpoint else "base alone": summary}
     if checkpoint and args.base:
         base = summarize(evaluate(no_residual, envs, seeds))
-        columns[f"base alone ({task.base_policy})"] = base
+        columns[f"base alone ({task.base_policy.partition(':')[0]})"] = base
     physics = "full" if task.full_randomization else "default" if task.randomize else "no"
     print(
         (f"{args.model} ({checkpoint['global_step']} steps)" if checkpoint else f"base policy {task.base_policy}")

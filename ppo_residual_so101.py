@@ -641,16 +641,23 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
 
 
-def load_checkpoint(path: str, flag: str) -> dict[str, Any]:
-    """Read a checkpoint; fail with one line if it is missing, truncated, foreign, or of another observation size."""
+def load_file(path: str, flag: str, expected_format: str) -> dict[str, Any]:
+    """Read a file of save_checkpoint; fail with one line if it is missing, truncated or of another format."""
+    script, kind, _ = expected_format.split()
     if not Path(path).is_file():
         fail(f"{flag} {path}: no such file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file; each ends the program here
-        fail(f"{flag} {path}: not a readable checkpoint, perhaps truncated ({type(error).__name__}); take another one")
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        fail(f"{flag} {path}: not a checkpoint of ppo_residual_so101.py (this version reads {FORMAT!r})")
+        fail(f"{flag} {path}: not a readable {kind}, perhaps truncated ({type(error).__name__}); take another one")
+    if not isinstance(saved, dict) or saved.get("format") != expected_format:
+        fail(f"{flag} {path}: not a {kind} of {script}.py (this version reads {expected_format!r})")
+    return saved
+
+
+def load_checkpoint(path: str, flag: str) -> dict[str, Any]:
+    """Read a checkpoint; fail with one line if it cannot be read, or is of another observation size."""
+    checkpoint = load_file(path, flag, FORMAT)
     obs_dim = OBS_DIM + ACT_DIM * checkpoint["args"]["observe_base"]
     if (checkpoint["obs_dim"], checkpoint["act_dim"]) != (obs_dim, ACT_DIM):
         sizes = f"{checkpoint['obs_dim']} observations and {checkpoint['act_dim']} actions"
