@@ -138,6 +138,9 @@ def read_dataset(path: Path, keys: tuple[str, ...]) -> tuple[dict[str, Any], lis
         info = json.loads(info_path.read_text())
     except ValueError as error:
         raise DatasetError(f"{info_path}: no JSON ({error})") from error
+    for key in ("features", "fps", "total_episodes"):
+        if key not in info:
+            raise DatasetError(f"{info_path}: {key} is missing; is it a LeRobotDataset?")
     if info.get("codebase_version") not in ("v3.0", "v2.1"):
         raise DatasetError(f"{info_path}: version {info.get('codebase_version')}; known are v3.0 and v2.1")
     for key in keys:

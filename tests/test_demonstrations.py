@@ -194,6 +194,14 @@ def test_bad_input_ends_with_one_line(script, flags, message, demos, tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_foreign_metadata_is_named(tmp_path):
+    (tmp_path / "meta").mkdir()
+    for content, message in (('{"fps": 30}', "features"), ("[", "no JSON")):
+        (tmp_path / "meta" / "info.json").write_text(content)
+        with pytest.raises(dataset.DatasetError, match=message):
+            dataset.read_dataset(tmp_path, KEYS)
+
+
 def test_truncated_data_is_named(demos, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(demos, broken)
