@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import ppo_residual_so101
 from ppo_residual_so101 import Agent, describe_run, fail, load_file, make_run_dir, save_checkpoint, write_json
-from so101_dataset import ACTION, ENVIRONMENT, STATE, DatasetError, read_dataset, to_rad, unit_of
+from so101_dataset import ACTION, ENVIRONMENT, STATE, DatasetError, read_dataset, read_info, to_rad, unit_of
 from so101_env import ACT_DIM
 
 FORMAT = "bc_so101 clone 1"
@@ -92,7 +92,8 @@ def check_args(args: Args) -> None:
 def load_demos(args: Args) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Observations (T, 25) and motions (T, 6), target minus measured joint position in rad, of every episode."""
     try:
-        info, episodes = read_dataset(Path(args.demos), (STATE, ENVIRONMENT, ACTION))
+        info = read_info(Path(args.demos))
+        episodes = read_dataset(Path(args.demos), info, (STATE, ENVIRONMENT, ACTION))
         units = [unit_of(info, key, args.units) for key in (STATE, ACTION)]
         demos = []
         for episode in episodes:

@@ -492,14 +492,16 @@ def update(
 
 
 def evaluate(
-    act: Callable[[np.ndarray], np.ndarray], envs: SO101ResidualVectorEnv, seeds: list[int], trace: bool = False
-) -> list[dict[str, Any]]:
+    act: Callable[[np.ndarray], np.ndarray], envs: SO101ResidualVectorEnv, seeds: list[int], trace: bool = False,
+    qpos: np.ndarray | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """One episode per seed, batched; envs have DISABLED autoreset.
 
     Args:
         act: residuals (num_envs, 6) for observations (num_envs, 25).
         trace: keep every state as "qpos" (length + 1, 10), the start included, every observation "obs" (length, 25)
             and the joint targets commanded then, "command" (length, 6), rad.
+        qpos: (num_envs, 10) positions to start from instead of drawn ones.
 
     Returns:
         A dict per seed, in order: seed, success, return, length, final_distance_m, final_yaw_error_rad,
@@ -511,7 +513,7 @@ def evaluate(
         chunk = seeds[start : start + envs.num_envs]
         mask = np.arange(envs.num_envs) < len(chunk)
         padded = chunk + [0] * (envs.num_envs - len(chunk))
-        obs, _ = envs.reset(seed=padded, options={"reset_mask": mask})
+        obs, _ = envs.reset(seed=padded, options={"reset_mask": mask, "qpos": qpos})
         results: list[dict[str, Any]] = [{} for _ in chunk]
         running, states, observations, commands = mask.copy(), [envs.qpos], [], []
         deltas = np.zeros((2, envs.num_envs, ACT_DIM))  # sums of what base and residual moved the targets, rad

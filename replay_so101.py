@@ -9,12 +9,13 @@ nobody knows where the sheet was: it then lies in the tape. The physics are nomi
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
 from gymnasium.vector import AutoresetMode
 
-from ppo_residual_so101 import check_output, check_rendering, fail, no_residual, write_json, write_video
+from ppo_residual_so101 import check_output, check_rendering, evaluate, fail, no_residual, write_json, write_video
 from so101_dataset import (
     ACTION,
     ENVIRONMENT,
@@ -22,6 +23,7 @@ from so101_dataset import (
     STATE,
     DatasetError,
     read_dataset,
+    read_info,
     to_rad,
     unit_of,
 )
@@ -67,10 +69,10 @@ class Replay:
 
 def replay(
     state_rad: np.ndarray, action_rad: np.ndarray, environment: np.ndarray | None, tape_margin: float
-) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Replay states (T, 6) and actions (T, 6); environment (T, 19) places the sheet.
+) -> dict[str, Any]:
+    """Replay actions (T, 6) from the first of the states (T, 6); environment (T, 19) places the sheet.
 
-    Returns the observations (L, 25) before each step and positions (L + 1, 10), L <= T, and whether the task succeeded.
+    Returns the traced episode of `evaluate`.
     """
     sheet = [*TAPE_CENTER_M, SHEET_HALF_THICKNESS_M, 0.0]
     if environment is not None:
@@ -79,16 +81,9 @@ def replay(
         1, Replay(action_rad), randomize=False, tape_margin=tape_margin, autoreset_mode=AutoresetMode.DISABLED,
         max_episode_steps=len(action_rad), num_threads=1,
     )  # fmt: skip
-    obs, _ = envs.reset(seed=0, options={"qpos": np.array([[*state_rad[0], *sheet]])})
-    observations, states = [], [envs.qpos[0]]
-    done, success = False, False
-    while not done:
-        observations.append(obs[0])
-        obs, _, terminated, truncated, info = envs.step(no_residual(obs))
-        states.append(envs.qpos[0])
-        done, success = bool(terminated[0] or truncated[0]), bool(info["is_success"][0])
+    (episode,) = evaluate(no_residual, envs, [0], trace=True, qpos=np.array([[*state_rad[0], *sheet]]))
     envs.close()
-    return np.array(observations), np.array(states), success
+    return episode
 
 
 def main() -> int:
@@ -99,21 +94,21 @@ def main() -> int:
     if not 0 < args.tape_margin <= 0.1:
         fail(f"--tape-margin is in metres, above 0 and at most 0.1, got {args.tape_margin}")
     try:
-        info, episodes = read_dataset(Path(args.dataset), (STATE, ACTION))
+        info = read_info(Path(args.dataset))
         if info["fps"] != CONTROL_HZ:
             fail(f"--dataset {args.dataset}: has {info['fps']} fps, the simulation runs at {CONTROL_HZ}")
+        placed = info["features"].get(ENVIRONMENT, {}).get("names") == ENVIRONMENT_NAMES
+        episodes = read_dataset(Path(args.dataset), info, (STATE, ACTION) + (ENVIRONMENT,) * placed)
         if not 0 <= args.episode < len(episodes):
             fail(f"--episode {args.episode}: the dataset has episodes 0 to {len(episodes) - 1}")
         episode = episodes[args.episode]
         state, action = (to_rad(episode[key], unit_of(info, key, args.units)) for key in (STATE, ACTION))
-        environment = None
-        if info["features"].get(ENVIRONMENT, {}).get("names") == ENVIRONMENT_NAMES:
-            environment = read_dataset(Path(args.dataset), (ENVIRONMENT,))[1][args.episode][ENVIRONMENT]
     except DatasetError as error:
         fail(f"--dataset: {error}")
 
-    observations, states, success = replay(state, action, environment, args.tape_margin)
-    length = len(observations)
+    environment = episode.get(ENVIRONMENT)
+    replayed = replay(state, action, environment, args.tape_margin)
+    observations, length, success = replayed["obs"], replayed["length"], replayed["success"]
     deviation = np.rad2deg(np.abs(observations[:, :6] - state[:length]))
     print(
         f"{args.dataset}, episode {args.episode}: {len(state)} steps recorded, {length} replayed, "
@@ -136,7 +131,7 @@ def main() -> int:
     if args.video:
         envs = SO101ResidualVectorEnv(1, tape_margin=args.tape_margin, num_threads=1)
         check_rendering(envs, "--video")
-        write_video(envs, [{"qpos": states}], Path(args.video))
+        write_video(envs, [replayed], Path(args.video))
         envs.close()
     return 0
 

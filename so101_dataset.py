@@ -125,12 +125,8 @@ def write_dataset(path: Path, episodes: list[dict[str, np.ndarray]]) -> None:
     os.replace(temporary, path)
 
 
-def read_dataset(path: Path, keys: tuple[str, ...]) -> tuple[dict[str, Any], list[dict[str, np.ndarray]]]:
-    """Read the features named by keys from a LeRobotDataset v3.0 or v2.1.
-
-    Returns meta/info.json, and one dict of float32 arrays (T, width) per episode, in order. Raises DatasetError for
-    anything else, naming the file.
-    """
+def read_info(path: Path) -> dict[str, Any]:
+    """meta/info.json of a LeRobotDataset v3.0 or v2.1. Raises DatasetError for anything else, naming the file."""
     info_path = path / "meta" / "info.json"
     if not info_path.is_file():
         raise DatasetError(f"{path}: no LeRobotDataset, meta/info.json is missing")
@@ -143,10 +139,19 @@ def read_dataset(path: Path, keys: tuple[str, ...]) -> tuple[dict[str, Any], lis
             raise DatasetError(f"{info_path}: {key} is missing; is it a LeRobotDataset?")
     if info.get("codebase_version") not in ("v3.0", "v2.1"):
         raise DatasetError(f"{info_path}: version {info.get('codebase_version')}; known are v3.0 and v2.1")
+    return info
+
+
+def read_dataset(path: Path, info: dict[str, Any], keys: tuple[str, ...]) -> list[dict[str, np.ndarray]]:
+    """Read the features named by keys from a LeRobotDataset, given what read_info says of it.
+
+    Returns one dict of float32 arrays (T, width) per episode, in order. Raises DatasetError for features that are
+    missing or of another width, and for files that cannot be read.
+    """
     for key in keys:
         width = FEATURES[key]["shape"][0]
         if key not in info["features"] or list(info["features"][key]["shape"]) != [width]:
-            raise DatasetError(f"{info_path}: needs the feature {key} with {width} numbers")
+            raise DatasetError(f"{path}/meta/info.json: needs the feature {key} with {width} numbers")
     files = sorted((path / "data").glob("*/*.parquet"))
     if not files:
         raise DatasetError(f"{path}: data/ has no parquet file")
@@ -167,7 +172,7 @@ def read_dataset(path: Path, keys: tuple[str, ...]) -> tuple[dict[str, Any], lis
     ]
     if len(episodes) != info["total_episodes"]:
         raise DatasetError(f"{path}: {len(episodes)} episodes in data/, meta/info.json says {info['total_episodes']}")
-    return info, episodes
+    return episodes
 
 
 def unit_of(info: dict[str, Any], key: str, given: str | None) -> str:

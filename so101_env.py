@@ -173,8 +173,9 @@ def potential(
     """
     aside = distance_to_sheet(tip_m[:, :2], sheet_xy_m, sheet_yaw_rad, SHAPING_INSET_M)
     reach = np.hypot(aside, np.maximum(tip_m[:, 2] - TIP_PRESSED_M, 0.0))
-    turned = SHAPING_YAW_M_PER_RAD * np.abs(sheet_yaw_rad)
-    if arrival_yaw_weight:
+    if arrival_yaw_weight == 0.0:
+        turned = SHAPING_YAW_M_PER_RAD * np.abs(sheet_yaw_rad)
+    else:
         turned = arrival_yaw_weight * np.abs(arrival_yaw(tip_m[:, :2], sheet_xy_m, sheet_yaw_rad))
     return -SHAPING_PER_M * (reach + sheet_distance_m + turned)
 
@@ -334,9 +335,9 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         Returns:
             obs (N, 25), reward (N,), terminated (N,), truncated (N,) and info: is_success, distance_m, yaw_error_rad,
             non_finite, out_of_reach, residual_magnitude (N,) each, reward_terms, and with a base policy base_delta_rad
-            (N, 6). With SAME_STEP autoreset, obs of a
-            finished environment is the next episode's first, and info has final_obs (N, 25) and final_info (the keys
-            above, and episode: r and l), valid where _final_obs, _final_info are True.
+            (N, 6). With SAME_STEP autoreset, obs of a finished environment is the next episode's first, and info has
+            final_obs (N, 25) and final_info (the keys above, and episode: r and l), valid where _final_obs and
+            _final_info are True.
 
         Raises:
             ValueError: actions of another shape, or not finite.

@@ -140,11 +140,12 @@ def plot(sweeps: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
         axis.grid(alpha=0.3)
     axes[0].set_ylim(0, 1)
-    title = next(iter(sweeps)) if len(sweeps) == 1 else " against ".join(sweeps)
     counts = " and ".join(str(count) for count in sorted({len(seeds) for seeds in sweeps.values()}))
     if len(sweeps) > 1:
         axes[0].legend(fontsize=8)
-    figure.suptitle(f"{title}: interquartile mean of {counts} seeds, bootstrap 95 % band", fontsize=10)
+    figure.suptitle(
+        f"{' against '.join(sweeps)}: interquartile mean of {counts} seeds, bootstrap 95 % band", fontsize=10
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -76,7 +76,7 @@ def test_dataset_is_read_by_lerobot(demos):
     """Needs `pip install lerobot` in the test's environment; its version of torch is another than ours."""
     lerobot = pytest.importorskip("lerobot.datasets.lerobot_dataset")
     read = lerobot.LeRobotDataset("local/demos", root=demos)
-    _, episodes = dataset.read_dataset(demos, KEYS)
+    episodes = dataset.read_dataset(demos, dataset.read_info(demos), KEYS)
     assert read.num_episodes == len(episodes) and read.fps == 30
     first = len(episodes[0][dataset.ACTION])
     torch.testing.assert_close(read[first]["action"], torch.from_numpy(episodes[1][dataset.ACTION][0]))
@@ -85,7 +85,7 @@ def test_dataset_is_read_by_lerobot(demos):
 
 def test_recorded_frames_are_what_the_policy_saw_and_did(demos):
     """The state follows the commanded targets, one control step later."""
-    _, episodes = dataset.read_dataset(demos, KEYS)
+    episodes = dataset.read_dataset(demos, dataset.read_info(demos), KEYS)
     for episode in episodes:
         state, action, rest = (episode[key] for key in KEYS[::2] + KEYS[1:2])
         # a servo stays within the command window of its target, but for gravity and damping: 0.1 rad in all
@@ -102,7 +102,8 @@ def test_written_is_read_over_several_files(tmp_path, monkeypatch):
     written = [{k: rng.normal(size=(n, w)).astype(np.float32) for k, w in widths.items()} for n in (5, 7, 3, 12, 1)]
     dataset.write_dataset(tmp_path / "many", written)
     assert len(list((tmp_path / "many" / "data" / "chunk-000").iterdir())) == 4
-    info, read = dataset.read_dataset(tmp_path / "many", KEYS)
+    info = dataset.read_info(tmp_path / "many")
+    read = dataset.read_dataset(tmp_path / "many", info, KEYS)
     assert info["total_episodes"] == 5 and all(np.array_equal(a[k], b[k]) for a, b in zip(written, read) for k in KEYS)
     with pytest.raises(dataset.DatasetError, match="exists"):
         dataset.write_dataset(tmp_path / "many", written)
@@ -120,7 +121,8 @@ def test_replay_repeats_a_recording_and_reads_v21(demos, tmp_path):
     assert "success in the simulation" in done.stdout
 
     # the same episode as v2.1 keeps it, in degrees, and without the unit
-    info, episodes = dataset.read_dataset(demos, KEYS)
+    info = dataset.read_info(demos)
+    episodes = dataset.read_dataset(demos, info, KEYS)
     low, high = load_model().actuator_ctrlrange.T
     joints = {}
     for key in (dataset.STATE, dataset.ACTION):
@@ -160,7 +162,7 @@ def test_clone_acts_like_the_pusher_and_is_deterministic(demos, clone, tmp_path)
     from so101_base_policies import make_base_policy
 
     policy, pusher = make_base_policy(f"bc:{clone}"), make_base_policy("jacobian")
-    _, episodes = dataset.read_dataset(demos, KEYS)
+    episodes = dataset.read_dataset(demos, dataset.read_info(demos), KEYS)
     obs = np.concatenate([np.concatenate([e[dataset.STATE], e[dataset.ENVIRONMENT]], 1) for e in episodes])
     command = obs[:, :6].astype(np.float64)
     error = (policy.act(obs, command) - pusher.act(obs, command))[:, :4]
@@ -199,7 +201,7 @@ def test_foreign_metadata_is_named(tmp_path):
     for content, message in (('{"fps": 30}', "features"), ("[", "no JSON")):
         (tmp_path / "meta" / "info.json").write_text(content)
         with pytest.raises(dataset.DatasetError, match=message):
-            dataset.read_dataset(tmp_path, KEYS)
+            dataset.read_info(tmp_path)
 
 
 def test_truncated_data_is_named(demos, tmp_path):
