@@ -46,7 +46,7 @@ from so101_env import (
 )
 
 LOG_2PI = float(np.log(2 * np.pi))
-FORMAT = "ppo_residual_so101 checkpoint 4"
+FORMAT = "ppo_residual_so101 checkpoint 5"
 # Episodes of training, of the evaluations during training, of demonstrations, and of eval_so101.py never share a seed:
 # the best model is chosen on the second, and reported on the last.
 VALIDATION_SEED, RECORD_SEED, TEST_SEED = 1_000_000_000, 1_400_000_000, 2_000_000_000

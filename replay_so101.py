@@ -52,16 +52,17 @@ class Replay:
     fingerprint = ""
 
     def __init__(self, targets_rad: np.ndarray):
-        self.targets, self.step = targets_rad, 0
+        self.targets, self.memory = targets_rad, {"step": np.zeros(1, np.int64)}
 
     def reset(self, mask: np.ndarray) -> None:
         """Start again."""
-        self.step = 0
+        self.memory["step"][mask] = 0
 
-    def act(self, obs: np.ndarray, command: np.ndarray) -> np.ndarray:
+    def act(self, obs: np.ndarray, command: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Joint deltas (1, 6) to the next target."""
-        self.step += 1
-        return self.targets[None, self.step - 1] - command
+        delta = self.targets[self.memory["step"]] - command
+        self.memory["step"][mask] += 1
+        return delta
 
     def close(self) -> None:
         """Nothing to release."""

@@ -106,14 +106,16 @@ class BasePolicy(Protocol):
     """What the residual corrects. A policy that cannot act raises BasePolicyError; it never returns zeros instead."""
 
     fingerprint: str  # hash of its weights; empty if it has none
+    memory: dict[str, np.ndarray]  # all that it remembers, a row per environment; empty if it remembers nothing
 
     def reset(self, mask: np.ndarray) -> None:
         """Forget the episodes of the environments in mask, (N,) bool."""
 
-    def act(self, obs: np.ndarray, command: np.ndarray) -> np.ndarray:
+    def act(self, obs: np.ndarray, command: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Joint deltas in rad, (N, 6), for observations (N, 25) and the last commanded joint targets (N, 6), rad.
 
-        It may be called twice for the same observation: before and after other environments are reset.
+        Called once per control step of the environments in mask, (N,) bool. Answers and memory of the others: the
+        former are not used, the latter must stay.
         """
 
     def close(self) -> None:
@@ -356,12 +358,16 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         delta = (self.alpha * self.act_scale) * residual
         base = None
         if self.base_policy is not None:
-            base = self._base.copy() if self.observe_base else self._base_delta()
+            base = self._base.copy() if self.observe_base else self._base_delta(active)
             delta += base
 
-        # the targets that a free arm would have right now: what it measures, plus its lag under gravity and damping
-        load = self._gravity[:, :ACT_DIM] + self._damping * self._qvel[:, :ACT_DIM]
-        holding = self._qpos[:, :ACT_DIM] + self._joint_offset + load / self._gain
+        # the targets of a free arm in this motion: what it measures, plus its lag under gravity, damping and latency
+        gain = self._fields["actuator_gainprm"][:, :, 0] if "actuator_gainprm" in self._fields else self._gain
+        damping = self._fields["dof_damping"][:, :ACT_DIM] if "dof_damping" in self._fields else self._damping
+        load = self._gravity[:, :ACT_DIM] + damping * self._qvel[:, :ACT_DIM]
+        holding = self._qpos[:, :ACT_DIM] + self._joint_offset + load / gain
+        if self.randomization.latency_steps:
+            holding += self._qvel[:, :ACT_DIM] * (self._latency / CONTROL_HZ)[:, None]
         lower = np.maximum(self._limits[0], holding - COMMAND_WINDOW_RAD)
         upper = np.minimum(self._limits[1], holding + COMMAND_WINDOW_RAD)
         command = np.minimum(np.maximum(self._command + delta, lower), upper)
@@ -479,8 +485,10 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
               "_residual_sum", "_done", "_obs", "_base")  # fmt: skip
 
     def get_state(self) -> dict[str, Any]:
-        """All that the next steps depend on (not a base policy's own state): arrays, and the generators as dicts."""
+        """All that the next steps depend on, a base policy's memory included: arrays, and the generators as dicts."""
+        memory = {} if self.base_policy is None else self.base_policy.memory
         return {
+            "base_memory": {name: array.copy() for name, array in memory.items()},
             "batch": self.batch.state.copy(),
             "fields": {name: array.copy() for name, array in self._fields.items()},
             "rngs": [None if rng is None else rng.bit_generator.state for rng in self._rngs],
@@ -502,17 +510,19 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
                 self._rngs[i].bit_generator.state = rng_state
         for name in self._STATE:
             getattr(self, name)[...] = state[name]
+        if self.base_policy is not None:
+            self.base_policy.memory = {name: array.copy() for name, array in state["base_memory"].items()}
         self.batch.forward(stage=self._stage)
 
     # -- internals
 
-    def _base_delta(self) -> np.ndarray:
-        """The base policy's joint deltas (N, 6) in rad for the current observations, checked."""
-        base = np.asarray(self.base_policy.act(self._obs[:, :OBS_DIM].copy(), self._command.copy()), np.float64)
+    def _base_delta(self, mask: np.ndarray) -> np.ndarray:
+        """The base policy's joint deltas (N, 6) in rad for the observations of the environments in mask, checked."""
+        base = np.asarray(self.base_policy.act(self._obs[:, :OBS_DIM].copy(), self._command.copy(), mask), np.float64)
         name, expected = type(self.base_policy).__name__, (self.num_envs, ACT_DIM)
         if base.shape != expected or not np.isfinite(base).all():
             raise BasePolicyError(f"base policy {name}: act() must return finite {expected}, got {base.shape}")
-        largest = float(np.abs(base[~self._done]).max())
+        largest = float(np.abs(base[mask]).max())
         if largest > MAX_DELTA_RAD:
             raise BasePolicyError(
                 f"base policy {name}: asks for a joint to move by {largest:.1f} rad in one step, at most "
@@ -623,7 +633,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         if not everyone:
             self._obs[mask] = obs[mask]
         if self.observe_base:
-            self._base[mask] = self._base_delta()[mask]
+            self._base[mask] = self._base_delta(mask)[mask]
             self._obs[mask, OBS_DIM:] = self._base[mask]
 
 

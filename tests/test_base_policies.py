@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode
 
 import ppo_residual_so101 as ppo
 from so101_base_policies import JacobianPolicy, make_base_policy
-from so101_env import ACT_DIM, BasePolicyError, SO101ResidualVectorEnv
+from so101_env import ACT_DIM, TAPE_CENTER_M, BasePolicyError, SO101ResidualVectorEnv
 
 SEEDS = list(range(1_700_000_000, 1_700_000_100))  # of no training and no evaluation
 
@@ -31,8 +31,8 @@ def test_pusher_masters_standard_and_leaves_the_yaw_of_precise_to_the_residual()
     precise = run_alone(0.02)
     assert 0.3 <= np.mean([episode["success"] for episode in precise]) <= 0.7
     failed = [episode for episode in precise if not episode["success"]]
-    # it puts the centre where it belongs, and fails because the sheet is turned
-    assert np.median([episode["final_distance_m"] for episode in failed]) < 0.01
+    # it brings the sheet there, or to where it tries again from, and fails because the sheet is turned
+    assert np.median([episode["final_distance_m"] for episode in failed]) < 0.05
     assert np.median([episode["final_yaw_error_rad"] for episode in failed]) > 0.15
 
 
@@ -65,6 +65,26 @@ def test_untrained_residual_leaves_every_episode_to_the_base():
     envs = ppo.make_envs(args, 25, AutoresetMode.DISABLED)
     seeds = SEEDS[:25]
     assert ppo.evaluate(ppo.mean_action(agent), envs, seeds) == ppo.evaluate(ppo.no_residual, envs, seeds)
+
+
+def test_pusher_tries_again():
+    """A sheet that lies at the tape's centre, but turned too far, is pulled out, let go, and pushed back."""
+    envs = SO101ResidualVectorEnv(1, JacobianPolicy(), randomize=False, tape_margin=0.02)
+    envs.reset(seed=0)
+    qpos = envs.qpos
+    qpos[0, 6:10] = [*TAPE_CENTER_M, qpos[0, 8], 0.3]
+    envs.reset(options={"qpos": qpos})
+    distance_m, tip_m = [], []
+    for _ in range(300):
+        obs, _, _, _, info = envs.step(np.zeros((1, ACT_DIM)))
+        distance_m.append(info["distance_m"][0])
+        tip_m.append(obs[0, 24])
+    distance_m, tip_m = np.array(distance_m), np.array(tip_m)
+    out = np.flatnonzero(distance_m > 0.04)[0]
+    lifted = out + np.flatnonzero(tip_m[out:] > 0.0125)[0]
+    back = lifted + np.flatnonzero(distance_m[lifted:] < 0.01)[0]
+    assert distance_m[:out].min() < 0.002 and distance_m.max() < 0.07
+    assert tip_m[lifted:back].min() < 0.009  # pressed again on the way back
 
 
 def test_evaluation_of_a_base_alone(tmp_path):
@@ -157,8 +177,10 @@ def test_base_success_and_residual_per_joint_are_reported(tmp_path):
     for seed in seeds:
         envs = ppo.make_envs(ppo.Args(base_policy="jacobian", num_threads=1), 1, AutoresetMode.DISABLED)
         obs, done = envs.reset(seed=[seed])[0], False
+        pusher, one = JacobianPolicy(), np.ones(1, bool)
+        pusher.reset(one)
         while not done:
-            base.append(abs(envs.base_policy.act(obs, envs.command)[0, 1]))
+            base.append(abs(pusher.act(obs, envs.command, one)[0, 1]))
             residual.append(0.7 * 0.02 * abs(act(obs)[0, 1]))
             obs, _, terminated, truncated, _ = envs.step(act(obs))
             done = terminated[0] or truncated[0]
@@ -209,7 +231,7 @@ def test_progressive_residual_leaves_steps_to_the_base_and_out_of_the_loss():
 )
 def test_a_base_policy_that_fails_stops_the_run(answer, message):
     policy = JacobianPolicy()
-    policy.act = lambda obs, command: answer
+    policy.act = lambda obs, command, mask: answer
     envs = SO101ResidualVectorEnv(4, policy)
     envs.reset(seed=0)
     with pytest.raises(BasePolicyError, match=re.escape(message)):
@@ -217,7 +239,7 @@ def test_a_base_policy_that_fails_stops_the_run(answer, message):
 
 
 def test_training_on_a_base_policy_that_fails_ends_with_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(JacobianPolicy, "act", lambda self, obs, command: np.full((len(obs), ACT_DIM), np.nan))
+    monkeypatch.setattr(JacobianPolicy, "act", lambda self, obs, command, mask: np.full((len(obs), ACT_DIM), np.nan))
     monkeypatch.setattr(sys, "argv", ["ppo_residual_so101.py", "--base-policy", "jacobian", "--log-dir", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
         ppo.main()
@@ -227,15 +249,17 @@ def test_training_on_a_base_policy_that_fails_ends_with_one_line(tmp_path, monke
 
 
 def test_observed_base_action_is_the_one_that_acts():
-    """After a reset, too, and the final observation of an episode has its own."""
-    pusher = JacobianPolicy()
-    envs = SO101ResidualVectorEnv(6, JacobianPolicy(), observe_base=True, max_episode_steps=7)
+    """After a reset, too, and the final observation of an episode has its own; the pusher remembers each step once."""
+    pusher, everyone = JacobianPolicy(), np.ones(6, bool)
+    envs = SO101ResidualVectorEnv(6, JacobianPolicy(), observe_base=True, max_episode_steps=40)
     obs, _ = envs.reset(seed=0)
-    envs._steps[:3] = 4  # so that half of them is reset while the others go on
-    for _ in range(20):
-        np.testing.assert_allclose(obs[:, 25:], pusher.act(obs[:, :25], envs.command), atol=1e-6)
+    pusher.reset(everyone)
+    envs._steps[:3] = 20  # so that half of them is reset while the others go on
+    for _ in range(70):
+        np.testing.assert_allclose(obs[:, 25:], pusher.act(obs[:, :25], envs.command, everyone), atol=1e-6)
         shown = obs[:, 25:].copy()
-        obs, _, _, truncated, info = envs.step(np.zeros((6, ACT_DIM)))
+        obs, _, terminated, truncated, info = envs.step(np.zeros((6, ACT_DIM)))
         np.testing.assert_allclose(info["base_delta_rad"], shown, atol=1e-6)
         if truncated.any():
             assert np.abs(info["final_obs"][truncated, 25:] - obs[truncated, 25:]).max() > 1e-4
+        pusher.reset(terminated | truncated)

@@ -194,12 +194,12 @@ class ConstantPolicy:
     """Moves the wrist roll by a fixed delta per step."""
 
     def __init__(self, delta_rad: float):
-        self.delta_rad, self.resets = delta_rad, []
+        self.delta_rad, self.resets, self.memory = delta_rad, [], {}
 
     def reset(self, mask):
         self.resets.append(mask.copy())
 
-    def act(self, obs, command):
+    def act(self, obs, command, mask):
         action = np.zeros((len(obs), ACT_DIM))
         action[:, 4] = self.delta_rad
         return action
@@ -240,7 +240,7 @@ def test_base_policy_is_told_of_resets_and_its_faults_stop_the_run():
     policy.delta_rad = np.nan
     with pytest.raises(ValueError, match="ConstantPolicy"):
         envs.step(np.zeros((2, ACT_DIM)))
-    policy.act = lambda obs, command: np.zeros(ACT_DIM)
+    policy.act = lambda obs, command, mask: np.zeros(ACT_DIM)
     with pytest.raises(ValueError, match="ConstantPolicy"):
         envs.step(np.zeros((2, ACT_DIM)))
     with pytest.raises(ValueError, match="actions"):
@@ -458,6 +458,29 @@ def test_latency_delays_the_command():
 
     np.testing.assert_allclose(joints_after(2, 8), joints_after(0, 6), atol=1e-4)
     assert np.abs(joints_after(0, 8) - joints_after(0, 6)).max() > 0.002
+
+
+def test_a_free_joint_is_as_fast_with_latency_and_with_another_servo():
+    """The window around the measured joints bounds what an obstacle feels, not the speed of a joint that moves."""
+
+    def travel_rad(joint: int, direction: float, latency: int = 0, gain: float = 1.0) -> float:
+        envs = SO101ResidualVectorEnv(1, randomization=DomainRandomization(latency_steps=2, servo_gain=0.15))
+        start = envs.reset(seed=0)[0]
+        # as if this had been drawn, arm at rest: the servo holds what gravity asks for
+        old, envs._latency[:] = envs._fields["actuator_gainprm"][:, :, 0].copy(), latency
+        envs._fields["actuator_gainprm"][:, :, 0], envs._fields["actuator_biasprm"][:, :, 1] = 17.8 * gain, -17.8 * gain
+        envs._command[:] = start[:, :6] + (envs._command - start[:, :6]) * old / (17.8 * gain)
+        envs._delayed[:] = envs._command[:, None]
+        action = np.zeros((1, ACT_DIM))
+        action[0, joint] = direction
+        for _ in range(30 + latency):
+            obs = envs.step(action)[0]
+        return direction * (obs[0, joint] - start[0, joint])
+
+    assert travel_rad(0, 1.0) > 0.3
+    assert travel_rad(0, 1.0, latency=2) > 0.7 * travel_rad(0, 1.0)
+    # upwards, against gravity; a weak servo is slower, but not stuck
+    assert travel_rad(1, -1.0, gain=0.85) > 0.7 * travel_rad(1, -1.0)
 
 
 # -- rendering
