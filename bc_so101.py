@@ -4,7 +4,8 @@
     python bc_so101.py --demos demos
     python ppo_residual_so101.py --base-policy bc:logs/bc_so101_.../bc_model.pt
 
-The clone sees the observation of the task and gives absolute joint targets, as LeRobot datasets store them.
+The clone sees the observation of the task and gives the absolute joint targets, as LeRobot datasets store them, of the
+next steps at once: a chunk, which is carried out before it looks again.
 """
 
 import dataclasses
@@ -20,11 +21,20 @@ import tyro
 from tqdm import tqdm
 
 import ppo_residual_so101
-from ppo_residual_so101 import Agent, describe_run, fail, load_file, make_run_dir, save_checkpoint, write_json
+from ppo_residual_so101 import (
+    Agent,
+    describe_run,
+    fail,
+    layer_init,
+    load_file,
+    make_run_dir,
+    save_checkpoint,
+    write_json,
+)
 from so101_dataset import ACTION, ENVIRONMENT, STATE, DatasetError, read_dataset, read_info, to_rad, unit_of
 from so101_env import ACT_DIM
 
-FORMAT = "bc_so101 clone 1"
+FORMAT = "bc_so101 clone 2"
 
 
 @dataclasses.dataclass
@@ -45,6 +55,8 @@ class Args:
     """of AdamW"""
     hidden_size: int = 128
     """units in each of the two hidden layers"""
+    chunk_size: int = 4
+    """control steps that are predicted at once and carried out before the next look; 1 looks at every step"""
     validation_share: float = 0.1
     """share of the episodes that are only used to measure the loss"""
     log_dir: str = "logs"
@@ -52,35 +64,41 @@ class Args:
 
 
 class Clone(nn.Module):
-    """Absolute joint targets (N, 6) in rad for observations (N, 25).
+    """Absolute joint targets (N, chunk, 6) in rad of the next steps, for observations (N, 25).
 
-    It is the trainer's actor, with its features and its mirror symmetry, and predicts how far a target is from the
-    measured joint position.
+    It is the trainer's actor, with its features and its mirror symmetry, and predicts how far the targets are from the
+    measured joint positions.
     """
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, hidden_size: int, chunk_size: int):
         super().__init__()
-        self.actor = Agent(ppo_residual_so101.Args(hidden_size=hidden_size))
+        self.actor, self.chunk_size = Agent(ppo_residual_so101.Args(hidden_size=hidden_size)), chunk_size
+        self.actor.actor_mean[-1] = layer_init(nn.Linear(hidden_size, chunk_size * ACT_DIM), std=0.01)
         del self.actor.critic, self.actor.actor_logstd
         self.register_buffer("motion_scale_rad", torch.ones(ACT_DIM))
 
+    def get_motion(self, x: torch.Tensor) -> torch.Tensor:
+        """Motions (B, chunk, 6) in units of motion_scale_rad, of features (B, views, F)."""
+        out = self.actor.actor_mean(x.flatten(0, 1)).view(len(x), -1, self.chunk_size, ACT_DIM)
+        return (out * self.actor.action_signs[:, None]).mean(1)
+
     def forward(self, obs: np.ndarray) -> torch.Tensor:
-        """Absolute joint targets (N, 6), rad, for observations (N, 25)."""
-        motion = self.actor.get_mean(self.actor.features(obs)) * self.motion_scale_rad
-        return torch.from_numpy(obs[:, :ACT_DIM]) + motion
+        """Absolute joint targets (N, chunk, 6), rad, for observations (N, 25)."""
+        motion = self.get_motion(self.actor.features(obs)) * self.motion_scale_rad
+        return torch.from_numpy(obs[:, None, :ACT_DIM]) + motion
 
 
 def load_clone(path: str, flag: str) -> tuple[Clone, dict[str, torch.Tensor]]:
     """A clone and its weights; fail with one line if the file is missing, damaged or of another kind."""
     saved = load_file(path, flag, FORMAT)
-    clone = Clone(saved["args"]["hidden_size"])
+    clone = Clone(saved["args"]["hidden_size"], saved["args"]["chunk_size"])
     clone.load_state_dict(saved["clone"])
     return clone, saved["clone"]
 
 
 def check_args(args: Args) -> None:
     """Fail with the name of the first flag that is out of range."""
-    for name in ("train_steps", "batch_size", "learning_rate", "hidden_size"):
+    for name in ("train_steps", "batch_size", "learning_rate", "hidden_size", "chunk_size"):
         if not getattr(args, name) > 0:
             fail(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
     if not 0 < args.validation_share < 1:
@@ -90,7 +108,10 @@ def check_args(args: Args) -> None:
 
 
 def load_demos(args: Args) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Observations (T, 25) and motions (T, 6), target minus measured joint position in rad, of every episode."""
+    """Observations (T, 25) and motions (T, chunk, 6) of every episode: targets minus measured joint positions, rad.
+
+    Towards the end of an episode its last target fills the chunk.
+    """
     try:
         info = read_info(Path(args.demos))
         episodes = read_dataset(Path(args.demos), info, (STATE, ENVIRONMENT, ACTION))
@@ -99,7 +120,9 @@ def load_demos(args: Args) -> list[tuple[torch.Tensor, torch.Tensor]]:
         for episode in episodes:
             state, action = (to_rad(episode[key], unit) for key, unit in zip((STATE, ACTION), units))
             obs = np.concatenate([state, episode[ENVIRONMENT]], axis=1)
-            demos.append((torch.tensor(obs, dtype=torch.float32), torch.tensor(action - state, dtype=torch.float32)))
+            steps = np.arange(len(action))[:, None] + np.arange(args.chunk_size)
+            motion = action[np.minimum(steps, len(action) - 1)] - state[:, None]
+            demos.append((torch.tensor(obs, dtype=torch.float32), torch.tensor(motion, dtype=torch.float32)))
     except DatasetError as error:
         fail(f"--demos: {error}")
     if len(demos) < 2:
@@ -122,9 +145,9 @@ def main() -> int:
     parts = [[demos[i] for i in order[num_validation:]], [demos[i] for i in order[:num_validation]]]
     (obs, motion), (valid_obs, valid_motion) = [[torch.cat(tensors) for tensors in zip(*part)] for part in parts]
 
-    clone = Clone(args.hidden_size)
+    clone = Clone(args.hidden_size, args.chunk_size)
     # joints that keep still have a scale, too: what hardly varies must not be blown up
-    clone.motion_scale_rad.copy_(motion.square().mean(0).sqrt().clamp(min=1e-3))
+    clone.motion_scale_rad.copy_(motion.square().mean((0, 1)).sqrt().clamp(min=1e-3))
     x, valid_x = clone.actor.features(obs.numpy()), clone.actor.features(valid_obs.numpy())
     target, valid_target = motion / clone.motion_scale_rad, valid_motion / clone.motion_scale_rad
     optimizer = torch.optim.AdamW(clone.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
@@ -138,7 +161,7 @@ def main() -> int:
     valid_loss = float("nan")
     for step in (bar := tqdm(range(1, args.train_steps + 1), unit="step", dynamic_ncols=True)):
         rows = torch.randint(len(obs), (args.batch_size,), generator=generator)
-        loss = (clone.actor.get_mean(x[rows]) - target[rows]).square().mean()
+        loss = (clone.get_motion(x[rows]) - target[rows]).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -147,7 +170,7 @@ def main() -> int:
             fail(f"the loss is {loss.item()} at step {step}: lower --learning-rate {args.learning_rate}")
         if step % 500 == 0 or step == args.train_steps:
             with torch.no_grad():
-                valid_loss = (clone.actor.get_mean(valid_x) - valid_target).square().mean().item()
+                valid_loss = (clone.get_motion(valid_x) - valid_target).square().mean().item()
             writer.add_scalar("train/loss", loss.item(), step)
             writer.add_scalar("validation/loss", valid_loss, step)
             bar.set_postfix(loss=f"{loss.item():.4f}", validation=f"{valid_loss:.4f}")

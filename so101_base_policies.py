@@ -189,21 +189,32 @@ class CheckpointPolicy:
 
 
 class ClonePolicy:
-    """A behaviour clone of bc_so101.py: it asks for absolute joint targets."""
+    """A behaviour clone of bc_so101.py: it asks for absolute joint targets, a chunk of steps at a time."""
 
     def __init__(self, path: str) -> None:
         from bc_so101 import load_clone
 
         self.clone, state_dict = load_clone(path, "--base-policy bc:")
-        self.fingerprint, self.memory = fingerprint(state_dict), {}
+        self.fingerprint = fingerprint(state_dict)
+        self.memory: dict[str, np.ndarray] = {}
 
     def reset(self, mask: np.ndarray) -> None:
-        """Nothing to forget."""
+        """Look again before the next step."""
+        n, chunk = len(mask), self.clone.chunk_size
+        if not self.memory or len(self.memory["step"]) != n:
+            self.memory = {"step": np.zeros(n, np.int64), "targets": np.zeros((n, chunk, ACT_DIM), np.float32)}
+        self.memory["step"][mask] = 0
 
     def act(self, obs: np.ndarray, command: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Joint deltas in rad (N, 6): from the last commanded targets to the clone's."""
-        with torch.inference_mode():
-            return self.clone(obs).double().numpy() - command
+        step, targets = self.memory["step"], self.memory["targets"]
+        look = mask & (step == 0)
+        if look.any():
+            with torch.inference_mode():
+                targets[look] = self.clone(obs[look]).numpy()
+        delta = targets[np.arange(len(obs)), step].astype(np.float64) - command
+        step[mask] = (step[mask] + 1) % self.clone.chunk_size
+        return delta
 
     def close(self) -> None:
         """Nothing to release."""

@@ -165,6 +165,7 @@ def test_clone_acts_like_the_pusher_and_is_deterministic(demos, clone, tmp_path)
     wanted, answers = [], []
     for episode in dataset.read_dataset(demos, dataset.read_info(demos), KEYS):
         pusher.reset(one)
+        policy.reset(one)
         for obs in np.concatenate([episode[dataset.STATE], episode[dataset.ENVIRONMENT]], 1)[:, None]:
             command = obs[:, :6].astype(np.float64)
             wanted.append(pusher.act(obs, command, one)[0, :4])
@@ -178,11 +179,31 @@ def test_clone_acts_like_the_pusher_and_is_deterministic(demos, clone, tmp_path)
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_clone_carries_out_a_chunk_before_it_looks_again(clone):
+    from so101_base_policies import make_base_policy
+
+    policy, both, second = make_base_policy(f"bc:{clone}"), np.ones(2, bool), np.array([False, True])
+    obs = np.random.default_rng(0).normal(size=(12, 2, 25)).astype(np.float32)
+    planned = [policy.clone(o).detach().numpy() for o in obs]  # (2, 4, 6) each
+    policy.reset(both)
+    for step in range(6):
+        np.testing.assert_allclose(
+            policy.act(obs[step], np.zeros((2, 6)), both), planned[step // 4 * 4][:, step % 4], atol=1e-6
+        )
+    policy.reset(second)  # the first goes on with step 2 of its chunk
+    answer = policy.act(obs[6], np.zeros((2, 6)), both)
+    np.testing.assert_allclose(answer, [planned[4][0, 2], planned[6][1, 0]], atol=1e-6)
+    policy.act(obs[7], np.zeros((2, 6)), second)  # a step of the second alone
+    answer = policy.act(obs[8], np.zeros((2, 6)), both)
+    np.testing.assert_allclose(answer, [planned[4][0, 3], planned[6][1, 2]], atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "script, flags, message",
     [
         ("bc_so101.py", "--demos nowhere", "meta/info.json"),
         ("bc_so101.py", "--demos DEMOS --train-steps 0", "--train-steps"),
+        ("bc_so101.py", "--demos DEMOS --chunk-size 0", "--chunk-size"),
         ("bc_so101.py", "--demos DEMOS --units deg", "--units"),
         ("replay_so101.py", "--dataset DEMOS --episode 99", "--episode 99"),
         ("replay_so101.py", "--dataset DEMOS --video a.avi", "--video"),
