@@ -269,7 +269,6 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._qpos, self._qvel, self._ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
         self._tip = self.batch.bind("site_xpos")[:, self.model.site("gripperframe").id]
         self._gravity = self.batch.bind("qfrc_bias")
-        self._gain, self._damping = self.model.actuator_gainprm[:, 0].copy(), self.model.dof_damping[:ACT_DIM].copy()
         self._stage = mujoco.mjtStage.mjSTAGE_VEL.value  # makes positions and gravity torques current after a step
         self._limits = self.model.actuator_ctrlrange.T.copy()
         self._home = self._home_state()
@@ -278,6 +277,9 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         fields += ["actuator_gainprm", "actuator_biasprm"] if self.randomization.servo_gain else []
         fields += ["dof_damping"] if self.randomization.servo_damping else []
         self._fields = {name: self.batch.expand(name) for name in fields}
+        # of every joint, (N, 6), as drawn: views, so that they follow each draw
+        self._gain = self._parameter("actuator_gainprm")[:, :, 0]
+        self._damping = self._parameter("dof_damping")[:, :ACT_DIM]
 
         n = num_envs
         self._rngs: list[np.random.Generator] = [None] * n
@@ -362,10 +364,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             delta += base
 
         # the targets of a free arm in this motion: what it measures, plus its lag under gravity, damping and latency
-        gain = self._fields["actuator_gainprm"][:, :, 0] if "actuator_gainprm" in self._fields else self._gain
-        damping = self._fields["dof_damping"][:, :ACT_DIM] if "dof_damping" in self._fields else self._damping
-        load = self._gravity[:, :ACT_DIM] + damping * self._qvel[:, :ACT_DIM]
-        holding = self._qpos[:, :ACT_DIM] + self._joint_offset + load / gain
+        load = self._gravity[:, :ACT_DIM] + self._damping * self._qvel[:, :ACT_DIM]
+        holding = self._qpos[:, :ACT_DIM] + self._joint_offset + load / self._gain
         if self.randomization.latency_steps:
             holding += self._qvel[:, :ACT_DIM] * (self._latency / CONTROL_HZ)[:, None]
         lower = np.maximum(self._limits[0], holding - COMMAND_WINDOW_RAD)
@@ -516,6 +516,11 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
     # -- internals
 
+    def _parameter(self, name: str) -> np.ndarray:
+        """A field of the model with a row per environment: the drawn copies, or the nominal one again and again."""
+        nominal = getattr(self.model, name)
+        return self._fields.get(name, np.broadcast_to(nominal, (self.num_envs, *nominal.shape)))
+
     def _base_delta(self, mask: np.ndarray) -> np.ndarray:
         """The base policy's joint deltas (N, 6) in rad for the observations of the environments in mask, checked."""
         base = np.asarray(self.base_policy.act(self._obs[:, :OBS_DIM].copy(), self._command.copy(), mask), np.float64)
@@ -545,7 +550,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
     def _start_episodes(self, ids: np.ndarray, qpos: np.ndarray | None = None) -> None:
         """Draw and start new episodes in the environments ids, each from its own generator; qpos as in reset."""
-        ranges, model, gains = self.randomization, self.model, np.tile(self._gain, (self.num_envs, 1))
+        ranges, model = self.randomization, self.model
         for i in ids:
             rng = self._rngs[i]
             x, y, yaw = self._draw_sheet_pose(rng)
@@ -563,9 +568,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
                 factor, sheet = 1.0 + ranges.sheet_mass * rng.uniform(-1.0, 1.0), model.body("sheet").id
                 self._fields["body_mass"][i, sheet] = model.body_mass[sheet] * factor
                 self._fields["body_inertia"][i, sheet] = model.body_inertia[sheet] * factor
-            gain = gains[i]
             if "actuator_gainprm" in self._fields:
-                gain *= 1.0 + ranges.servo_gain * rng.uniform(-1.0, 1.0, ACT_DIM)
+                gain = model.actuator_gainprm[:, 0] * (1.0 + ranges.servo_gain * rng.uniform(-1.0, 1.0, ACT_DIM))
                 self._fields["actuator_gainprm"][i, :, 0] = gain
                 self._fields["actuator_biasprm"][i, :, 1] = -gain
             if "dof_damping" in self._fields:
@@ -574,7 +578,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             self._latency[i] = rng.integers(ranges.latency_steps + 1) if ranges.latency_steps else 0
             if ranges.joint_offset_rad:
                 self._joint_offset[i] = ranges.joint_offset_rad * rng.uniform(-1.0, 1.0, ACT_DIM)
-            self._ctrl[i] = HOME_RAD + self._home["torque"] / gain
+            self._ctrl[i] = HOME_RAD + self._home["torque"] / self._gain[i]
         if "body_mass" in self._fields:
             self.batch.set_const(ids)
         self._qvel[ids] = 0.0
@@ -582,7 +586,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self.batch.bind("qacc_warmstart")[ids] = self._home["warmstart"]
         self.batch.forward(ids, stage=self._stage)
         if qpos is not None:
-            self._ctrl[ids] = self._qpos[ids, :ACT_DIM] + self._gravity[ids, :ACT_DIM] / gains[ids]
+            self._ctrl[ids] = self._qpos[ids, :ACT_DIM] + self._gravity[ids, :ACT_DIM] / self._gain[ids]
         self._command[ids] = self._ctrl[ids] + self._joint_offset[ids]
         self._delayed[ids] = self._command[ids][:, None]
         self._steps[ids] = self._streak[ids] = 0
