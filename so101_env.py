@@ -3,6 +3,9 @@
 `SO101ResidualVectorEnv` steps a batch of simulations on MuJoCo's thread pool; `SO101ResidualEnv` is the same code with
 a batch of one, so both give the same numbers from the same seeds and actions. World frame = base frame of the arm:
 x straight ahead, y to the left, z up, origin at the base on the table. SI units throughout.
+
+Another task is a subclass that overrides `draw_start`, `observe`, `command_targets`, `success`, `failure`,
+`reward_terms` or `potential`.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import gymnasium as gym
 import mujoco
@@ -23,7 +27,7 @@ from gymnasium.vector import AutoresetMode
 
 ASSET = Path(__file__).resolve().parent / "assets" / "paper_in_square.xml"
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
-OBS_DIM, ACT_DIM = 25, 6
+ACT_DIM = len(JOINTS)
 CONTROL_HZ = 30
 MAX_EPISODE_STEPS = 400
 SUCCESS_STEPS = 5  # consecutive control steps with all four corners inside
@@ -42,9 +46,9 @@ MAX_DELTA_RAD = 6.3  # no joint's range is wider: a base policy that asks for mo
 SHEET_REACH_M = 0.42  # stretched arm, tip on the table, from the shoulder_pan axis
 PAN_AXIS_M = np.array([0.0388353, 0.0])
 
-# potential of the shaping term, per metre: tip-to-sheet, sheet-to-tape, and radians of yaw counted as metres
+# potential of the shaping term, per metre: tip to sheet, sheet to tape, and radians of yaw counted as metres
 SHAPING_PER_M, SHAPING_YAW_M_PER_RAD = 100.0, 0.05
-# A sheet that is dragged by a point beside its centre turns: rad per m of that lever across the way, and m of the way.
+# A sheet that is dragged by a point beside its centre turns: rad per m of lever across the drag and m of drag.
 # Fitted to drags of the scripted pusher.
 TURN_RAD_PER_M2 = 39.0
 SHAPING_INSET_M = 0.01  # the tip counts as over the sheet this far inside its edges
@@ -52,12 +56,69 @@ TIP_PRESSED_M = 0.0073  # height of the gripper tip when the fingertips touch th
 # one standard deviation of `DomainRandomization.observation_noise = 1`
 NOISE_JOINT_RAD, NOISE_VELOCITY_RAD_S, NOISE_TIP_M, NOISE_SHEET_M, NOISE_YAW_RAD = 0.003, 0.05, 0.001, 0.002, 0.01
 
-REWARD_TERMS = ("distance", "yaw", "time", "residual", "success", "failure", "shaping")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings
+
+
+class SO101Error(ValueError):
+    """A mistake that the user can mend, said in one line with the way out. Scripts print it and exit with code 2."""
+
+
+class BasePolicyError(SO101Error):
+    """A base policy that cannot act, or acts in a way that no arm can follow. It ends the run."""
+
+
+def check_ranges(settings: Any, ranges: Mapping[str, tuple[float, float]], name: Callable[[str], str] = str) -> None:
+    """Raise SO101Error for the first field of a dataclass that is not finite, or outside its closed range.
+
+    Args:
+        settings: the dataclass instance; fields that are None pass.
+        ranges: (lowest, highest) by field.
+        name: how the message calls a field; scripts name its flag.
+    """
+    for field in dataclasses.fields(settings):
+        value, (low, high) = getattr(settings, field.name), ranges.get(field.name, (-np.inf, np.inf))
+        if isinstance(value, (int, float)) and not (low <= value <= high and np.isfinite(value)):
+            bounds = f"in [{low:g}, {high:g}]" if np.isfinite([low, high]).all() else "a finite number"
+            raise SO101Error(f"{name(field.name)} must be {bounds}, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Everything about the task that can be set: the environment's arguments, and flags of the scripts."""
+
+    alpha: float = 0.7
+    """share of act_scale that the residual commands, in [0, 1]"""
+    act_scale: float = 0.02
+    """joint delta in rad per control step of a full residual at alpha 1"""
+    residual_penalty: float = 0.001
+    """reward lost per squared norm of the residual"""
+    tape_margin: float = 0.04
+    """m between sheet and tape on every side: 0.04 standard, 0.02 precise"""
+    randomize: bool = True
+    """domain randomisation: friction of table and fingertips; without it only the sheet's start pose is drawn"""
+    full_randomization: bool = False
+    """also randomise sheet mass, servo gain and damping, latency, joint offsets and observation noise"""
+    arrival_yaw_weight: float = 0.0
+    """m per rad, in the shaping, of the yaw that a straight drag from here would end with, which the networks then see,
+    too; 0: the present yaw counts 0.05"""
+
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = {
+        "alpha": (0.0, 1.0), "act_scale": (1e-6, 1.0), "residual_penalty": (0.0, 1e3), "tape_margin": (1e-3, 0.1),
+        "arrival_yaw_weight": (0.0, 1e3),
+    }  # fmt: skip
+
+    def randomization(self) -> DomainRandomization:
+        """The ranges that randomize and full_randomization stand for."""
+        if not self.randomize:
+            return DomainRandomization.nominal()
+        return DomainRandomization.full() if self.full_randomization else DomainRandomization()
 
 
 @dataclasses.dataclass(frozen=True)
 class DomainRandomization:
-    """What is drawn anew for every episode. A fraction f means uniform in nominal x [1 - f, 1 + f]."""
+    """What is resampled every episode. A fraction f means uniform in nominal x [1 - f, 1 + f]."""
 
     sheet_distance_m: tuple[float, float] = (0.04, 0.12)
     """initial distance of the sheet's centre from the tape's, in a uniform direction"""
@@ -98,28 +159,127 @@ class DomainRandomization:
         )
 
 
-class BasePolicyError(ValueError):
-    """A base policy that cannot act, or acts in a way that no arm can follow. It ends the run."""
+# ---------------------------------------------------------------------------------------------------------------------
+# the observation: its parts, and how a network should see each
 
 
-class BasePolicy(Protocol):
-    """What the residual corrects. A policy that cannot act raises BasePolicyError; it never returns zeros instead."""
+class Part(NamedTuple):
+    """A named part of the observation."""
 
-    fingerprint: str  # hash of its weights; empty if it has none
-    memory: dict[str, np.ndarray]  # all that it remembers, a row per environment; empty if it remembers nothing
+    names: tuple[str, ...]  # of its components
+    mean: Any  # a network sees (x - mean) / scale
+    scale: Any
+    mirror: Any  # sign of each component in the left-right mirror image of the scene
 
-    def reset(self, mask: np.ndarray) -> None:
-        """Forget the episodes of the environments in mask, (N,) bool."""
 
-    def act(self, obs: np.ndarray, command: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Joint deltas in rad, (N, 6), for observations (N, 25) and the last commanded joint targets (N, 6), rad.
+def _xyz(name: str, axes: tuple[str, ...] = ("x", "y", "z")) -> tuple[str, ...]:
+    return tuple(f"{name}.{axis}" for axis in axes)
 
-        Called once per control step of the environments in mask, (N,) bool. Answers and memory of the others: the
-        former are not used, the latter must stay.
-        """
 
-    def close(self) -> None:
-        """Release what the policy holds."""
+# mirrored, pan and roll turn the other way; of a rotation, the parts about x and z
+JOINT_MIRROR = (-1, 1, 1, 1, -1, 1)
+OBSERVATION = {
+    "joint_pos": Part(tuple(f"{joint}.pos" for joint in JOINTS), HOME_RAD, 0.3, JOINT_MIRROR),  # rad
+    "joint_vel": Part(tuple(f"{joint}.vel" for joint in JOINTS), 0.0, 0.5, JOINT_MIRROR),  # rad/s
+    "sheet_pos": Part(_xyz("sheet"), (*TAPE_CENTER_M, 0.0), 0.1, (1, -1, 1)),  # m
+    "sheet_quat": Part(_xyz("sheet", ("qw", "qx", "qy", "qz")), (1.0, 0.0, 0.0, 0.0), 0.1, (1, -1, 1, -1)),
+    "tape_minus_sheet": Part(_xyz("tape_minus_sheet"), 0.0, 0.1, (1, -1, 1)),  # m
+    # millimetres of tip height decide about contact
+    "tip_pos": Part(_xyz("tip"), (*TAPE_CENTER_M, 0.015), (0.1, 0.1, 0.02), (1, -1, 1)),  # m
+}
+# appended with observe_base: the base policy's joint deltas, rad
+BASE_DELTA = Part(tuple(f"{joint}.base_delta" for joint in JOINTS), 0.0, 0.02, JOINT_MIRROR)
+
+
+def slices(parts: Mapping[str, Part]) -> dict[str, slice]:
+    """Where each part lies in an observation."""
+    ends = np.cumsum([len(part.names) for part in parts.values()]).tolist()
+    return {name: slice(end - len(part.names), end) for (name, part), end in zip(parts.items(), ends)}
+
+
+OBS = slices(OBSERVATION)
+OBS_DIM = sum(len(part.names) for part in OBSERVATION.values())
+# the same numbers by LeRobot's names, as datasets, base policies and policy servers have them
+STATE, ENVIRONMENT, ACTION = "observation.state", "observation.environment_state", "action"
+COMMAND, IMAGES = "command", "observation.images."
+STATE_NAMES = list(OBSERVATION["joint_pos"].names)
+ENVIRONMENT_NAMES = [name for part in list(OBSERVATION.values())[1:] for name in part.names]
+
+
+def sheet_pose(obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Centre (N, 2), m, and yaw (N,), rad, of the sheet in observations (N, 25)."""
+    quat = obs[:, OBS["sheet_quat"]]
+    return obs[:, OBS["sheet_pos"]][:, :2], 2.0 * np.arctan2(quat[:, 3], quat[:, 0])
+
+
+def sheet_to_tip_feature(obs: np.ndarray) -> np.ndarray:
+    """Vector (N, 2) from the sheet's nearest point to the tip, in the sheet's axes, per 30 mm; zero over the sheet.
+
+    It tells whether to press or to go to the sheet first. From a yaw and two positions the networks hardly learn it in
+    so few steps.
+    """
+    tip = in_sheet_axes(obs[:, OBS["tip_pos"]][:, :2], *sheet_pose(obs))
+    half = (SHEET_HALF_M - SHAPING_INSET_M).astype(np.float32)
+    return (tip - np.clip(tip, -half, half)) / np.float32(0.03)
+
+
+def arrival_yaw_feature(obs: np.ndarray) -> np.ndarray:
+    """The yaw (N, 1) to expect on arrival, per 0.1 rad, and its product (N, 2) with the displacement to the tape.
+
+    Across that displacement, the product points to where the tip should press.
+    """
+    end = arrival_yaw(obs[:, OBS["tip_pos"]][:, :2], *sheet_pose(obs))[:, None]
+    return np.concatenate([end / 0.1, end * obs[:, OBS["tape_minus_sheet"]][:, :2] / 0.01], axis=1)
+
+
+# what a network may see beside the observation: function of observations (N, 25), and mirror signs of its result
+DERIVED = {"sheet_to_tip": (sheet_to_tip_feature, (1, -1)), "arrival_yaw": (arrival_yaw_feature, (-1, -1, 1))}
+
+
+class BaseObservation(Mapping):
+    """What a base policy sees, by LeRobot's names, a row per environment.
+
+    observation.state (n, 6), joint positions, rad; observation.environment_state (n, 19), the rest of the observation;
+    command (n, 6), last commanded joint targets, rad; and observation.images.CAMERA (n, H, W, 3) uint8 for the cameras
+    of the policy, rendered at the moment they are read: `obs.rows(mask)` first, and only those rows are rendered.
+    """
+
+    def __init__(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        cameras: tuple[str, ...] = (),
+        render: Callable[[str, np.ndarray], np.ndarray] | None = None,
+        ids: np.ndarray | None = None,
+    ):
+        self._arrays, self._cameras, self._render = dict(arrays), cameras, render
+        self._ids = np.arange(len(self._arrays[STATE])) if ids is None else ids
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        if key not in self._arrays and key.removeprefix(IMAGES) in self._cameras and key.startswith(IMAGES):
+            self._arrays[key] = self._render(key.removeprefix(IMAGES), self._ids)
+        return self._arrays[key]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (STATE, ENVIRONMENT, COMMAND, *(IMAGES + camera for camera in self._cameras))
+
+    def __len__(self) -> int:
+        return 3 + len(self._cameras)
+
+    def rows(self, mask: np.ndarray) -> BaseObservation:
+        """The same of the environments in mask only, (N,) bool."""
+        arrays = {key: array[mask] for key, array in self._arrays.items()}
+        return BaseObservation(arrays, self._cameras, self._render, self._ids[mask])
+
+
+def base_observation(obs: np.ndarray, command: np.ndarray, **cameras: Any) -> BaseObservation:
+    """Observations (N, 25 or more) and last commanded targets (N, 6), rad, as base policies get them: copies."""
+    arrays = {STATE: obs[:, :ACT_DIM].copy(), ENVIRONMENT: obs[:, ACT_DIM:].copy(), COMMAND: command.copy()}
+    return BaseObservation(arrays, **cameras)
+
+
+def flat_observation(obs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Inverse of base_observation: observations (N, 25)."""
+    return np.concatenate([obs[STATE], obs[ENVIRONMENT]], axis=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,6 +289,13 @@ class BasePolicy(Protocol):
 def wrap_angle(angle_rad: np.ndarray) -> np.ndarray:
     """Angle in [-pi, pi)."""
     return (angle_rad + np.pi) % (2 * np.pi) - np.pi
+
+
+def in_sheet_axes(point_xy_m: np.ndarray, sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray) -> np.ndarray:
+    """Points (N, 2) relative to the sheets' centres, in the sheets' axes, (N, 2)."""
+    c, s = np.cos(sheet_yaw_rad), np.sin(sheet_yaw_rad)
+    d = point_xy_m - sheet_xy_m
+    return np.stack([c * d[:, 0] + s * d[:, 1], c * d[:, 1] - s * d[:, 0]], axis=1)
 
 
 def sheet_inside(sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray, tape_margin_m: float) -> np.ndarray:
@@ -143,11 +310,9 @@ def distance_to_sheet(
     point_xy_m: np.ndarray, sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray, inset_m: float = 0.0
 ) -> np.ndarray:
     """Horizontal distance of points (N, 2) to the nearest point at least inset_m inside the sheets' edges, (N,)."""
-    c, s = np.cos(sheet_yaw_rad), np.sin(sheet_yaw_rad)
-    d = point_xy_m - sheet_xy_m
-    out_x = np.maximum(np.abs(c * d[:, 0] + s * d[:, 1]) - SHEET_HALF_M[0] + inset_m, 0.0)
-    out_y = np.maximum(np.abs(c * d[:, 1] - s * d[:, 0]) - SHEET_HALF_M[1] + inset_m, 0.0)
-    return np.hypot(out_x, out_y)
+    point = np.abs(in_sheet_axes(point_xy_m, sheet_xy_m, sheet_yaw_rad))
+    outside = np.maximum(point - SHEET_HALF_M + inset_m, 0.0)
+    return np.hypot(outside[:, 0], outside[:, 1])
 
 
 def sheet_distance(sheet_xy_m: np.ndarray) -> np.ndarray:
@@ -157,29 +322,18 @@ def sheet_distance(sheet_xy_m: np.ndarray) -> np.ndarray:
 
 def arrival_yaw(tip_xy_m: np.ndarray, sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray) -> np.ndarray:
     """Yaw (N,) that sheets would about have, were they pressed at the tips (N, 2) and dragged straight to the tape."""
-    lever, way = tip_xy_m - sheet_xy_m, TAPE_CENTER_M - sheet_xy_m
-    return sheet_yaw_rad + TURN_RAD_PER_M2 * (lever[:, 0] * way[:, 1] - lever[:, 1] * way[:, 0])
+    lever, drag = tip_xy_m - sheet_xy_m, TAPE_CENTER_M - sheet_xy_m
+    return sheet_yaw_rad + TURN_RAD_PER_M2 * (lever[:, 0] * drag[:, 1] - lever[:, 1] * drag[:, 0])
 
 
-def potential(
-    tip_m: np.ndarray,
-    sheet_xy_m: np.ndarray,
-    sheet_yaw_rad: np.ndarray,
-    sheet_distance_m: np.ndarray,
-    arrival_yaw_weight: float = 0.0,
-) -> np.ndarray:
-    """Shaping potential (N,), 0 at best: tip (N, 3) on the sheet, sheet (N, 2) at the tape's centre, without yaw.
+@dataclasses.dataclass
+class Scene:
+    """The true state at the end of a control step, a row per environment."""
 
-    Any point of the sheet is as good as any other: pulling the tip to the sheet's centre drowned the signal of the drag
-    in that of the tip's own motion and learned more slowly. The yaw is in [-pi, pi).
-    """
-    aside = distance_to_sheet(tip_m[:, :2], sheet_xy_m, sheet_yaw_rad, SHAPING_INSET_M)
-    reach = np.hypot(aside, np.maximum(tip_m[:, 2] - TIP_PRESSED_M, 0.0))
-    if arrival_yaw_weight == 0.0:
-        turned = SHAPING_YAW_M_PER_RAD * np.abs(sheet_yaw_rad)
-    else:
-        turned = arrival_yaw_weight * np.abs(arrival_yaw(tip_m[:, :2], sheet_xy_m, sheet_yaw_rad))
-    return -SHAPING_PER_M * (reach + sheet_distance_m + turned)
+    tip_m: np.ndarray  # (N, 3)
+    sheet_xy_m: np.ndarray  # (N, 2)
+    sheet_yaw_rad: np.ndarray  # (N,), in [-pi, pi)
+    sheet_distance_m: np.ndarray  # (N,), of the sheet's centre from the tape's
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,80 +343,76 @@ def potential(
 class SO101ResidualVectorEnv(gym.vector.VectorEnv):
     """N arms at the same task, stepped together.
 
-    Observation (N, 25) float32: joint positions (6, rad), joint velocities (6, rad/s), sheet position (3, m), sheet
-    quaternion (4, wxyz), tape centre - sheet centre (3, m), gripper tip position (3, m).
+    Observation (N, 25) float32, the parts of OBSERVATION: joint positions (6, rad), joint velocities (6, rad/s), sheet
+    position (3, m), sheet quaternion (4, wxyz), tape centre - sheet centre (3, m), gripper tip position (3, m).
     Action (N, 6) float32 in [-1, 1], the residual: `delta = base + alpha * act_scale * clip(action, -1, 1)` rad is
     added to the last commanded joint targets (JOINTS order).
     Reward: see `info["reward_terms"]`, a dict of (N,) arrays that add up to it; all but "shaping" make up the return in
-    `info["final_info"]["episode"]["r"]`.
+    `info["final_info"]["episode_summary"]["return"]`.
 
     Args:
         num_envs: number of environments N.
-        base_policy: the policy to correct (see BasePolicy); None is zero.
-        alpha: share of act_scale that the residual commands, in [0, 1].
-        act_scale: rad per control step of a full residual at alpha 1.
-        residual_penalty: reward per squared norm of the residual.
-        randomize: False is the nominal physics; the sheet's start pose is drawn either way.
-        render_mode: None or "rgb_array".
-        tape_margin: m between sheet and tape on every side; 0.04 is standard, 0.02 precise.
+        base_policy: the policy to correct, an instance of so101_policies.BasePolicy; None is zero.
+        task: settings of the task; any of Task's fields can also be given by name, which wins: `tape_margin=0.02`.
+        randomization: ranges to use instead of those that the task's flags stand for.
         max_episode_steps: control steps until truncation.
         shaping_gamma: discount of the potential-based shaping; None switches the shaping off.
-        randomization: ranges, used where randomize is True.
+        observe_base: append the base policy's joint deltas (6, rad) to the observation, which then has 31 numbers.
+        render_mode: None or "rgb_array".
         num_threads: physics threads; None uses every core, at most one per environment. No result depends on it.
         autoreset_mode: SAME_STEP, or DISABLED: then a finished environment rests, unsimulated, until it is reset.
-        arrival_yaw_weight: in the shaping, metres per radian of the yaw that a straight drag would end with (see
-            `arrival_yaw`); 0 counts the present yaw.
-        observe_base: append the base policy's joint deltas (6, rad) to the observation, which then has 31 numbers.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: an argument outside its range; TypeError: one of an unknown name.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}
+    parts: Mapping[str, Part] = OBSERVATION  # of the observation; a subclass that observes more adds to them
 
     def __init__(
         self,
         num_envs: int = 8,
-        base_policy: BasePolicy | None = None,
-        alpha: float = 0.7,
-        act_scale: float = 0.02,
-        residual_penalty: float = 0.001,
-        randomize: bool = True,
-        render_mode: str | None = None,
-        tape_margin: float = 0.04,
+        base_policy: Any = None,
+        task: Task | None = None,
+        randomization: DomainRandomization | None = None,
         max_episode_steps: int = MAX_EPISODE_STEPS,
         shaping_gamma: float | None = 1.0,
-        randomization: DomainRandomization | None = None,
+        observe_base: bool = False,
+        render_mode: str | None = None,
         num_threads: int | None = None,
         autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
-        observe_base: bool = False,
-        arrival_yaw_weight: float = 0.0,
+        **settings: Any,
     ):
+        self.task = dataclasses.replace(task or Task(), **settings)
+        check_ranges(self.task, Task.RANGES)
         _check(num_envs >= 1, "num_envs", num_envs, "at least 1")
-        _check(0.0 <= alpha <= 1.0, "alpha", alpha, "in [0, 1]")
-        _check(act_scale > 0.0, "act_scale", act_scale, "positive")
-        _check(residual_penalty >= 0.0, "residual_penalty", residual_penalty, "at least 0")
-        _check(0.0 < tape_margin <= 0.1, "tape_margin", tape_margin, "in (0, 0.1] m")
         _check(max_episode_steps >= 1, "max_episode_steps", max_episode_steps, "at least 1")
         _check(num_threads is None or num_threads >= 1, "num_threads", num_threads, "at least 1")
         _check(render_mode in (None, "rgb_array"), "render_mode", render_mode, "None or 'rgb_array'")
         _check(autoreset_mode != AutoresetMode.NEXT_STEP, "autoreset_mode", autoreset_mode, "SAME_STEP or DISABLED")
-        _check(arrival_yaw_weight >= 0.0, "arrival_yaw_weight", arrival_yaw_weight, "at least 0")
         _check(base_policy is not None or not observe_base, "observe_base", observe_base, "False without a base policy")
+        for name in ("reset", "act", "close", "memory", "fingerprint", "cameras") if base_policy is not None else ():
+            if not hasattr(base_policy, name):
+                raise BasePolicyError(
+                    f"base policy {type(base_policy).__name__} has no {name}: derive it from so101_policies.BasePolicy"
+                )
         self.num_envs, self.render_mode = num_envs, render_mode
         self.metadata = {**self.metadata, "autoreset_mode": autoreset_mode}
-        self.alpha, self.act_scale, self.residual_penalty = alpha, act_scale, residual_penalty
-        self.tape_margin, self.max_episode_steps, self.shaping_gamma = tape_margin, max_episode_steps, shaping_gamma
-        self.base_policy, self.observe_base, self.arrival_yaw_weight = base_policy, observe_base, arrival_yaw_weight
-        self.randomization = (randomization or DomainRandomization()) if randomize else DomainRandomization.nominal()
-        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (OBS_DIM + ACT_DIM * observe_base,), np.float32)
+        self.max_episode_steps, self.shaping_gamma = max_episode_steps, shaping_gamma
+        self.base_policy, self.observe_base = base_policy, observe_base
+        self.randomization = randomization or self.task.randomization()
+        if observe_base:
+            self.parts = {**self.parts, "base_delta": BASE_DELTA}
+        self._slices = slices(self.parts)
+        obs_dim = sum(len(part.names) for part in self.parts.values())
+        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, (ACT_DIM,), np.float32)
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
 
-        self.model = load_model(tape_margin)
+        self.model = load_model(self.task.tape_margin)
         threads = min(num_threads or os.cpu_count() or 1, num_envs)
-        # one state row per environment (warm start included), per-environment copies of the fields drawn below;
+        # one state row per environment (warm start included), per-environment copies of the fields resampled below;
         # persistent: a step goes on from the quantities that were made current after the last one
         self.batch = mujoco.batch.Batch(self.model, nsim=num_envs, nthread=threads, persistent=True)
         self._substeps = round(1 / CONTROL_HZ / self.model.opt.timestep)
@@ -272,20 +422,21 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._stage = mujoco.mjtStage.mjSTAGE_VEL.value  # makes positions and gravity torques current after a step
         self._limits = self.model.actuator_ctrlrange.T.copy()
         self._home = self._home_state()
-        fields = ["pair_friction"] if randomize else []
-        fields += ["body_mass", "body_inertia"] if self.randomization.sheet_mass else []
-        fields += ["actuator_gainprm", "actuator_biasprm"] if self.randomization.servo_gain else []
-        fields += ["dof_damping"] if self.randomization.servo_damping else []
+        ranges = self.randomization
+        fields = ["pair_friction"] if ranges.sheet_friction or ranges.finger_friction else []
+        fields += ["body_mass", "body_inertia"] if ranges.sheet_mass else []
+        fields += ["actuator_gainprm", "actuator_biasprm"] if ranges.servo_gain else []
+        fields += ["dof_damping"] if ranges.servo_damping else []
         self._fields = {name: self.batch.expand(name) for name in fields}
-        # of every joint, (N, 6), as drawn: views, so that they follow each draw
+        # of every joint, (N, 6): views, so that they follow every resampling
         self._gain = self._parameter("actuator_gainprm")[:, :, 0]
         self._damping = self._parameter("dof_damping")[:, :ACT_DIM]
 
         n = num_envs
         self._rngs: list[np.random.Generator] = [None] * n
-        # all below, the random generators, the state rows and the drawn fields are the whole state: see get_state
+        # all below, the random generators, the state rows and the resampled fields are the whole state: see get_state
         self._command = np.zeros((n, ACT_DIM))  # last commanded joint targets, rad, in encoder coordinates
-        self._delayed = np.zeros((n, self.randomization.latency_steps + 1, ACT_DIM))  # last commands, newest first
+        self._delayed = np.zeros((n, ranges.latency_steps + 1, ACT_DIM))  # last commands, newest first
         self._latency = np.zeros(n, np.int64)
         self._joint_offset = np.zeros((n, ACT_DIM))  # encoder minus truth, rad
         self._phi = np.zeros(n)
@@ -296,7 +447,115 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._done = np.ones(n, bool)
         self._obs = np.zeros(self.observation_space.shape, np.float32)
         self._base = np.zeros((n, ACT_DIM))  # with observe_base: the base policy's deltas for self._obs, rad
-        self._renderer: mujoco.Renderer | None = None
+        self._renderers: dict[tuple[int, int], mujoco.Renderer] = {}
+
+    # -- the task: what a subclass overrides
+
+    def draw_start(self, rng: np.random.Generator) -> tuple[float, float, float]:
+        """Start pose x, y (m), yaw (rad) of a sheet that is not already inside the tape."""
+        ranges = self.randomization
+        for _ in range(10_000):
+            radius, direction = rng.uniform(*ranges.sheet_distance_m), rng.uniform(-np.pi, np.pi)
+            yaw = rng.uniform(-ranges.sheet_yaw_rad, ranges.sheet_yaw_rad)
+            xy = TAPE_CENTER_M + radius * np.array([np.cos(direction), np.sin(direction)])
+            if not sheet_inside(xy[None], np.array([yaw]), self.task.tape_margin)[0]:
+                return xy[0], xy[1], yaw
+        raise SO101Error(
+            f"sheet_distance_m {ranges.sheet_distance_m}: a sheet that starts so near lies inside the tape already; "
+            f"start farther out, or lower tape_margin {self.task.tape_margin}"
+        )
+
+    def observe(self, mask: np.ndarray, scene: Scene) -> np.ndarray:
+        """Observations (N, 25), as the sensors see the scene; rows that are not in mask, (N,) bool, may hold anything.
+
+        A subclass that observes more appends its columns, and their Part to `parts`.
+        """
+        obs, yaw = np.zeros((self.num_envs, OBS_DIM), np.float32), scene.sheet_yaw_rad
+        joints, velocities, sheet, tip = (obs[:, OBS[k]] for k in ("joint_pos", "joint_vel", "sheet_pos", "tip_pos"))
+        joints[:] = self._qpos[:, :ACT_DIM] + self._joint_offset
+        velocities[:] = self._qvel[:, :ACT_DIM]
+        sheet[:] = self._qpos[:, 6:9]
+        tip[:] = scene.tip_m
+        if self.randomization.joint_offset_rad:
+            # a real arm computes its tip from the encoders: to first order, the Jacobian carries their error over
+            site = self.model.site("gripperframe")
+            jacobian, _ = self.batch.jac(int(site.bodyid[0]), self._tip)
+            tip += np.einsum("nij,nj->ni", jacobian[:, :, :ACT_DIM], self._joint_offset)
+        if self.randomization.observation_noise:
+            yaw = yaw.copy()
+            for i in np.flatnonzero(mask):
+                noise = self.randomization.observation_noise * self._rngs[i].standard_normal(19)
+                joints[i] += NOISE_JOINT_RAD * noise[0:6]
+                velocities[i] += NOISE_VELOCITY_RAD_S * noise[6:12]
+                sheet[i] += NOISE_SHEET_M * noise[12:15]
+                tip[i] += NOISE_TIP_M * noise[15:18]
+                yaw[i] += NOISE_YAW_RAD * noise[18]
+        quat = obs[:, OBS["sheet_quat"]]
+        quat[:, 0], quat[:, 3] = np.cos(yaw / 2), np.sin(yaw / 2)
+        obs[:, OBS["tape_minus_sheet"]][:, :2] = TAPE_CENTER_M - sheet[:, :2]
+        return obs
+
+    def command_targets(self, delta_rad: np.ndarray) -> np.ndarray:
+        """Joint targets (N, 6), rad, as the encoders count: the last ones plus delta, (N, 6), within the window."""
+        # the targets of a free arm in this motion: what it measures, plus its lag under gravity, damping and latency
+        load = self._gravity[:, :ACT_DIM] + self._damping * self._qvel[:, :ACT_DIM]
+        holding = self._qpos[:, :ACT_DIM] + self._joint_offset + load / self._gain
+        if self.randomization.latency_steps:
+            holding += self._qvel[:, :ACT_DIM] * (self._latency / CONTROL_HZ)[:, None]
+        lower = np.maximum(self._limits[0], holding - COMMAND_WINDOW_RAD)
+        upper = np.minimum(self._limits[1], holding + COMMAND_WINDOW_RAD)
+        return np.clip(self._command + delta_rad, lower, upper)
+
+    def success(self, scene: Scene) -> np.ndarray:
+        """Whether the goal is reached in this step, (N,) bool; SUCCESS_STEPS of these in a row end the episode."""
+        return sheet_inside(scene.sheet_xy_m, scene.sheet_yaw_rad, self.task.tape_margin)
+
+    def failure(self, scene: Scene) -> np.ndarray:
+        """Whether the episode cannot succeed any more, (N,) bool: the sheet is out of the arm's reach for good."""
+        sheet = scene.sheet_xy_m
+        far = np.hypot(sheet[:, 0] - PAN_AXIS_M[0], sheet[:, 1] - PAN_AXIS_M[1]) > SHEET_REACH_M
+        if far.any():  # the centre is; is all of the sheet?
+            axis = np.broadcast_to(PAN_AXIS_M, sheet.shape)
+            far = distance_to_sheet(axis, sheet, scene.sheet_yaw_rad) > SHEET_REACH_M
+        return far
+
+    def reward_terms(
+        self, scene: Scene, residual: np.ndarray, success: np.ndarray, failure: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """The reward's terms by name, (N,) each, but for the shaping: together they make up the return.
+
+        Args:
+            scene: at the end of the step.
+            residual: the clipped action (N, 6).
+            success, failure: whether the episode ends so in this step, (N,) bool.
+        """
+        terms = {
+            "distance": -2.0 * scene.sheet_distance_m,
+            "yaw": -0.1 * np.abs(scene.sheet_yaw_rad),
+            "time": np.full(self.num_envs, -0.01),
+            "residual": -self.task.residual_penalty * np.square(residual).sum(1),
+            "success": 10.0 * success,
+            "failure": np.zeros(self.num_envs),
+        }
+        if failure.any():  # costs what waiting for the time-out in that state would: pushing the sheet away never pays
+            waiting = terms["distance"] + terms["yaw"] + terms["time"]
+            terms["failure"] = failure * (self.max_episode_steps - self._steps) * waiting
+        return terms
+
+    def potential(self, scene: Scene) -> np.ndarray:
+        """Shaping potential (N,), 0 at best: tip on the sheet, sheet at the tape's centre, without yaw.
+
+        Any point of the sheet is as good as any other: pulling the tip to the sheet's centre drowned the signal of the
+        drag in that of the tip's own motion and learned more slowly.
+        """
+        tip, sheet, yaw = scene.tip_m, scene.sheet_xy_m, scene.sheet_yaw_rad
+        aside = distance_to_sheet(tip[:, :2], sheet, yaw, SHAPING_INSET_M)
+        reach = np.hypot(aside, np.maximum(tip[:, 2] - TIP_PRESSED_M, 0.0))
+        if self.task.arrival_yaw_weight == 0.0:
+            turned = SHAPING_YAW_M_PER_RAD * np.abs(yaw)
+        else:
+            turned = self.task.arrival_yaw_weight * np.abs(arrival_yaw(tip[:, :2], sheet, yaw))
+        return -SHAPING_PER_M * (reach + scene.sheet_distance_m + turned)
 
     # -- Gymnasium API
 
@@ -339,88 +598,53 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         Returns:
             obs (N, 25), reward (N,), terminated (N,), truncated (N,) and info: is_success, distance_m, yaw_error_rad,
             non_finite, out_of_reach, residual_magnitude (N,) each, reward_terms, and with a base policy base_delta_rad
-            (N, 6). With SAME_STEP autoreset, obs of a finished environment is the next episode's first, and info has
-            final_obs (N, 25) and final_info (the keys above, and episode: r and l), valid where _final_obs and
-            _final_info are True.
+            (N, 6). When episodes end, info also has episode_summary: return (unshaped), length, residual_magnitude
+            (the mean), (N,) each, valid where _episode_summary is True. With SAME_STEP autoreset, obs of a finished
+            environment is the next episode's first, and info has final_obs (N, 25) and final_info (all of the above),
+            valid where _final_obs and _final_info are True.
 
         Raises:
             ValueError: actions of another shape, or not finite.
-            BasePolicyError: a base policy's joint deltas likewise, or beyond every joint's range.
+            BasePolicyError: a base policy's joint deltas of another shape, not finite, or beyond every joint's range.
             RuntimeError: DISABLED autoreset and every environment has finished, or step before reset.
         """
         active = ~self._done
-        everyone = bool(active.all())
-        if not everyone and not active.any():
+        if not active.any():
             raise RuntimeError("step() needs a running episode: call reset() first")
-        rows = slice(None) if everyone else active
         residual = np.asarray(actions, np.float64)
         if residual.shape != (self.num_envs, ACT_DIM) or not np.isfinite(residual).all():
             raise ValueError(f"actions must be finite, of shape ({self.num_envs}, {ACT_DIM}); got {residual.shape}")
-        residual = np.minimum(np.maximum(residual, -1.0), 1.0)  # np.clip takes three times as long on arrays this small
-        delta = (self.alpha * self.act_scale) * residual
-        base = None
+        residual = np.clip(residual, -1.0, 1.0)
+        delta, base = (self.task.alpha * self.task.act_scale) * residual, None
         if self.base_policy is not None:
             base = self._base.copy() if self.observe_base else self._base_delta(active)
-            delta += base
+            delta += base  # here the residual corrects the base policy
 
-        # the targets of a free arm in this motion: what it measures, plus its lag under gravity, damping and latency
-        load = self._gravity[:, :ACT_DIM] + self._damping * self._qvel[:, :ACT_DIM]
-        holding = self._qpos[:, :ACT_DIM] + self._joint_offset + load / self._gain
-        if self.randomization.latency_steps:
-            holding += self._qvel[:, :ACT_DIM] * (self._latency / CONTROL_HZ)[:, None]
-        lower = np.maximum(self._limits[0], holding - COMMAND_WINDOW_RAD)
-        upper = np.minimum(self._limits[1], holding + COMMAND_WINDOW_RAD)
-        command = np.minimum(np.maximum(self._command + delta, lower), upper)
-        self._command[rows] = command[rows]
-        if self.randomization.latency_steps:
-            self._delayed[rows] = np.concatenate([command[:, None], self._delayed[:, :-1]], axis=1)[rows]
-            command = self._delayed[np.arange(self.num_envs), self._latency]
-        self._ctrl[rows] = (command - self._joint_offset)[rows]
-        self.batch.step(None if everyone else np.flatnonzero(active), nstep=self._substeps, stage=self._stage)
-
-        broken = active & ~np.isfinite(self.batch.state).all(1)
-        if broken.any():  # such an episode ends here and is named; the numbers it reports are those of a fresh arm
-            self._qpos[broken], self._qvel[broken] = self._home["qpos"], 0.0
-            self.batch.forward(np.flatnonzero(broken), stage=self._stage)
-        sheet, yaw = self._qpos[:, 6:8], wrap_angle(self._qpos[:, 9])
-        self._observe(active, yaw)
+        broken = self._simulate(self.command_targets(delta), active)
+        scene = self._scene()
+        self._write_observation(active, scene)
         self._steps += active
-        inside = sheet_inside(sheet, yaw, self.tape_margin) & ~broken
-        self._streak = (self._streak + active) * inside
+        self._streak = (self._streak + active) * (self.success(scene) & ~broken)
         success = active & (self._streak >= SUCCESS_STEPS)
-        far = np.hypot(sheet[:, 0] - PAN_AXIS_M[0], sheet[:, 1] - PAN_AXIS_M[1]) > SHEET_REACH_M
-        if far.any():  # the centre is; is all of the sheet?
-            far = distance_to_sheet(np.broadcast_to(PAN_AXIS_M, (self.num_envs, 2)), sheet, yaw) > SHEET_REACH_M
-        failure = active & (broken | far)
+        failure = active & (broken | self.failure(scene))
         terminated = success | failure
         truncated = active & (self._steps >= self.max_episode_steps) & ~terminated
 
-        distance, yaw_error, square = sheet_distance(sheet), np.abs(yaw), np.square(residual).sum(1)
-        rows_of_terms = np.zeros((len(REWARD_TERMS), self.num_envs))
-        terms = dict(zip(REWARD_TERMS, rows_of_terms))
-        terms["distance"][:] = -2.0 * distance
-        terms["yaw"][:] = -0.1 * yaw_error
-        terms["time"][:] = -0.01
-        terms["residual"][:] = -self.residual_penalty * square
-        terms["success"][:] = 10.0 * success
-        if failure.any():  # costs what waiting for the time-out in that state would: pushing the sheet away never pays
-            waiting = terms["distance"] + terms["yaw"] + terms["time"]
-            terms["failure"][:] = failure * (self.max_episode_steps - self._steps) * waiting
-        unshaped = rows_of_terms.sum(0)
-        phi = potential(self._tip, sheet, yaw, distance, self.arrival_yaw_weight)
+        terms = self.reward_terms(scene, residual, success, failure)
+        unshaped, phi = sum(terms.values()), self.potential(scene)
+        terms["shaping"] = np.zeros(self.num_envs)
         if self.shaping_gamma is not None:
             # zero at terminal states: only then does shaping leave the best policy as it is (Ng et al. 1999)
-            terms["shaping"][:] = self.shaping_gamma * (phi * ~terminated) - self._phi
-        self._phi = phi
-        reward = (unshaped + terms["shaping"]) * active
-        magnitude = np.sqrt(square)
-        self._return[rows] += unshaped[rows]
-        self._residual_sum[rows] += magnitude[rows]
+            terms["shaping"] = self.shaping_gamma * (phi * ~terminated) - self._phi
+        reward, self._phi = (unshaped + terms["shaping"]) * active, phi
+        magnitude = np.sqrt(np.square(residual).sum(1))
+        self._return[active] += unshaped[active]
+        self._residual_sum[active] += magnitude[active]
 
         info: dict[str, Any] = {
             "is_success": success,
-            "distance_m": distance,
-            "yaw_error_rad": yaw_error,
+            "distance_m": scene.sheet_distance_m,
+            "yaw_error_rad": np.abs(scene.sheet_yaw_rad),
             "non_finite": broken,
             "out_of_reach": failure & ~broken,
             "residual_magnitude": magnitude,
@@ -428,18 +652,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         }
         if base is not None:
             info["base_delta_rad"] = base
-        finished = terminated | truncated
-        self._done |= finished
-        if finished.any():
-            episode = {"r": self._return.copy(), "l": self._steps.copy()}
-            episode["residual_magnitude"] = self._residual_sum / np.maximum(self._steps, 1)
-            if self.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP:
-                info["final_obs"], info["_final_obs"] = self._obs.copy(), finished
-                info["final_info"] = {**info, "episode": episode}
-                info["_final_info"] = finished
-                self._start_episodes(np.flatnonzero(finished))
-            else:
-                info["episode"], info["_episode"] = episode, finished
+        self._finish_episodes(terminated | truncated, info)
         return self._obs.copy(), reward, terminated, truncated, info
 
     @property
@@ -458,24 +671,24 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             return None
         return tuple(self.render_state(qpos) for qpos in self._qpos)
 
-    def render_state(self, qpos: np.ndarray, camera: str | int = -1) -> np.ndarray:
-        """The RGB frame (480, 640, 3) uint8 of positions (10,); camera "top", "wrist", or -1 for the free camera.
+    def render_state(self, qpos: np.ndarray, camera: str | int = -1, size: tuple[int, int] = (480, 640)) -> np.ndarray:
+        """The RGB frame (height, width, 3) uint8 of positions (10,); camera "top", "wrist", or -1 for the free camera.
 
-        Raises RuntimeError where the machine cannot render off screen.
+        Raises SO101Error where the machine cannot render off screen.
         """
-        if self._renderer is None:
-            self._renderer = offscreen_renderer(self.model)
+        if size not in self._renderers:
+            self._renderers[size] = offscreen_renderer(self.model, *size)
             self._render_data = mujoco.MjData(self.model)
         self._render_data.qpos[:] = qpos
         mujoco.mj_forward(self.model, self._render_data)
-        self._renderer.update_scene(self._render_data, camera)
-        return self._renderer.render()
+        self._renderers[size].update_scene(self._render_data, camera)
+        return self._renderers[size].render()
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Free the renderer and the base policy."""
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        """Free the renderers and the base policy."""
+        for renderer in self._renderers.values():
+            renderer.close()
+        self._renderers = {}
         if self.base_policy is not None:
             self.base_policy.close()
 
@@ -495,21 +708,34 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             **{name: getattr(self, name).copy() for name in self._STATE},
         }
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continue, to the bit, where get_state was called. Raises ValueError for another number of environments."""
-        if state["batch"].shape != self.batch.state.shape:
-            raise ValueError(f"state of {len(state['batch'])} environments does not fit {self.num_envs}")
-        self.batch.state[:] = state["batch"]
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continue, to the bit, where get_state was called.
+
+        Raises SO101Error, and changes nothing, for a state that does not fit this environment.
+        """
+        own = {"batch": self.batch.state, **{name: getattr(self, name) for name in self._STATE}}
+        saved_fields, generators = state.get("fields"), state.get("rngs")
+        if not isinstance(saved_fields, Mapping) or not isinstance(state.get("base_memory"), Mapping):
+            raise SO101Error("state of the environments: fields or base_memory is missing")
+        for name, array in [*own.items(), *self._fields.items()]:
+            saved = saved_fields.get(name) if name in self._fields else state.get(name)
+            if getattr(saved, "shape", None) != array.shape or saved.dtype != array.dtype:
+                raise SO101Error(f"state of the environments: {name} must have shape {array.shape}, {array.dtype}")
+        if not isinstance(generators, list) or len(generators) != self.num_envs:
+            raise SO101Error(f"state of the environments: rngs must be {self.num_envs} generators")
+        rngs = [np.random.Generator(np.random.PCG64()) for _ in generators]
+        for rng, rng_state in zip(rngs, generators):
+            try:
+                rng.bit_generator.state = rng_state
+            except (KeyError, TypeError, ValueError) as error:
+                raise SO101Error(f"state of the environments: no generator's state ({error})") from error
+        for name, array in own.items():
+            array[...] = state[name]
         for name, array in self._fields.items():
-            array[:] = state["fields"][name]
+            array[:] = saved_fields[name]
         if self.randomization.sheet_mass:
             self.batch.set_const()
-        for i, rng_state in enumerate(state["rngs"]):
-            if rng_state is not None:
-                self._rngs[i] = np.random.Generator(np.random.PCG64())
-                self._rngs[i].bit_generator.state = rng_state
-        for name in self._STATE:
-            getattr(self, name)[...] = state[name]
+        self._rngs = rngs
         if self.base_policy is not None:
             self.base_policy.memory = {name: array.copy() for name, array in state["base_memory"].items()}
         self.batch.forward(stage=self._stage)
@@ -517,14 +743,48 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
     # -- internals
 
     def _parameter(self, name: str) -> np.ndarray:
-        """A field of the model with a row per environment: the drawn copies, or the nominal one again and again."""
+        """A field of the model with a row per environment: its resampled copies, or the nominal one again and again."""
         nominal = getattr(self.model, name)
         return self._fields.get(name, np.broadcast_to(nominal, (self.num_envs, *nominal.shape)))
 
+    def _scene(self) -> Scene:
+        """The true state now."""
+        sheet = self._qpos[:, 6:8]
+        return Scene(self._tip, sheet, wrap_angle(self._qpos[:, 9]), sheet_distance(sheet))
+
+    def _simulate(self, command: np.ndarray, active: np.ndarray) -> np.ndarray:
+        """Let the servos of the environments in active track command (N, 6); returns which diverged, (N,) bool."""
+        everyone = bool(active.all())
+        rows = slice(None) if everyone else active
+        self._command[rows] = command[rows]
+        if self.randomization.latency_steps:
+            self._delayed[rows] = np.concatenate([command[:, None], self._delayed[:, :-1]], axis=1)[rows]
+            command = self._delayed[np.arange(self.num_envs), self._latency]
+        self._ctrl[rows] = (command - self._joint_offset)[rows]
+        self.batch.step(None if everyone else np.flatnonzero(active), nstep=self._substeps, stage=self._stage)
+        broken = active & ~np.isfinite(self.batch.state).all(1)
+        if broken.any():  # such an episode ends here and is named; the numbers it reports are those of a fresh arm
+            self._qpos[broken], self._qvel[broken] = self._home["qpos"], 0.0
+            self.batch.forward(np.flatnonzero(broken), stage=self._stage)
+        return broken
+
+    def _write_observation(self, mask: np.ndarray, scene: Scene) -> None:
+        """Bring the observations of the environments in mask up to date, the base policy's action included."""
+        obs = self.observe(mask, scene)
+        width = self._obs.shape[1] - ACT_DIM * self.observe_base
+        if obs.shape != (self.num_envs, width):
+            raise ValueError(f"observe() must return {(self.num_envs, width)}, as `parts` says; got {obs.shape}")
+        self._obs[mask, :width] = obs[mask]
+        if self.observe_base:
+            self._base[mask] = self._base_delta(mask)[mask]
+            self._obs[mask, width:] = self._base[mask]
+
     def _base_delta(self, mask: np.ndarray) -> np.ndarray:
         """The base policy's joint deltas (N, 6) in rad for the observations of the environments in mask, checked."""
-        base = np.asarray(self.base_policy.act(self._obs[:, :OBS_DIM].copy(), self._command.copy(), mask), np.float64)
-        name, expected = type(self.base_policy).__name__, (self.num_envs, ACT_DIM)
+        policy, name, expected = self.base_policy, type(self.base_policy).__name__, (self.num_envs, ACT_DIM)
+        obs = self._obs[:, : self._obs.shape[1] - ACT_DIM * self.observe_base]
+        seen = base_observation(obs, self._command, cameras=policy.cameras, render=self._camera_images)
+        base = np.asarray(policy.act(seen, mask), np.float64)
         if base.shape != expected or not np.isfinite(base).all():
             raise BasePolicyError(f"base policy {name}: act() must return finite {expected}, got {base.shape}")
         largest = float(np.abs(base[mask]).max())
@@ -534,6 +794,12 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
                 f"{MAX_DELTA_RAD:.1f} is within reach; are its actions in degrees?"
             )
         return base
+
+    def _camera_images(self, camera: str, ids: np.ndarray) -> np.ndarray:
+        """What a camera of the base policy sees now in the environments ids, (n, H, W, 3) uint8."""
+        height, width = self.base_policy.image_size
+        frames = [self.render_state(self._qpos[i], camera, (height, width)) for i in ids]
+        return np.array(frames, np.uint8).reshape(len(ids), height, width, 3)
 
     def _home_state(self) -> dict[str, np.ndarray]:
         """Nominal resting state: joints at home, servo targets raised by gravity sag, sheet settled on the table."""
@@ -549,35 +815,14 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         return {"qpos": data.qpos.copy(), "warmstart": data.qacc_warmstart.copy(), "torque": data.qfrc_bias[:6].copy()}
 
     def _start_episodes(self, ids: np.ndarray, qpos: np.ndarray | None = None) -> None:
-        """Draw and start new episodes in the environments ids, each from its own generator; qpos as in reset."""
-        ranges, model = self.randomization, self.model
+        """Start new episodes in the environments ids, each resampled from its own generator; qpos as in reset."""
         for i in ids:
-            rng = self._rngs[i]
-            x, y, yaw = self._draw_sheet_pose(rng)
+            x, y, yaw = self.draw_start(self._rngs[i])
             self._qpos[i] = self._home["qpos"]
             self._qpos[i, 6:8], self._qpos[i, 9] = (x, y), yaw
             if qpos is not None:
                 self._qpos[i] = qpos[i]
-            if "pair_friction" in self._fields:
-                scale = rng.uniform(-1.0, 1.0, 2) * (ranges.sheet_friction, ranges.finger_friction) + 1.0
-                # by name: the compiler sorts pairs, so file order means nothing
-                for name, factor in zip(("sheet_table", "fixed_finger_sheet", "moving_finger_sheet"), scale[[0, 1, 1]]):
-                    pair = model.pair(name).id
-                    self._fields["pair_friction"][i, pair, :2] = model.pair_friction[pair, :2] * factor
-            if "body_mass" in self._fields:
-                factor, sheet = 1.0 + ranges.sheet_mass * rng.uniform(-1.0, 1.0), model.body("sheet").id
-                self._fields["body_mass"][i, sheet] = model.body_mass[sheet] * factor
-                self._fields["body_inertia"][i, sheet] = model.body_inertia[sheet] * factor
-            if "actuator_gainprm" in self._fields:
-                gain = model.actuator_gainprm[:, 0] * (1.0 + ranges.servo_gain * rng.uniform(-1.0, 1.0, ACT_DIM))
-                self._fields["actuator_gainprm"][i, :, 0] = gain
-                self._fields["actuator_biasprm"][i, :, 1] = -gain
-            if "dof_damping" in self._fields:
-                factor = 1.0 + ranges.servo_damping * rng.uniform(-1.0, 1.0, ACT_DIM)
-                self._fields["dof_damping"][i, :ACT_DIM] = model.dof_damping[:ACT_DIM] * factor
-            self._latency[i] = rng.integers(ranges.latency_steps + 1) if ranges.latency_steps else 0
-            if ranges.joint_offset_rad:
-                self._joint_offset[i] = ranges.joint_offset_rad * rng.uniform(-1.0, 1.0, ACT_DIM)
+            self._resample_physics(i, self._rngs[i])
             self._ctrl[i] = HOME_RAD + self._home["torque"] / self._gain[i]
         if "body_mass" in self._fields:
             self.batch.set_const(ids)
@@ -592,69 +837,69 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._steps[ids] = self._streak[ids] = 0
         self._return[ids] = self._residual_sum[ids] = 0.0
         self._done[ids] = False
-        sheet, yaw = self._qpos[:, 6:8], wrap_angle(self._qpos[:, 9])
-        self._phi[ids] = potential(self._tip, sheet, yaw, sheet_distance(sheet), self.arrival_yaw_weight)[ids]
+        scene = self._scene()
+        self._phi[ids] = self.potential(scene)[ids]
         mask = np.zeros(self.num_envs, bool)
         mask[ids] = True
         if self.base_policy is not None:
             self.base_policy.reset(mask)
-        self._observe(mask, yaw)
+        self._write_observation(mask, scene)
 
-    def _draw_sheet_pose(self, rng: np.random.Generator) -> tuple[float, float, float]:
-        """Start pose x, y (m), yaw (rad) of a sheet that is not already inside the tape."""
-        ranges = self.randomization
-        while True:
-            radius, direction = rng.uniform(*ranges.sheet_distance_m), rng.uniform(-np.pi, np.pi)
-            yaw = rng.uniform(-ranges.sheet_yaw_rad, ranges.sheet_yaw_rad)
-            xy = TAPE_CENTER_M + radius * np.array([np.cos(direction), np.sin(direction)])
-            if not sheet_inside(xy[None], np.array([yaw]), self.tape_margin)[0]:
-                return xy[0], xy[1], yaw
+    def _resample_physics(self, i: int, rng: np.random.Generator) -> None:
+        """Resample what DomainRandomization says for environment i."""
+        ranges, model = self.randomization, self.model
+        if "pair_friction" in self._fields:
+            scale = rng.uniform(-1.0, 1.0, 2) * (ranges.sheet_friction, ranges.finger_friction) + 1.0
+            # by name: the compiler sorts pairs, so file order means nothing
+            for name, factor in zip(("sheet_table", "fixed_finger_sheet", "moving_finger_sheet"), scale[[0, 1, 1]]):
+                pair = model.pair(name).id
+                self._fields["pair_friction"][i, pair, :2] = model.pair_friction[pair, :2] * factor
+        if "body_mass" in self._fields:
+            factor, sheet = 1.0 + ranges.sheet_mass * rng.uniform(-1.0, 1.0), model.body("sheet").id
+            self._fields["body_mass"][i, sheet] = model.body_mass[sheet] * factor
+            self._fields["body_inertia"][i, sheet] = model.body_inertia[sheet] * factor
+        if "actuator_gainprm" in self._fields:
+            gain = model.actuator_gainprm[:, 0] * (1.0 + ranges.servo_gain * rng.uniform(-1.0, 1.0, ACT_DIM))
+            self._fields["actuator_gainprm"][i, :, 0] = gain
+            self._fields["actuator_biasprm"][i, :, 1] = -gain
+        if "dof_damping" in self._fields:
+            factor = 1.0 + ranges.servo_damping * rng.uniform(-1.0, 1.0, ACT_DIM)
+            self._fields["dof_damping"][i, :ACT_DIM] = model.dof_damping[:ACT_DIM] * factor
+        self._latency[i] = rng.integers(ranges.latency_steps + 1) if ranges.latency_steps else 0
+        if ranges.joint_offset_rad:
+            self._joint_offset[i] = ranges.joint_offset_rad * rng.uniform(-1.0, 1.0, ACT_DIM)
 
-    def _observe(self, mask: np.ndarray, yaw: np.ndarray) -> None:
-        """Write the observations of the environments in mask from the state after the last substep, given all yaws."""
-        everyone, qpos = mask.all(), self._qpos
-        obs = self._obs if everyone else np.zeros_like(self._obs)
-        obs[:, 0:6] = qpos[:, :6] + self._joint_offset
-        obs[:, 6:12] = self._qvel[:, :6]
-        obs[:, 12:15] = qpos[:, 6:9]
-        obs[:, 22:25] = self._tip
-        if self.randomization.joint_offset_rad:
-            # a real arm computes its tip from the encoders: to first order, the Jacobian carries their error over
-            site = self.model.site("gripperframe")
-            jacobian, _ = self.batch.jac(int(site.bodyid[0]), self._tip)
-            obs[:, 22:25] += np.einsum("nij,nj->ni", jacobian[:, :, :ACT_DIM], self._joint_offset)
-        if self.randomization.observation_noise:
-            yaw = yaw.copy()
-            for i in np.flatnonzero(mask):
-                noise = self.randomization.observation_noise * self._rngs[i].standard_normal(19)
-                obs[i, 0:6] += NOISE_JOINT_RAD * noise[0:6]
-                obs[i, 6:12] += NOISE_VELOCITY_RAD_S * noise[6:12]
-                obs[i, 12:15] += NOISE_SHEET_M * noise[12:15]
-                obs[i, 22:25] += NOISE_TIP_M * noise[15:18]
-                yaw[i] += NOISE_YAW_RAD * noise[18]
-        obs[:, 15], obs[:, 18] = np.cos(yaw / 2), np.sin(yaw / 2)
-        obs[:, 19:21] = TAPE_CENTER_M - obs[:, 12:14]
-        if not everyone:
-            self._obs[mask] = obs[mask]
-        if self.observe_base:
-            self._base[mask] = self._base_delta(mask)[mask]
-            self._obs[mask, OBS_DIM:] = self._base[mask]
+    def _finish_episodes(self, finished: np.ndarray, info: dict[str, Any]) -> None:
+        """Add the summaries of episodes that ended to info, and start the next ones where autoreset says so."""
+        self._done |= finished
+        if not finished.any():
+            return
+        info["episode_summary"] = {
+            "return": self._return.copy(), "length": self._steps.copy(),
+            "residual_magnitude": self._residual_sum / np.maximum(self._steps, 1),
+        }  # fmt: skip
+        info["_episode_summary"] = finished
+        if self.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP:
+            info["final_info"], info["_final_info"] = {**info}, finished
+            info["final_obs"], info["_final_obs"] = self._obs.copy(), finished
+            self._start_episodes(np.flatnonzero(finished))
 
 
 class SO101ResidualEnv(gym.Env):
     """One arm: SO101ResidualVectorEnv with a batch of one; arguments, spaces and reward are described there.
 
     render_mode "human" opens MuJoCo's passive viewer and runs in real time. info holds floats and bools, and at the end
-    of an episode "episode" with its unshaped return r and length l.
+    of an episode "episode_summary" with its unshaped return, length and mean residual_magnitude.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["human", "rgb_array"], "render_fps": CONTROL_HZ}
+    vector_env = SO101ResidualVectorEnv  # a subclass of it makes the single environment of another task
 
-    def __init__(self, base_policy: BasePolicy | None = None, render_mode: str | None = None, **kwargs: Any):
+    def __init__(self, base_policy: Any = None, render_mode: str | None = None, **kwargs: Any):
         _check(render_mode in (None, *self.metadata["render_modes"]), "render_mode", render_mode, "human or rgb_array")
         _check("num_envs" not in kwargs, "num_envs", kwargs.get("num_envs"), "left to SO101ResidualVectorEnv")
         self.render_mode = render_mode
-        self._envs = SO101ResidualVectorEnv(
+        self._envs = self.vector_env(
             1,
             base_policy,
             render_mode="rgb_array" if render_mode == "rgb_array" else None,
@@ -664,7 +909,7 @@ class SO101ResidualEnv(gym.Env):
         )
         self.observation_space = self._envs.single_observation_space
         self.action_space = self._envs.single_action_space
-        self._viewer: Any = None
+        self._viewer: Viewer | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -690,20 +935,9 @@ class SO101ResidualEnv(gym.Env):
         if self.render_mode == "rgb_array":
             return self._envs.render()[0]
         if self.render_mode == "human":
-            import mujoco.viewer  # needs a display, so only here
-
             if self._viewer is None:
-                self._viewer_data = mujoco.MjData(self._envs.model)
-                self._viewer = mujoco.viewer.launch_passive(self._envs.model, self._viewer_data)
-                self._frame_due = time.perf_counter()
-            with self._viewer.lock():
-                self._envs.batch.get_data(0, self._viewer_data)
-                mujoco.mj_forward(self._envs.model, self._viewer_data)
-            self._viewer.sync()
-            # real time; after a pause of the caller's, time starts anew instead of rushing to catch up
-            now = time.perf_counter()
-            self._frame_due = max(self._frame_due + 1 / CONTROL_HZ, now)
-            time.sleep(self._frame_due - now)
+                self._viewer = Viewer(self._envs.model)
+            self._viewer.show(self._envs.qpos[0])
         return None
 
     def close(self) -> None:
@@ -714,7 +948,11 @@ class SO101ResidualEnv(gym.Env):
         self._envs.close()
 
 
-def load_model(tape_margin: float = 0.04) -> mujoco.MjModel:
+# ---------------------------------------------------------------------------------------------------------------------
+# model and pictures
+
+
+def load_model(tape_margin: float = Task.tape_margin) -> mujoco.MjModel:
     """The compiled scene with the tape laid tape_margin (m) outside the sheet's outline."""
     spec = mujoco.MjSpec.from_file(str(ASSET))
     spec.body("tape").pos = [*TAPE_CENTER_M, 0.0]
@@ -730,7 +968,7 @@ def load_model(tape_margin: float = 0.04) -> mujoco.MjModel:
 def offscreen_renderer(model: mujoco.MjModel, height: int = 480, width: int = 640) -> mujoco.Renderer:
     """A renderer without a window: EGL on Linux unless MUJOCO_GL says otherwise. OpenGL is first touched here.
 
-    Raises RuntimeError where there is none.
+    Raises SO101Error where there is none.
     """
     try:
         if sys.platform.startswith("linux") and not os.environ.get("MUJOCO_GL"):
@@ -741,15 +979,44 @@ def offscreen_renderer(model: mujoco.MjModel, height: int = 480, width: int = 64
             gl_context.GLContext = GLContext
         return mujoco.Renderer(model, height, width)
     except Exception as error:  # ImportError, AttributeError, RuntimeError, FatalError: each layer fails in its own way
-        raise RuntimeError(
+        raise SO101Error(
             f"off-screen rendering failed ({type(error).__name__}): install EGL (Debian: apt-get install libegl1) "
             "or set MUJOCO_GL=osmesa"
         ) from error
 
 
+class Viewer:
+    """MuJoCo's passive viewer, in real time. Needs a display."""
+
+    def __init__(self, model: mujoco.MjModel):
+        import mujoco.viewer  # touches the display, so only here
+
+        self._model, self._data = model, mujoco.MjData(model)
+        self._handle = mujoco.viewer.launch_passive(model, self._data)
+        self._frame_due = time.perf_counter()
+
+    def show(self, qpos: np.ndarray) -> bool:
+        """Show positions (10,) for one control step; False once the user has closed the window."""
+        if not self._handle.is_running():
+            return False
+        with self._handle.lock():
+            self._data.qpos[:] = qpos
+            mujoco.mj_forward(self._model, self._data)
+        self._handle.sync()
+        # real time; after a pause of the caller's, time starts from here instead of rushing to catch up
+        now = time.perf_counter()
+        self._frame_due = max(self._frame_due + 1 / CONTROL_HZ, now)
+        time.sleep(self._frame_due - now)
+        return True
+
+    def close(self) -> None:
+        """Close the window."""
+        self._handle.close()
+
+
 def _check(condition: bool, name: str, value: Any, expected: str) -> None:
     if not condition:
-        raise ValueError(f"{name} must be {expected}, got {value}")
+        raise SO101Error(f"{name} must be {expected}, got {value}")
 
 
 def _first(info: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,490 @@
+"""Policies as the residual's base, named by one spec string, and the files that policies are kept in.
+
+`load_policy(spec)` makes a base policy: `zero`, `jacobian` (a scripted pusher), `checkpoint:PATH`, `bc:PATH`, or
+`MODULE:CLASS[:ARGUMENT]` for a BasePolicy of your own. A base policy that cannot act raises; none falls back to zeros.
+
+A policy's file names the script that wrote it and holds all of that script's settings. It is loaded through that
+script, which must lie beside so101_env.py: a copy that you have changed builds its own networks.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import re
+import sys
+import types
+import typing
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+import mujoco
+import mujoco.batch
+import numpy as np
+import torch
+import torch.nn as nn
+
+from so101_env import (
+    ACT_DIM,
+    BASE_DELTA,
+    COMMAND,
+    COMMAND_WINDOW_RAD,
+    DERIVED,
+    HOME_RAD,
+    JOINT_MIRROR,
+    OBS,
+    OBSERVATION,
+    BasePolicyError,
+    Part,
+    SO101Error,
+    distance_to_sheet,
+    flat_observation,
+    load_model,
+    sheet_pose,
+)
+
+HERE = Path(__file__).resolve().parent
+SPECS = "zero, jacobian, checkpoint:PATH, bc:PATH, MODULE:CLASS[:ARGUMENT]"
+
+
+class BasePolicy:
+    """What the residual corrects. Derive from it; only `act` must be written.
+
+    A policy that cannot act raises BasePolicyError; it never returns zeros instead.
+    """
+
+    cameras: tuple[str, ...] = ()  # of the model, "top" or "wrist", that observation.images.* shows
+    image_size: tuple[int, int] = (96, 96)  # height and width of those images, pixels
+    fingerprint: str = ""  # hash of its weights: a residual fits the base that it was trained on only
+    memory: Mapping[str, np.ndarray] = MappingProxyType({})  # all that it remembers, a row per environment; is saved
+
+    def reset(self, mask: np.ndarray) -> None:
+        """Forget the episodes of the environments in mask, (N,) bool."""
+
+    def act(self, obs: Mapping[str, np.ndarray], mask: np.ndarray) -> np.ndarray:
+        """Joint deltas in rad, (N, 6): by how much the commanded joint targets move in this control step.
+
+        Called once per control step of the environments in mask, (N,) bool. For the others the answer does not matter,
+        and memory must stay as it is.
+
+        Args:
+            obs: so101_env.BaseObservation: observation.state (N, 6), joint positions, rad;
+                observation.environment_state (N, 19), see so101_env.ENVIRONMENT_NAMES; command (N, 6), the last
+                commanded joint targets, rad; observation.images.CAMERA (N, H, W, 3) uint8 for each of `cameras`.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Release what the policy holds."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the scripted pusher
+
+
+ARM = 4  # shoulder_pan, shoulder_lift, elbow_flex and wrist_flex move the tip; wrist_roll and gripper keep still
+# stages
+REACH, LOWER, DRAG, PULL_OUT, LIFT = range(5)
+
+
+class JacobianPolicy(BasePolicy):
+    """Scripted pusher: go over the sheet, press, drag the sheet's centre to the tape's, hold. It ignores the yaw.
+
+    If the sheet is there and still no success, or stays stuck near by, the pusher tries again: it pulls the sheet out,
+    lifts, and goes over the sheet again. The wanted motion of the tip becomes one of the joints by damped least squares
+    on the model's own Jacobian. A servo's target is then where its joint should be next, plus what the servo needs
+    against gravity and damping, plus the torque of the press.
+    """
+
+    REACH_M, DRAG_M, LIFT_M, SINK_M = 0.006, 0.004, 0.004, 0.003  # largest motion of the tip per control step
+    HOVER_M = 0.016  # height of the tip while it travels
+    INSET_M = 0.02  # go this far inside the sheet's edge
+    SLACK_M = 0.025  # once down, the tip may be this far outside that before it is lifted
+    CONTACT_M, MISREAD_M = 0.0085, 0.0175  # below this height the tip is on the sheet; is, if it does not sink
+    SINKING_M_S = -0.03
+    PRESS_N = 0.6  # enough to drag the sheet without slipping, too little to stall the arm by friction on the table
+    TOLERANCE_M = 0.005  # near enough to the goal
+    HOLD_STEPS = 10  # at the goal before the next try
+    PATIENCE_STEPS, NEAR_M = 120, 0.04  # a drag that lasts this long, and is this near, is stuck
+    PULL_OUT_M, PULL_OUT_STEPS = np.array([0.05, 0.0]), 60  # where to, and at most how long
+    PITCH_M_PER_RAD, PITCH_GAIN = 0.1, 0.3  # weight of a rad of pitch in the least squares; share corrected per step
+    DAMPING = 1e-4  # m^2 per rad^2
+    LEAD_S = 0.012  # targets of joints in motion may lead by this much more: a command takes effect late
+
+    def __init__(self) -> None:
+        self.model = load_model()
+        site = self.model.site("gripperframe")
+        self.site, self.body = site.id, int(site.bodyid[0])
+        self.batch: mujoco.batch.Batch | None = None
+        self.memory: dict[str, np.ndarray] = {}
+
+    def reset(self, mask: np.ndarray) -> None:
+        """Start with reaching."""
+        if not self.memory or len(self.memory["stage"]) != len(mask):
+            self.memory = {name: np.zeros(len(mask), np.int64) for name in ("stage", "steps", "count")}
+        for array in self.memory.values():
+            array[mask] = 0
+
+    def act(self, obs: Mapping[str, np.ndarray], mask: np.ndarray) -> np.ndarray:
+        """Joint deltas in rad (N, 6)."""
+        command, obs = obs[COMMAND], flat_observation(obs).astype(np.float64)
+        n, joints, velocities = len(obs), obs[:, OBS["joint_pos"]], obs[:, OBS["joint_vel"]]
+        sheet, tip, to_tape = (obs[:, OBS[name]] for name in ("sheet_pos", "tip_pos", "tape_minus_sheet"))
+        sheet, to_tape = sheet[:, :2], to_tape[:, :2]
+        if self.batch is None or self.batch.nsim != n:
+            self.batch = mujoco.batch.Batch(self.model, nsim=n, nthread=1)
+            self.qpos, self.qvel, self.gravity = (self.batch.bind(key) for key in ("qpos", "qvel", "qfrc_bias"))
+            self.tip = self.batch.bind("site_xpos")[:, self.site]
+        self.qpos[:, :ACT_DIM], self.qvel[:, :ACT_DIM] = joints, velocities
+        self.batch.forward(stage=mujoco.mjtStage.mjSTAGE_VEL.value)
+        jacobian = self.batch.jac(self.body, self.tip)[0][:, :, :ARM]  # (N, 3, 4)
+        velocity = velocities[:, :ARM]
+
+        stage = self._next_stage(obs, np.einsum("nj,nj->n", jacobian[:, 2], velocity), mask)
+        pressing = (stage == DRAG) | (stage == PULL_OUT)
+        to_goal = to_tape + self.PULL_OUT_M * (stage == PULL_OUT)[:, None]
+        far = np.maximum(np.linalg.norm(to_goal, axis=1, keepdims=True), 1e-9)
+        to_goal = to_goal * np.maximum(1.0 - self.TOLERANCE_M / far, 0.0)
+        reach = np.where((stage == REACH)[:, None], sheet - tip[:, :2], 0.0)
+        motion = np.where(pressing[:, None], to_goal, reach)
+        length = np.maximum(np.linalg.norm(motion, axis=1, keepdims=True), 1e-9)
+        motion *= np.minimum(np.where(pressing, self.DRAG_M, self.REACH_M)[:, None] / length, 1.0)
+        rise = np.clip(self.HOVER_M - tip[:, 2], -self.SINK_M, self.LIFT_M)
+        rise = np.select([pressing, stage == LOWER], [0.0, -self.SINK_M], rise)
+        # the gripper points straight down, as at home: the three joints of the arm's plane add up to its pitch
+        pitch = HOME_RAD[1:ARM].sum() - joints[:, 1:ARM].sum(1)
+        weighted = np.broadcast_to(self.PITCH_M_PER_RAD * np.array([0.0, 1.0, 1.0, 1.0]), (n, 1, ARM))
+        rows = np.concatenate([jacobian, weighted], axis=1)  # (N, 4, 4)
+        wanted = np.column_stack([motion, rise, self.PITCH_GAIN * self.PITCH_M_PER_RAD * pitch])
+        transposed = rows.transpose(0, 2, 1)
+        step = transposed @ np.linalg.solve(rows @ transposed + self.DAMPING * np.eye(4), wanted[:, :, None])
+        lead = COMMAND_WINDOW_RAD + self.LEAD_S * np.abs(velocity)
+        step = step[:, :, 0] / np.maximum((np.abs(step[:, :, 0]) / lead).max(1, keepdims=True), 1.0)
+
+        torque = self.gravity[:, :ARM] + self.model.dof_damping[:ARM] * velocity
+        torque -= self.PRESS_N * jacobian[:, 2] * pressing[:, None]
+        # wrist_roll and gripper stay where they were told to be: a residual may turn them
+        delta = np.zeros((n, ACT_DIM))
+        delta[:, :ARM] = joints[:, :ARM] + step + torque / self.model.actuator_gainprm[:ARM, 0] - command[:, :ARM]
+        return delta
+
+    def _next_stage(self, obs: np.ndarray, tip_velocity_z: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """The stage to be in (N,); remembered, as is how long it lasts, for the environments in mask."""
+        old, steps, count = (self.memory[name] for name in ("stage", "steps", "count"))
+        tip, to_tape = obs[:, OBS["tip_pos"]], obs[:, OBS["tape_minus_sheet"]][:, :2]
+        goal_distance = np.linalg.norm(to_tape, axis=1)
+        pulled_out = np.linalg.norm(to_tape + self.PULL_OUT_M, axis=1) < 1.5 * self.TOLERANCE_M
+        aside = distance_to_sheet(tip[:, :2], *sheet_pose(obs), self.INSET_M)
+        # with encoders that are off by a degree the tip seems millimetres too high: then it is stopped in its descent
+        waiting = (old == LOWER) & (tip_velocity_z > self.SINKING_M_S)
+        waiting |= (old == DRAG) & (goal_distance < 1.5 * self.TOLERANCE_M)
+        count = (count + 1) * waiting
+        stopped = (tip[:, 2] < self.MISREAD_M) & (count >= 3) & (steps > 4)
+        stuck = (steps >= self.PATIENCE_STEPS) & (goal_distance < self.NEAR_M)
+
+        stage = old.copy()
+        stage[(old == REACH) & (aside < 0.004)] = LOWER
+        stage[(old == LOWER) & (steps >= self.PATIENCE_STEPS)] = LIFT
+        stage[(old == LOWER) & ((tip[:, 2] < self.CONTACT_M) | stopped)] = DRAG
+        stage[(old == DRAG) & ((count > self.HOLD_STEPS) | stuck)] = PULL_OUT
+        stage[(old == PULL_OUT) & (pulled_out | (steps > self.PULL_OUT_STEPS))] = LIFT
+        stage[(old != REACH) & (old != LIFT) & (aside > self.SLACK_M)] = LIFT
+        stage[(old == LIFT) & ((tip[:, 2] > self.HOVER_M - 0.003) | (steps > 15))] = REACH
+        changed = stage != old
+        now = {"stage": stage, "steps": (steps + 1) * ~changed, "count": count * ~changed}
+        for name, array in now.items():
+            self.memory[name][mask] = array[mask]
+        return stage
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what networks see
+
+
+class Features(nn.Module):
+    """What a network sees of observations (B, D): (B, views, F), normalised, with features derived from them.
+
+    The views are the scene and, with symmetry, its left-right mirror image. Normalisation and mirror signs are buffers,
+    so that they travel with the weights.
+
+    Args:
+        observe_base: whether the base policy's deltas are part of the observation.
+        derived: names of features in so101_env.DERIVED.
+        symmetry: show the mirror image, too.
+        parts: of the observation without the base's deltas; those of your own environment, if it observes more.
+    """
+
+    def __init__(
+        self,
+        observe_base: bool = False,
+        derived: tuple[str, ...] = ("sheet_to_tip",),
+        symmetry: bool = True,
+        parts: Mapping[str, Part] = OBSERVATION,
+    ):
+        super().__init__()
+        parts = [*parts.values(), *([BASE_DELTA] * observe_base)]
+        self.functions = [DERIVED[name][0] for name in derived]
+
+        def column(field: str) -> np.ndarray:
+            values = [np.broadcast_to(getattr(part, field), len(part.names)) for part in parts]
+            return np.concatenate(values).astype(np.float32)
+
+        signs = np.concatenate([column("mirror"), *(DERIVED[name][1] for name in derived)]).astype(np.float32)
+        views = 1 + symmetry
+        buffers = {"obs_mean": column("mean"), "obs_scale": column("scale")}
+        buffers |= {"signs": np.stack([np.ones_like(signs), signs])[:views]}
+        buffers |= {"action_signs": np.array([[1] * ACT_DIM, JOINT_MIRROR], np.float32)[:views]}
+        for name, array in buffers.items():
+            self.register_buffer(name, torch.from_numpy(array))
+        self.dim = len(signs)
+
+    def forward(self, obs: np.ndarray) -> torch.Tensor:
+        """Features (B, views, F). In NumPy, whose calls cost a third of PyTorch's on the few rows of a step."""
+        scaled = np.clip((obs - self.obs_mean.numpy()) / self.obs_scale.numpy(), -10.0, 10.0)
+        x = np.concatenate([scaled, *(function(obs) for function in self.functions)], axis=1, dtype=np.float32)
+        return torch.from_numpy(x[:, None] * self.signs.numpy())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+# what every file of a kind holds; `script` reads `args` into its own Args
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "so101 checkpoint 6": {
+        "script": str, "args": dict, "agent": dict, "optimizer": dict, "generator": torch.Tensor, "envs": dict,
+        "next_obs": torch.Tensor, "num_envs": int, "global_step": int, "recent_episodes": list,
+        "best": (dict, type(None)), "base_fingerprint": str,
+    },
+    "so101 clone 3": {"script": str, "args": dict, "clone": dict},
+}  # fmt: skip
+CHECKPOINT, CLONE = SCHEMAS
+
+
+def load_file(path: str | Path, kind: str) -> dict[str, Any]:
+    """Read a policy's file, and check its checksums, its keys, and that its weights are finite.
+
+    Args:
+        path: the file.
+        kind: CHECKPOINT or CLONE.
+
+    Raises:
+        SO101Error: missing, damaged, or of another kind.
+    """
+    noun = kind.split()[1]
+    if not Path(path).is_file():
+        raise SO101Error(f"{path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+        if damaged is not None:
+            raise SO101Error(f"{path}: damaged, the checksum of {damaged} is wrong; take another {noun}")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except SO101Error:
+        raise
+    except Exception as error:  # zipfile and torch raise many kinds for a damaged file
+        text = f"{path}: not a readable {noun}, perhaps truncated ({type(error).__name__}); take another one"
+        raise SO101Error(text) from error
+    if not isinstance(saved, dict) or saved.get("format") != kind:
+        found = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
+        raise SO101Error(f"{path}: not a {noun} of this version, which reads {kind!r}; the file says {found!r}")
+    for key, expected in SCHEMAS[kind].items():
+        if not isinstance(saved.get(key, ...), expected):
+            raise SO101Error(f"{path}: {key} is missing or of a wrong type; take another {noun}")
+    for name, tensor in saved["agent" if kind == CHECKPOINT else "clone"].items():
+        if not isinstance(tensor, torch.Tensor) or not torch.isfinite(tensor).all():
+            raise SO101Error(f"{path}: weight {name} is not finite; take another {noun}")
+    return saved
+
+
+def load_script(name: str, path: str | Path = "") -> types.ModuleType:
+    """The script called name, which must lie beside so101_env.py, as a module.
+
+    path is the file that names it. Raises SO101Error if there is no such script.
+    """
+    where = f"{path}: written by {name}, which" if path else f"script {name}:"
+    script = HERE / name
+    if not re.fullmatch(r"[A-Za-z_]\w*\.py", name) or not script.is_file():
+        raise SO101Error(f"{where} is not beside so101_env.py; put it into {HERE}")
+    module = sys.modules.get(script.stem)
+    if module is None or Path(module.__file__ or "").resolve() != script:
+        spec = importlib.util.spec_from_file_location(script.stem, script)
+        module = sys.modules[script.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+def restore_settings(cls: type, values: Any, path: str | Path) -> Any:
+    """A dataclass, nested ones included, from the plain values that a file keeps of it.
+
+    Raises SO101Error, naming the field, for one that is missing, unknown, or of a wrong type: no default of today slips
+    in.
+    """
+    if not isinstance(values, dict):
+        raise SO101Error(f"{path}: its settings have no {cls.__name__}")
+    hints, names = typing.get_type_hints(cls), [field.name for field in dataclasses.fields(cls)]
+    script = f"{cls.__name__} of {cls.__module__}.py"
+    if unknown := sorted(set(values) - set(names)):
+        raise SO101Error(f"{path}: has the setting {unknown[0]}, which {script} lacks; use the script that wrote it")
+    restored = {}
+    for name in names:
+        if name not in values:
+            raise SO101Error(f"{path}: lacks the setting {name}, which {script} has; use the script that wrote it")
+        value, hint = values[name], hints[name]
+        if dataclasses.is_dataclass(hint):
+            value = restore_settings(hint, value, path)
+        elif not _is_a(value, hint):
+            raise SO101Error(f"{path}: its setting {name} is {value!r}, which {script} cannot use")
+        restored[name] = value
+    return cls(**restored)
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a plain value fits a type hint of a flag."""
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_is_a(value, each) for each in typing.get_args(hint))
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
+def load_weights(module: nn.Module, state_dict: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Load weights; raise SO101Error if they do not fit, as when the script has been changed since."""
+    try:
+        module.load_state_dict(state_dict)
+    except RuntimeError as error:
+        what = " ".join(str(error).split())[:200]
+        text = f"{path}: its weights do not fit {type(module).__name__} of {type(module).__module__}.py ({what})"
+        raise SO101Error(text) from error
+
+
+class Checkpoint(NamedTuple):
+    """A training script's checkpoint, and what is needed to use it."""
+
+    saved: dict[str, Any]
+    script: types.ModuleType  # the script that wrote it
+    args: Any  # its Args, as they were
+
+    def agent(self, path: str | Path) -> nn.Module:
+        """The script's Agent with the weights of the checkpoint."""
+        agent = self.script.Agent(self.args)
+        load_weights(agent, self.saved["agent"], path)
+        return agent
+
+    def check_base(self, base_policy: BasePolicy | None, path: str | Path) -> None:
+        """Raise SO101Error if the base policy is no longer the one that the residual was trained on."""
+        now, then = base_policy.fingerprint if base_policy else "", self.saved["base_fingerprint"]
+        if now != then:
+            raise SO101Error(
+                f"{path}: trained on base policy {self.args.base.base_policy} with weights {then[:12] or 'none'}, it "
+                f"now has {now[:12] or 'none'}; put the old one back"
+            )
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint through the script that wrote it. Raises SO101Error, naming what is wrong with it."""
+    saved = load_file(path, CHECKPOINT)
+    script = load_script(saved["script"], path)
+    for name in ("Args", "Agent", "make_envs", "check_args"):
+        if not hasattr(script, name):
+            raise SO101Error(f"{path}: written by {saved['script']}, which has no {name}; use the script that wrote it")
+    args = restore_settings(script.Args, saved["args"], path)
+    try:
+        script.check_args(args)
+    except SO101Error as error:
+        raise SO101Error(f"{path}: {error}") from error
+    return Checkpoint(saved, script, args)
+
+
+def hash_weights(state_dict: dict[str, torch.Tensor], also: str = "") -> str:
+    """SHA-256 of weights, and of a string."""
+    digest = hashlib.sha256(also.encode())
+    for name, tensor in sorted(state_dict.items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# base policies from files and modules
+
+
+class CheckpointPolicy(BasePolicy):
+    """A frozen policy of a training script, its own base policy included: residuals stack."""
+
+    def __init__(self, path: str):
+        checkpoint = load_checkpoint(path)
+        args = checkpoint.args
+        self.base, self.agent = load_policy(args.base.base_policy), checkpoint.agent(path)
+        checkpoint.check_base(self.base, path)
+        self.observe_base, self.scale_rad = args.base.observe_base, args.task.alpha * args.task.act_scale
+        also = f"{checkpoint.saved['base_fingerprint']} {self.scale_rad}"
+        self.fingerprint = hash_weights(checkpoint.saved["agent"], also)
+        if self.base is not None:
+            self.cameras, self.image_size = self.base.cameras, self.base.image_size
+
+    def reset(self, mask: np.ndarray) -> None:
+        """Passed on to its own base policy."""
+        if self.base is not None:
+            self.base.reset(mask)
+
+    @property
+    def memory(self) -> Mapping[str, np.ndarray]:
+        """That of its own base policy."""
+        return {} if self.base is None else self.base.memory
+
+    @memory.setter
+    def memory(self, memory: Mapping[str, np.ndarray]) -> None:
+        if self.base is not None:
+            self.base.memory = memory
+
+    def act(self, obs: Mapping[str, np.ndarray], mask: np.ndarray) -> np.ndarray:
+        """Joint deltas in rad (N, 6): what its own base policy and its residual ask for together."""
+        flat = flat_observation(obs)
+        base = np.zeros((len(flat), ACT_DIM)) if self.base is None else self.base.act(obs, mask)
+        if self.observe_base:
+            flat = np.concatenate([flat, base.astype(np.float32)], axis=1)
+        return base + self.scale_rad * self.agent.act(flat).astype(np.float64)
+
+    def close(self) -> None:
+        """Release what its own base policy holds."""
+        if self.base is not None:
+            self.base.close()
+
+
+def load_policy(spec: str) -> BasePolicy | None:
+    """Base policy of a spec string, see SPECS; None for zero.
+
+    Raises SO101Error: an unknown spec, a file that cannot be used, a class that is no BasePolicy.
+    """
+    kind, _, rest = spec.partition(":")
+    if spec == "zero":
+        return None
+    if spec == "jacobian":
+        return JacobianPolicy()
+    if kind == "checkpoint" and rest:
+        return CheckpointPolicy(rest)
+    if kind == "bc" and rest:
+        saved = load_file(rest, CLONE)
+        return load_script(saved["script"], rest).ClonePolicy(saved, rest)
+    if rest and kind not in ("checkpoint", "bc"):
+        return _own_policy(kind, *rest.split(":", 1))
+    raise BasePolicyError(f"unknown base policy {spec!r}; known are {SPECS}")
+
+
+def _own_policy(module_name: str, class_name: str, *argument: str) -> BasePolicy:
+    """An instance of a class by module and name, from the module search path or the working directory."""
+    where = f"base policy {module_name}:{class_name}"
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name.partition(".")[0] and error.name != module_name:
+            raise  # an import inside that module
+        raise BasePolicyError(f"{where}: no module {module_name} here; known specs are {SPECS}") from error
+    cls = getattr(module, class_name, None)
+    if not isinstance(cls, type) or not issubclass(cls, BasePolicy) or cls.act is BasePolicy.act:
+        raise BasePolicyError(f"{where}: must be a class in {module.__file__} that derives from BasePolicy, with act")
+    return cls(*argument)

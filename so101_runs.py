@@ -1,0 +1,323 @@
+"""What surrounds learning: refusals, run directories, files that are complete or absent, evaluation, films."""
+
+import dataclasses
+import errno
+import io
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+from so101_env import ACT_DIM, JOINTS, OBS, OBS_DIM, SO101Error, SO101ResidualVectorEnv, check_ranges, sheet_pose
+
+# Episodes of training, of the evaluations during training, of demonstrations, and of eval_so101.py never share a seed:
+# the best model is chosen on the second, and reported on the last.
+VALIDATION_SEED, RECORD_SEED, TEST_SEED = 1_000_000_000, 1_400_000_000, 2_000_000_000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scripts
+
+
+def run_script(main: Callable[[], int]) -> NoReturn:
+    """Run a script's main and exit with its code. A user's mistake, or a full disk, is one line and exit code 2."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code = main()
+        sys.stdout.flush()
+    except SO101Error as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        code = 2
+    except BrokenPipeError:
+        silence_output()
+        code = 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {disk_error(error.filename or 'a file', error)}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EISDIR}
+
+
+def disk_error(path: str | Path, error: OSError) -> SO101Error:
+    """What to tell the user of a file that cannot be written."""
+    return SO101Error(f"{path}: cannot be written ({error.strerror}); free the disk, or name another place")
+
+
+def silence_output() -> None:
+    """Send what is printed from now on nowhere: the reader of stdout or stderr has gone."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.dup2(null, sys.stderr.fileno())
+
+
+class Interrupts:
+    """Ctrl+C, SIGTERM and a vanished terminal only ask: the loop goes on to where it can be continued to the bit."""
+
+    def __init__(self) -> None:
+        self.signum = 0  # 0 until something asks
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        self.signum = signum
+        signal.signal(signum, signal.SIG_DFL)  # a second one ends the program at once
+
+    def on_broken_pipe(self) -> None:
+        """The reader of the progress bar has gone, as with `| head`."""
+        silence_output()
+        self.signum = signal.SIGPIPE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# refusals
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_flags(settings: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Raise SO101Error, naming the flag, for the first number that is not finite or out of its range."""
+    check_ranges(settings, ranges, flag_of)
+
+
+def check_output(flag: str, path: str | None, suffixes: tuple[str, ...] = ()) -> None:
+    """Raise SO101Error, before any work is done, if a result cannot be written to path; None is no path."""
+    if path is None:
+        return
+    if suffixes and Path(path).suffix not in suffixes:
+        raise SO101Error(f"{flag} {path}: must end in {' or '.join(suffixes)}")
+    if not Path(path).name or (suffixes and Path(path).is_dir()):
+        raise SO101Error(f"{flag} {path!r}: is a directory; name a file in it")
+    if not os.access(Path(path).resolve().parent, os.W_OK):
+        raise SO101Error(f"{flag} {path}: its directory does not exist or cannot be written; create it or name another")
+
+
+def check_rendering(envs: SO101ResidualVectorEnv, flag: str) -> None:
+    """Raise SO101Error, naming the flag, if this machine cannot render off screen."""
+    try:
+        envs.render_state(envs.qpos[0])
+    except SO101Error as error:
+        raise SO101Error(f"{flag}: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a file beside path, flush it to disk, rename it: whatever happens, path is complete or as it was.
+
+    Raises SO101Error for a disk that is full or cannot be written.
+    """
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, content: dict[str, Any]) -> None:
+    """Save tensors and plain values."""
+    buffer = io.BytesIO()  # torch's own writer does not say that the disk is full
+    torch.save(content, buffer)
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Save as indented JSON."""
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def to_plain(value: Any) -> Any:
+    """Arrays as tensors, all the way down, so that a checkpoint loads with weights_only=True."""
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+
+
+def to_numpy(value: Any) -> Any:
+    """Inverse of to_plain."""
+    if isinstance(value, dict):
+        return {key: to_numpy(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [to_numpy(item) for item in value]
+    return value.numpy().copy() if isinstance(value, torch.Tensor) else value
+
+
+def make_run_dir(log_dir: str | Path, name: str, *subdirectories: str) -> Path:
+    """A new directory for a run. Raises SO101Error if log_dir cannot be written."""
+    for attempt in range(100):
+        run_dir = Path(log_dir) / (name + (f"_{attempt}" if attempt else ""))
+        try:
+            run_dir.mkdir(parents=True)
+            for sub in subdirectories:
+                (run_dir / sub).mkdir()
+            return run_dir
+        except FileExistsError:
+            if not Path(log_dir).is_dir():
+                break
+        except OSError as error:
+            text = f"--log-dir {log_dir}: cannot be written ({error.strerror}); name another directory"
+            raise SO101Error(text) from error
+    raise SO101Error(f"--log-dir {log_dir}: is not a directory; name another one")
+
+
+def describe_run(script: str, args: Any) -> dict[str, Any]:
+    """What config.json says: the script, its arguments, commit, versions, machine."""
+
+    def git(*words: str) -> str | None:
+        try:
+            here = Path(__file__).resolve().parent
+            done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)
+        except FileNotFoundError:  # no git on this machine: the commit is unknown
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "script": script,
+        "args": dataclasses.asdict(args),
+        "git": {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)},
+        "versions": {name: metadata.version(name) for name in ("torch", "mujoco", "gymnasium", "numpy")},
+        "machine": {"platform": platform.platform(), "python": sys.version.split()[0], "cpus": os.cpu_count()},
+    }
+
+
+def flat_settings(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a config.json or a checkpoint by flag name, without the groups they are kept in."""
+    flat: dict[str, Any] = {}
+    for key, value in args.items():
+        flat |= flat_settings(value) if isinstance(value, Mapping) else {key: value}
+    return flat
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation
+
+
+def evaluate(
+    act: Callable[[np.ndarray], np.ndarray],
+    envs: SO101ResidualVectorEnv,
+    seeds: list[int],
+    trace: bool = False,
+    qpos: np.ndarray | None = None,
+) -> list[dict[str, Any]]:
+    """One episode per seed, batched; envs have DISABLED autoreset.
+
+    Args:
+        act: residuals (num_envs, 6) for observations (num_envs, 25).
+        trace: keep every state as "qpos" (length + 1, 10), the start included, every observation "obs" (length, 25)
+            and the joint targets commanded then, "command" (length, 6), rad.
+        qpos: (num_envs, 10) positions to start from instead of drawn ones.
+
+    Returns:
+        A dict per seed, in order: seed, success, return, length, final_distance_m, final_yaw_error_rad,
+        residual_magnitude, failure ("", "non_finite" or "out_of_reach"), initial_distance_m, initial_yaw_rad; with a
+        base policy also base_delta_rad and residual_delta_rad, the episode's mean absolute values per joint.
+    """
+    episodes: list[dict[str, Any]] = []
+    for start in range(0, len(seeds), envs.num_envs):
+        chunk = seeds[start : start + envs.num_envs]
+        mask = np.arange(envs.num_envs) < len(chunk)
+        padded = chunk + [0] * (envs.num_envs - len(chunk))
+        obs, _ = envs.reset(seed=padded, options={"reset_mask": mask, "qpos": qpos})
+        results: list[dict[str, Any]] = [{} for _ in chunk]
+        running, states, observations, commands = mask.copy(), [envs.qpos], [], []
+        deltas = np.zeros((2, envs.num_envs, ACT_DIM))  # sums of what base and residual moved the targets, rad
+        initial_distance = np.linalg.norm(obs[:, OBS["tape_minus_sheet"]][:, :2], axis=1)
+        initial_yaw = sheet_pose(obs)[1]
+        while running.any():
+            action = act(obs)
+            if trace:
+                observations.append(obs[:, :OBS_DIM])
+            obs, _, terminated, truncated, infos = envs.step(action)
+            if trace:
+                states.append(envs.qpos)
+                commands.append(envs.command)
+            if envs.base_policy is not None:
+                residual_delta = envs.task.alpha * envs.task.act_scale * np.clip(action, -1, 1)
+                deltas += np.abs([infos["base_delta_rad"], residual_delta])
+            for i in np.flatnonzero(running & (terminated | truncated)):
+                running[i] = False
+                summary = {key: values[i] for key, values in infos["episode_summary"].items()}
+                results[i] = {
+                    "seed": chunk[i],
+                    "success": bool(infos["is_success"][i]),
+                    "return": float(summary["return"]),
+                    "length": int(summary["length"]),
+                    "final_distance_m": float(infos["distance_m"][i]),
+                    "final_yaw_error_rad": float(infos["yaw_error_rad"][i]),
+                    "residual_magnitude": float(summary["residual_magnitude"]),
+                    "failure": next((k for k in ("non_finite", "out_of_reach") if infos[k][i]), ""),
+                    "initial_distance_m": float(initial_distance[i]),
+                    "initial_yaw_rad": float(initial_yaw[i]),
+                }
+                if envs.base_policy is not None:
+                    means = deltas[:, i] / results[i]["length"]
+                    results[i] |= {"base_delta_rad": means[0].tolist(), "residual_delta_rad": means[1].tolist()}
+                if trace:
+                    trajectories = {"qpos": states, "obs": observations, "command": commands}
+                    results[i] |= {key: np.array([row[i] for row in rows]) for key, rows in trajectories.items()}
+        episodes += results
+    return episodes
+
+
+def episode_mean(episodes: list[dict[str, Any]], key: str) -> float:
+    """Mean of a value over episodes."""
+    return float(np.mean([episode[key] for episode in episodes]))
+
+
+def no_residual(obs: np.ndarray) -> np.ndarray:
+    """The base policy alone: residuals (N, 6) of zero."""
+    return np.zeros((len(obs), ACT_DIM), np.float32)
+
+
+def residual_to_base(episodes: list[dict[str, Any]]) -> dict[str, float]:
+    """Residual relative to the base action: ratio of mean absolute values, for the joints that the base moves."""
+    if "base_delta_rad" not in episodes[0]:
+        return {}
+    base, residual = (
+        np.average([e[key] for e in episodes], axis=0, weights=[e["length"] for e in episodes])
+        for key in ("base_delta_rad", "residual_delta_rad")
+    )
+    return {joint: float(r / b) for joint, b, r in zip(JOINTS, base, residual) if b > 1e-9}
+
+
+def write_video(envs: SO101ResidualVectorEnv, episodes: list[dict[str, Any]], path: Path) -> None:
+    """Film traced episodes, one after the other: MP4 in real time, or a small GIF of every third frame."""
+    import imageio.v2 as imageio
+
+    qpos, fps, gif = np.concatenate([e["qpos"] for e in episodes]), envs.metadata["render_fps"], path.suffix == ".gif"
+    options = {"duration": 3000 / fps, "loop": 0} if gif else {"fps": fps, "macro_block_size": 1}
+
+    def write(temporary: Path) -> None:
+        with imageio.get_writer(temporary, **options) as writer:
+            for state in qpos[:: 3 if gif else 1]:
+                frame = envs.render_state(state)
+                writer.append_data(frame[::2, ::2] if gif else frame)
+
+    write_atomically(path, write)
