@@ -15,21 +15,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from so101_env import CONTROL_HZ, JOINTS, load_model
+from so101_env import (
+    ACTION,
+    CONTROL_HZ,
+    ENVIRONMENT,
+    ENVIRONMENT_NAMES,
+    STATE,
+    STATE_NAMES,
+    SO101Error,
+    load_model,
+)
 
 TASK = "Slide the sheet of paper into the square of red tape."
-STATE, ENVIRONMENT, ACTION = "observation.state", "observation.environment_state", "action"
-JOINT_NAMES = [f"{joint}.pos" for joint in JOINTS]
-ENVIRONMENT_NAMES = (
-    [f"{joint}.vel" for joint in JOINTS]
-    + [f"sheet.{axis}" for axis in ("x", "y", "z", "qw", "qx", "qy", "qz")]
-    + [f"tape_minus_sheet.{axis}" for axis in "xyz"]
-    + [f"tip.{axis}" for axis in "xyz"]
-)
 FEATURES = {
-    STATE: {"dtype": "float32", "shape": [6], "names": JOINT_NAMES, "unit": "rad"},
+    STATE: {"dtype": "float32", "shape": [6], "names": STATE_NAMES, "unit": "rad"},
     ENVIRONMENT: {"dtype": "float32", "shape": [19], "names": ENVIRONMENT_NAMES, "unit": "rad/s, m, quaternion"},
-    ACTION: {"dtype": "float32", "shape": [6], "names": JOINT_NAMES, "unit": "rad"},
+    ACTION: {"dtype": "float32", "shape": [6], "names": STATE_NAMES, "unit": "rad"},
     "timestamp": {"dtype": "float32", "shape": [1], "names": None},
     "frame_index": {"dtype": "int64", "shape": [1], "names": None},
     "episode_index": {"dtype": "int64", "shape": [1], "names": None},
@@ -39,7 +40,7 @@ FEATURES = {
 FRAMES_PER_FILE = 500_000  # keeps a file below the format's 100 MB
 
 
-class DatasetError(ValueError):
+class DatasetError(SO101Error):
     """A dataset that cannot be read or written; says which file, and what to do."""
 
 
@@ -54,13 +55,23 @@ def write_dataset(path: Path, episodes: list[dict[str, np.ndarray]]) -> None:
         raise DatasetError(f"no episode to write into {path}")
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-    (temporary / "meta" / "episodes" / "chunk-000").mkdir(parents=True)
+    try:
+        _write_files(temporary, episodes)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be written ({error.strerror or error}); free the disk") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
+
+def _write_files(root: Path, episodes: list[dict[str, np.ndarray]]) -> None:
+    """All files of a dataset below root."""
+    (root / "meta" / "episodes" / "chunk-000").mkdir(parents=True)
     everything, rows, tables, file_index, first_frame = [], [], [], 0, 0
     for number, episode in enumerate(episodes):
         length = len(episode[ACTION])
         if tables and sum(map(len, tables)) + length > FRAMES_PER_FILE:
-            _write_data(temporary, file_index, tables)
+            _write_data(root, file_index, tables)
             tables, file_index = [], file_index + 1
         frames = np.arange(length)
         arrays = {
@@ -91,8 +102,8 @@ def write_dataset(path: Path, episodes: list[dict[str, np.ndarray]]) -> None:
             }
         )
         first_frame += length
-    _write_data(temporary, file_index, tables)
-    pq.write_table(pa.Table.from_pylist(rows), temporary / "meta" / "episodes" / "chunk-000" / "file-000.parquet")
+    _write_data(root, file_index, tables)
+    pq.write_table(pa.Table.from_pylist(rows), root / "meta" / "episodes" / "chunk-000" / "file-000.parquet")
 
     # LeRobot reads the tasks with pandas and expects their text as the index: pandas' own metadata say so
     index = {
@@ -103,9 +114,9 @@ def write_dataset(path: Path, episodes: list[dict[str, np.ndarray]]) -> None:
         ],
     }  # fmt: skip
     tasks = pa.table({"task_index": [0], "task": [TASK]}).replace_schema_metadata({"pandas": json.dumps(index)})
-    pq.write_table(tasks, temporary / "meta" / "tasks.parquet")
+    pq.write_table(tasks, root / "meta" / "tasks.parquet")
     stats = {key: _stats(np.concatenate([arrays[key] for arrays in everything])) for key in FEATURES}
-    _write_json(temporary / "meta" / "stats.json", stats)
+    (root / "meta" / "stats.json").write_text(json.dumps(stats, indent=4) + "\n")
     info = {
         "codebase_version": "v3.0",
         "robot_type": "so101_follower",
@@ -121,58 +132,80 @@ def write_dataset(path: Path, episodes: list[dict[str, np.ndarray]]) -> None:
         "video_path": None,
         "features": FEATURES,
     }
-    _write_json(temporary / "meta" / "info.json", info)
-    os.replace(temporary, path)
+    (root / "meta" / "info.json").write_text(json.dumps(info, indent=4) + "\n")
 
 
-def read_info(path: Path) -> dict[str, Any]:
-    """meta/info.json of a LeRobotDataset v3.0 or v2.1. Raises DatasetError for anything else, naming the file."""
+def read_info(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    """meta/info.json of a LeRobotDataset v3.0 or v2.1, with all that the features named by keys need to be read.
+
+    Raises DatasetError, naming the file and what is wrong, for anything else, and for a rate other than 30 fps.
+    """
     info_path = path / "meta" / "info.json"
+
+    def require(condition: bool, problem: str) -> None:
+        if not condition:
+            raise DatasetError(f"{info_path}: {problem}")
+
     if not info_path.is_file():
         raise DatasetError(f"{path}: no LeRobotDataset, meta/info.json is missing")
     try:
         info = json.loads(info_path.read_text())
     except ValueError as error:
         raise DatasetError(f"{info_path}: no JSON ({error})") from error
-    for key in ("features", "fps", "total_episodes"):
-        if key not in info:
-            raise DatasetError(f"{info_path}: {key} is missing; is it a LeRobotDataset?")
-    if info.get("codebase_version") not in ("v3.0", "v2.1"):
-        raise DatasetError(f"{info_path}: version {info.get('codebase_version')}; known are v3.0 and v2.1")
+    require(isinstance(info, dict), "holds no map; is it a LeRobotDataset?")
+    version, fps, features = (info.get(key) for key in ("codebase_version", "fps", "features"))
+    require(version in ("v3.0", "v2.1"), f"version {version}; known are v3.0 and v2.1")
+    require(fps == CONTROL_HZ and not isinstance(fps, bool), f"has {fps} fps, the simulation runs at {CONTROL_HZ}")
+    require(isinstance(features, dict), "features is missing; is it a LeRobotDataset?")
+    require(type(info.get("total_episodes")) is int, "total_episodes is missing or no number")
+    for key in keys:
+        feature, width = features.get(key), FEATURES[key]["shape"][0]
+        fits = isinstance(feature, dict) and feature.get("shape") == [width]
+        require(fits, f"needs the feature {key} with {width} numbers")
+        require(isinstance(feature.get("unit", ""), str), f"the unit of {key} is no text")
     return info
 
 
 def read_dataset(path: Path, info: dict[str, Any], keys: tuple[str, ...]) -> list[dict[str, np.ndarray]]:
     """Read the features named by keys from a LeRobotDataset, given what read_info says of it.
 
-    Returns one dict of float32 arrays (T, width) per episode, in order. Raises DatasetError for features that are
-    missing or of another width, and for files that cannot be read.
+    Returns one dict of float32 arrays (T, width) per episode, in order. Raises DatasetError for files that cannot be
+    read, and for columns that do not hold what info says.
     """
-    for key in keys:
-        width = FEATURES[key]["shape"][0]
-        if key not in info["features"] or list(info["features"][key]["shape"]) != [width]:
-            raise DatasetError(f"{path}/meta/info.json: needs the feature {key} with {width} numbers")
     files = sorted((path / "data").glob("*/*.parquet"))
     if not files:
         raise DatasetError(f"{path}: data/ has no parquet file")
     columns = [*keys, "episode_index", "frame_index"]
     try:
         table = pa.concat_tables(pq.read_table(file, columns=columns) for file in files)
-    except (pa.ArrowException, OSError) as error:
+        number, frame = (table[key].cast(pa.int64()).to_numpy() for key in ("episode_index", "frame_index"))
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise DatasetError(f"{path}: its parquet files cannot be read ({error})") from error
-    number, frame = (table[key].to_numpy() for key in ("episode_index", "frame_index"))
-    arrays = {key: np.array(table[key].to_pylist(), np.float32) for key in keys}
-    for key, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise DatasetError(f"{path}: {key} has numbers that are not finite")
+    arrays = {key: _matrix(table[key], FEATURES[key]["shape"][0], f"{path}: {key}") for key in keys}
     order = np.lexsort([frame, number])
     episodes = [
         {key: array[rows] for key, array in arrays.items()}
         for rows in np.split(order, np.flatnonzero(np.diff(number[order])) + 1)
     ]
-    if len(episodes) != info["total_episodes"]:
-        raise DatasetError(f"{path}: {len(episodes)} episodes in data/, meta/info.json says {info['total_episodes']}")
+    if len(order) == 0 or len(episodes) != info["total_episodes"]:
+        found = len(episodes) if len(order) else 0
+        raise DatasetError(f"{path}: {found} episodes in data/, meta/info.json says {info['total_episodes']}")
     return episodes
+
+
+def _matrix(column: pa.ChunkedArray, width: int, name: str) -> np.ndarray:
+    """A column of lists of `width` finite numbers as (T, width) float32; DatasetError, with name, for anything else."""
+    kind = column.type
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not lists or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
+        raise DatasetError(f"{name} must be lists of numbers, it is {kind}")
+    rows = column.to_pylist()
+    if any(row is None or len(row) != width or None in row for row in rows):
+        raise DatasetError(f"{name} must have {width} numbers in every frame")
+    array = np.array(rows, np.float32).reshape(-1, width)
+    if not np.isfinite(array).all():
+        raise DatasetError(f"{name} has numbers that are not finite")
+    return array
 
 
 def unit_of(info: dict[str, Any], key: str, given: str | None) -> str:
@@ -233,7 +266,3 @@ def _write_data(root: Path, file_index: int, tables: list[pa.Table]) -> None:
     with pq.ParquetWriter(path, tables[0].schema) as writer:
         for table in tables:
             writer.write_table(table)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=4) + "\n")

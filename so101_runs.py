@@ -122,7 +122,7 @@ def check_rendering(envs: SO101ResidualVectorEnv, flag: str) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file beside path, flush it to disk, rename it: whatever happens, path is complete or as it was.
+    """Let `write` fill a file beside path, flush it, rename it: whatever happens, path is complete or as it was.
 
     Raises SO101Error for a disk that is full or cannot be written.
     """
