@@ -8,9 +8,14 @@ The clone sees the observation of the task and gives the absolute joint targets,
 next steps at once: a chunk, which is carried out before it looks again.
 """
 
+if __name__ == "__main__":  # Ctrl+C while importing ends the program, without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
-import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +25,12 @@ import torch.nn as nn
 import tyro
 from tqdm import tqdm
 
-import ppo_residual_so101
-from ppo_residual_so101 import (
-    Agent,
-    describe_run,
-    fail,
-    layer_init,
-    load_file,
-    make_run_dir,
-    save_checkpoint,
-    write_json,
-)
-from so101_dataset import ACTION, ENVIRONMENT, STATE, DatasetError, read_dataset, read_info, to_rad, unit_of
-from so101_env import ACT_DIM
+from so101_dataset import read_dataset, read_info, to_rad, unit_of
+from so101_env import ACT_DIM, ACTION, COMMAND, ENVIRONMENT, STATE, SO101Error, flat_observation
+from so101_policies import CLONE, BasePolicy, Features, hash_weights, load_weights, restore_settings
+from so101_runs import check_flags, describe_run, make_run_dir, run_script, save_tensors, write_json
 
-FORMAT = "bc_so101 clone 2"
+SCRIPT = Path(__file__).name
 
 
 @dataclasses.dataclass
@@ -52,7 +48,7 @@ class Args:
     learning_rate: float = 1e-3
     """step size of AdamW at the start; it falls to zero along half a cosine"""
     weight_decay: float = 1e-4
-    """of AdamW"""
+    """weight decay of AdamW"""
     hidden_size: int = 128
     """units in each of the two hidden layers"""
     chunk_size: int = 4
@@ -63,48 +59,77 @@ class Args:
     """directory that gets one directory per run"""
 
 
+RANGES = {
+    "seed": (0, 2**32 - 1), "train_steps": (1, 10**8), "batch_size": (1, 2**20), "learning_rate": (1e-9, 10),
+    "weight_decay": (0, 10), "hidden_size": (1, 4096), "chunk_size": (1, 1000), "validation_share": (1e-6, 0.999),
+}  # fmt: skip
+
+
 class Clone(nn.Module):
     """Absolute joint targets (N, chunk, 6) in rad of the next steps, for observations (N, 25).
 
-    It is the trainer's actor, with its features and its mirror symmetry, and predicts how far the targets are from the
-    measured joint positions.
+    A multilayer perceptron on the trainer's features and mirror symmetry, which predicts how far the targets are from
+    the measured joint positions.
     """
 
     def __init__(self, hidden_size: int, chunk_size: int):
         super().__init__()
-        self.actor, self.chunk_size = Agent(ppo_residual_so101.Args(hidden_size=hidden_size)), chunk_size
-        self.actor.actor_mean[-1] = layer_init(nn.Linear(hidden_size, chunk_size * ACT_DIM), std=0.01)
-        del self.actor.critic, self.actor.actor_logstd
+        self.features, self.chunk_size = Features(), chunk_size
+        self.actor = nn.Sequential(
+            nn.Linear(self.features.dim, hidden_size), nn.ReLU(), nn.Linear(hidden_size, hidden_size),
+            nn.LayerNorm(hidden_size), nn.ReLU(), nn.Linear(hidden_size, chunk_size * ACT_DIM),
+        )  # fmt: skip
+        for layer, gain in ((0, np.sqrt(2)), (2, np.sqrt(2)), (5, 0.01)):
+            nn.init.orthogonal_(self.actor[layer].weight, gain)
+            nn.init.zeros_(self.actor[layer].bias)
         self.register_buffer("motion_scale_rad", torch.ones(ACT_DIM))
 
     def get_motion(self, x: torch.Tensor) -> torch.Tensor:
         """Motions (B, chunk, 6) in units of motion_scale_rad, of features (B, views, F)."""
-        out = self.actor.actor_mean(x.flatten(0, 1)).view(len(x), -1, self.chunk_size, ACT_DIM)
-        return (out * self.actor.action_signs[:, None]).mean(1)
+        out = self.actor(x.flatten(0, 1)).view(len(x), -1, self.chunk_size, ACT_DIM)
+        return (out * self.features.action_signs[:, None]).mean(1)
 
     def forward(self, obs: np.ndarray) -> torch.Tensor:
         """Absolute joint targets (N, chunk, 6), rad, for observations (N, 25)."""
-        motion = self.get_motion(self.actor.features(obs)) * self.motion_scale_rad
+        motion = self.get_motion(self.features(obs)) * self.motion_scale_rad
         return torch.from_numpy(obs[:, None, :ACT_DIM]) + motion
 
 
-def load_clone(path: str, flag: str) -> tuple[Clone, dict[str, torch.Tensor]]:
-    """A clone and its weights; fail with one line if the file is missing, damaged or of another kind."""
-    saved = load_file(path, flag, FORMAT)
-    clone = Clone(saved["args"]["hidden_size"], saved["args"]["chunk_size"])
-    clone.load_state_dict(saved["clone"])
-    return clone, saved["clone"]
+class ClonePolicy(BasePolicy):
+    """A clone as base policy: it asks for absolute joint targets, a chunk of steps at a time.
+
+    saved is what so101_policies.load_file read from path; `bc:PATH` makes one. Raises SO101Error if it does not fit.
+    """
+
+    def __init__(self, saved: dict[str, Any], path: str):
+        args = restore_settings(Args, saved["args"], path)
+        check_args(args)
+        self.clone = Clone(args.hidden_size, args.chunk_size)
+        load_weights(self.clone, saved["clone"], path)
+        self.fingerprint, self.memory = hash_weights(saved["clone"]), {}
+
+    def reset(self, mask: np.ndarray) -> None:
+        """Look again before the next step."""
+        n, chunk = len(mask), self.clone.chunk_size
+        if not self.memory or len(self.memory["step"]) != n:
+            self.memory = {"step": np.zeros(n, np.int64), "targets": np.zeros((n, chunk, ACT_DIM), np.float32)}
+        self.memory["step"][mask] = 0
+
+    def act(self, obs: Mapping[str, np.ndarray], mask: np.ndarray) -> np.ndarray:
+        """Joint deltas in rad (N, 6): from the last commanded targets to the clone's."""
+        step, targets = self.memory["step"], self.memory["targets"]
+        look = mask & (step == 0)
+        if look.any():
+            with torch.inference_mode():
+                targets[look] = self.clone(flat_observation(obs)[look]).numpy()
+        delta = targets[np.arange(len(step)), step].astype(np.float64) - obs[COMMAND]
+        step[mask] = (step[mask] + 1) % self.clone.chunk_size
+        return delta
 
 
 def check_args(args: Args) -> None:
-    """Fail with the name of the first flag that is out of range."""
-    for name in ("train_steps", "batch_size", "learning_rate", "hidden_size", "chunk_size"):
-        if not getattr(args, name) > 0:
-            fail(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    if not 0 < args.validation_share < 1:
-        fail(f"--validation-share must be in (0, 1), got {args.validation_share}")
-    if args.weight_decay < 0 or args.seed < 0:
-        fail("--weight-decay and --seed must not be negative")
+    """Raise SO101Error with the name of the first flag that is out of range."""
+    check_flags(args, RANGES)
 
 
 def load_demos(args: Args) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -112,21 +137,19 @@ def load_demos(args: Args) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
     Towards the end of an episode its last target fills the chunk.
     """
-    try:
-        info = read_info(Path(args.demos))
-        episodes = read_dataset(Path(args.demos), info, (STATE, ENVIRONMENT, ACTION))
-        units = [unit_of(info, key, args.units) for key in (STATE, ACTION)]
-        demos = []
-        for episode in episodes:
-            state, action = (to_rad(episode[key], unit) for key, unit in zip((STATE, ACTION), units))
-            obs = np.concatenate([state, episode[ENVIRONMENT]], axis=1)
-            steps = np.arange(len(action))[:, None] + np.arange(args.chunk_size)
-            motion = action[np.minimum(steps, len(action) - 1)] - state[:, None]
-            demos.append((torch.tensor(obs, dtype=torch.float32), torch.tensor(motion, dtype=torch.float32)))
-    except DatasetError as error:
-        fail(f"--demos: {error}")
-    if len(demos) < 2:
-        fail(f"--demos {args.demos}: needs at least two episodes, one to learn from and one to validate on")
+    keys = (STATE, ENVIRONMENT, ACTION)
+    info = read_info(Path(args.demos), keys)
+    episodes = read_dataset(Path(args.demos), info, keys)
+    if len(episodes) < 2:
+        raise SO101Error(f"--demos {args.demos}: needs two episodes or more, one to learn from and one to validate on")
+    units = [unit_of(info, key, args.units) for key in (STATE, ACTION)]
+    demos = []
+    for episode in episodes:
+        state, action = (to_rad(episode[key], unit) for key, unit in zip((STATE, ACTION), units))
+        obs = np.concatenate([state, episode[ENVIRONMENT]], axis=1)
+        steps = np.arange(len(action))[:, None] + np.arange(args.chunk_size)
+        motion = action[np.minimum(steps, len(action) - 1)] - state[:, None]
+        demos.append((torch.tensor(obs, dtype=torch.float32), torch.tensor(motion, dtype=torch.float32)))
     return demos
 
 
@@ -148,13 +171,15 @@ def main() -> int:
     clone = Clone(args.hidden_size, args.chunk_size)
     # joints that keep still have a scale, too: what hardly varies must not be blown up
     clone.motion_scale_rad.copy_(motion.square().mean((0, 1)).sqrt().clamp(min=1e-3))
-    x, valid_x = clone.actor.features(obs.numpy()), clone.actor.features(valid_obs.numpy())
+    x, valid_x = clone.features(obs.numpy()), clone.features(valid_obs.numpy())
     target, valid_target = motion / clone.motion_scale_rad, valid_motion / clone.motion_scale_rad
     optimizer = torch.optim.AdamW(clone.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.train_steps)
 
-    run_dir = make_run_dir(args.log_dir, f"bc_so101_{time.strftime('%Y%m%d-%H%M%S')}_s{args.seed}", ("tensorboard",))
-    write_json(run_dir / "config.json", describe_run(args))
+    run_dir = make_run_dir(
+        args.log_dir, f"{Path(SCRIPT).stem}_{time.strftime('%Y%m%d-%H%M%S')}_s{args.seed}", "tensorboard"
+    )
+    write_json(run_dir / "config.json", describe_run(SCRIPT, args))
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
     writer, start = SummaryWriter(str(run_dir / "tensorboard")), time.perf_counter()
@@ -167,7 +192,7 @@ def main() -> int:
         optimizer.step()
         schedule.step()
         if not torch.isfinite(loss):
-            fail(f"the loss is {loss.item()} at step {step}: lower --learning-rate {args.learning_rate}")
+            raise SO101Error(f"the loss is {loss.item()} at step {step}: lower --learning-rate {args.learning_rate}")
         if step % 500 == 0 or step == args.train_steps:
             with torch.no_grad():
                 valid_loss = (clone.get_motion(valid_x) - valid_target).square().mean().item()
@@ -177,8 +202,8 @@ def main() -> int:
     writer.close()
 
     model, wall_time = run_dir / "bc_model.pt", time.perf_counter() - start
-    saved: dict[str, Any] = {"format": FORMAT, "args": dataclasses.asdict(args), "clone": clone.state_dict()}
-    save_checkpoint(model, saved)
+    settings = dataclasses.asdict(args)
+    save_tensors(model, {"format": CLONE, "script": SCRIPT, "args": settings, "clone": clone.state_dict()})
     summary = {
         "episodes": len(parts[0]), "frames": len(obs), "validation_episodes": len(parts[1]),
         "train_loss": loss.item(), "validation_loss": valid_loss, "wall_time_s": wall_time,
@@ -193,4 +218,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -7,10 +7,14 @@ The episodes' seeds are fixed and used nowhere else, and the policy acts with it
 the same numbers. A checkpoint carries the settings of the task.
 """
 
+if __name__ == "__main__":  # Ctrl+C while importing ends the program, without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,29 +24,36 @@ import tyro
 from gymnasium.vector import AutoresetMode
 from scipy.stats import binomtest
 
-from ppo_residual_so101 import (
+from so101_dataset import write_dataset
+from so101_env import (
+    ACT_DIM,
+    ACTION,
+    ENVIRONMENT,
+    SHEET_HALF_M,
+    STATE,
+    TAPE_CENTER_M,
+    SO101Error,
+    SO101ResidualVectorEnv,
+    Task,
+    Viewer,
+)
+from so101_policies import load_checkpoint, load_policy
+from so101_runs import (
     RECORD_SEED,
     TEST_SEED,
-    Args,
-    check_args,
-    check_base,
+    check_flags,
     check_output,
     check_rendering,
-    checkpoint_args,
+    episode_mean,
     evaluate,
-    fail,
-    load_agent,
-    load_checkpoint,
-    make_envs,
-    mean_action,
+    flag_of,
     no_residual,
     residual_to_base,
+    run_script,
     write_atomically,
     write_json,
     write_video,
 )
-from so101_dataset import ACTION, ENVIRONMENT, STATE, DatasetError, write_dataset
-from so101_env import CONTROL_HZ, SHEET_HALF_M, TAPE_CENTER_M, SO101ResidualVectorEnv
 
 
 @dataclasses.dataclass
@@ -78,28 +89,26 @@ class EvalArgs:
 
 
 def check_eval_args(args: EvalArgs) -> None:
-    """Fail for what cannot work, before any work is done."""
+    """Raise SO101Error for what cannot work, before any work is done."""
     if args.model is None and args.base_policy is None:
-        fail("name a checkpoint with --model, or a base policy with --base-policy")
+        raise SO101Error("name a checkpoint with --model, or a base policy with --base-policy")
     for name in ("base_policy", "tape_margin"):
         if args.model is not None and getattr(args, name) is not None:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: the checkpoint of --model brings its own; drop it")
-    for name in ("episodes", "video_episodes", "num_threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            fail(f"--{name.replace('_', '-')} must be positive, got {value}")
-    for name, suffixes in (("json", [".json"]), ("video", [".mp4", ".gif"]), ("plot", [".png"]), ("record", [])):
-        check_output(f"--{name}", getattr(args, name), suffixes)
+            raise SO101Error(f"{flag_of(name)} {getattr(args, name)}: the checkpoint of --model has its own; drop it")
+    ranges = {"episodes": (1, 100_000), "video_episodes": (1, 100_000), "num_threads": (1, 1024)}
+    check_flags(args, ranges | {"action_noise": (0, 100), "tape_margin": Task.RANGES["tape_margin"]})
+    check_output("--json", args.json, (".json",))
+    check_output("--video", args.video, (".mp4", ".gif"))
+    check_output("--plot", args.plot, (".png",))
+    check_output("--record", args.record)
     if args.record and Path(args.record).exists():
-        fail(f"--record {args.record}: exists; delete it or name another directory")
-    if args.action_noise < 0:
-        fail(f"--action-noise must not be negative, got {args.action_noise}")
+        raise SO101Error(f"--record {args.record}: exists; delete it or name another directory")
     for name in ("action_noise", "only_successes"):
-        if getattr(args, name) and not args.record:
-            fail(f"--{name.replace('_', '-')} is for --record PATH")
+        if getattr(args, name) and args.record is None:
+            raise SO101Error(f"{flag_of(name)} is for --record PATH")
     displays = ("DISPLAY", "WAYLAND_DISPLAY")
     if args.render_mode == "human" and sys.platform.startswith("linux") and not any(map(os.environ.get, displays)):
-        fail("--render-mode human: there is no display here; use --video PATH.mp4 instead")
+        raise SO101Error("--render-mode human: there is no display here; use --video PATH.mp4 instead")
 
 
 def summarize(episodes: list[dict[str, Any]]) -> dict[str, Any]:
@@ -107,17 +116,14 @@ def summarize(episodes: list[dict[str, Any]]) -> dict[str, Any]:
     successes = sum(episode["success"] for episode in episodes)
     interval = binomtest(successes, len(episodes)).proportion_ci(0.95, method="wilson")
 
-    def mean(key: str) -> float:
-        return float(np.mean([episode[key] for episode in episodes]))
-
     return {
         "success_rate": successes / len(episodes),
         "success_ci95": [float(interval.low), float(interval.high)],
-        "mean_return": mean("return"),
-        "mean_length": mean("length"),
-        "mean_final_distance_m": mean("final_distance_m"),
-        "mean_final_yaw_error_rad": mean("final_yaw_error_rad"),
-        "mean_residual_magnitude": mean("residual_magnitude"),
+        "mean_return": episode_mean(episodes, "return"),
+        "mean_length": episode_mean(episodes, "length"),
+        "mean_final_distance_m": episode_mean(episodes, "final_distance_m"),
+        "mean_final_yaw_error_rad": episode_mean(episodes, "final_yaw_error_rad"),
+        "mean_residual_magnitude": episode_mean(episodes, "residual_magnitude"),
         "failures": {
             kind: sum(episode["failure"] == kind for episode in episodes) for kind in ("non_finite", "out_of_reach")
         },
@@ -181,23 +187,13 @@ def plot(episodes: list[dict[str, Any]], tape_margin: float, path: Path) -> None
 
 
 def play(envs: SO101ResidualVectorEnv, episodes: list[dict[str, Any]]) -> None:
-    """Show traced episodes in real time in MuJoCo's passive viewer, until it is closed."""
-    import mujoco
-    import mujoco.viewer
-
-    data = mujoco.MjData(envs.model)
-    with mujoco.viewer.launch_passive(envs.model, data) as viewer:
-        for number, episode in enumerate(episodes):
-            print(f"episode {number}: {'success' if episode['success'] else 'no success'}, {episode['length']} steps")
-            for qpos in episode["qpos"]:
-                if not viewer.is_running():
-                    return
-                frame_start = time.perf_counter()
-                with viewer.lock():
-                    data.qpos[:] = qpos
-                    mujoco.mj_forward(envs.model, data)
-                viewer.sync()
-                time.sleep(max(0.0, 1 / CONTROL_HZ - (time.perf_counter() - frame_start)))
+    """Show traced episodes in MuJoCo's viewer, until it is closed."""
+    viewer = Viewer(envs.model)
+    for number, episode in enumerate(episodes):
+        print(f"episode {number}: {'success' if episode['success'] else 'no success'}, {episode['length']} steps")
+        if not all(viewer.show(qpos) for qpos in episode["qpos"]):
+            break
+    viewer.close()
 
 
 def main() -> int:
@@ -205,25 +201,25 @@ def main() -> int:
     args = tyro.cli(EvalArgs, description=__doc__)
     check_eval_args(args)
     torch.set_num_threads(1)
-    checkpoint = load_checkpoint(args.model, "--model") if args.model else None
-    if checkpoint:
-        task: Args = checkpoint_args(checkpoint)
+    policy, steps, num_envs = no_residual, None, min(args.episodes, 50)
+    if args.model:
+        checkpoint = load_checkpoint(args.model)
+        base_policy, steps = checkpoint.args.base.base_policy, checkpoint.saved["global_step"]
+        envs = checkpoint.script.make_envs(checkpoint.args, num_envs, evaluation=True, num_threads=args.num_threads)
+        checkpoint.check_base(envs.base_policy, args.model)
+        policy = checkpoint.agent(args.model).act
     else:
-        task = Args(base_policy=args.base_policy)
-        if args.tape_margin is not None:
-            task.tape_margin = args.tape_margin
-        check_args(task)
-    task.num_threads = args.num_threads
-    envs = make_envs(task, min(args.episodes, 50), AutoresetMode.DISABLED)
-    if checkpoint:
-        check_base(checkpoint, envs.base_policy, f"--model {args.model}")
+        task, base_policy = Task() if args.tape_margin is None else Task(tape_margin=args.tape_margin), args.base_policy
+        envs = SO101ResidualVectorEnv(
+            num_envs, load_policy(base_policy), task, num_threads=args.num_threads,
+            autoreset_mode=AutoresetMode.DISABLED,
+        )  # fmt: skip
     if args.video:
         check_rendering(envs, "--video")
 
     # demonstrations are for training: they must not contain the episodes that training is judged by
     seeds = [(RECORD_SEED if args.record else TEST_SEED) + i for i in range(args.episodes)]
-    traced = bool(args.video or args.plot or args.render_mode or args.record)
-    policy, noise = mean_action(load_agent(checkpoint)) if checkpoint else no_residual, np.random.default_rng(0)
+    traced, noise = bool(args.video or args.plot or args.render_mode or args.record), np.random.default_rng(0)
 
     def act(obs: np.ndarray) -> np.ndarray:
         action = policy(obs)
@@ -231,28 +227,28 @@ def main() -> int:
 
     episodes = evaluate(act, envs, seeds, trace=traced)
     summary, base = summarize(episodes), None
-    columns = {"agent" if checkpoint else "base alone": summary}
-    if checkpoint and args.base:
+    columns = {"agent" if args.model else "base alone": summary}
+    if args.model and args.base:
         base = summarize(evaluate(no_residual, envs, seeds))
-        columns[f"base alone ({task.base_policy.partition(':')[0]})"] = base
-    physics = "full" if task.full_randomization else "default" if task.randomize else "no"
+        columns[f"base alone ({base_policy.partition(':')[0]})"] = base
+    physics = "full" if envs.task.full_randomization else "default" if envs.task.randomize else "no"
     print(
-        (f"{args.model} ({checkpoint['global_step']} steps)" if checkpoint else f"base policy {task.base_policy}")
+        (f"{args.model} ({steps} steps)" if args.model else f"base policy {base_policy}")
         + f": {args.episodes} {'recorded' if args.record else 'held-out'} episodes, mean action"
         + (f" with noise {args.action_noise:g}, " if args.action_noise else ", ")
-        + f"tape margin {1000 * task.tape_margin:.0f} mm, {physics} randomisation"
+        + f"tape margin {1000 * envs.task.tape_margin:.0f} mm, {physics} randomisation"
     )
     print_table(columns)
     ratios = residual_to_base(episodes)
-    if ratios and checkpoint:
+    if ratios and args.model:
         print("residual to base, per joint  " + "  ".join(f"{joint} {ratio:.2f}" for joint, ratio in ratios.items()))
 
     if args.json:
         result = {
             "model": args.model,
-            "training_steps": checkpoint["global_step"] if checkpoint else None,
-            "tape_margin_m": task.tape_margin,
-            "base_policy": task.base_policy,
+            "training_steps": steps,
+            "tape_margin_m": envs.task.tape_margin,
+            "base_policy": base_policy,
             **summary,
             "episodes": args.episodes,
             "base_success_rate": base["success_rate"] if base else None,
@@ -265,15 +261,12 @@ def main() -> int:
         write_json(Path(args.json), result)
     if args.record:
         kept = [episode for episode in episodes if episode["success"] or not args.only_successes]
-        demos = [{STATE: e["obs"][:, :6], ENVIRONMENT: e["obs"][:, 6:], ACTION: e["command"]} for e in kept]
-        try:
-            write_dataset(Path(args.record), demos)
-        except DatasetError as error:
-            fail(f"--record: {error}")
+        demos = [{STATE: e["obs"][:, :ACT_DIM], ENVIRONMENT: e["obs"][:, ACT_DIM:], ACTION: e["command"]} for e in kept]
+        write_dataset(Path(args.record), demos)
         print(f"{len(demos)} episodes, {sum(len(e['command']) for e in kept)} frames in {args.record}")
         print(f"clone: python bc_so101.py --demos {args.record}")
     if args.plot:
-        plot(episodes, task.tape_margin, Path(args.plot))
+        plot(episodes, envs.task.tape_margin, Path(args.plot))
     if args.video:
         write_video(envs, episodes[: args.video_episodes], Path(args.video))
     if args.render_mode:
@@ -283,4 +276,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

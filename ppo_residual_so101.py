@@ -182,8 +182,8 @@ def check_args(args: Args) -> None:
     samples = args.ppo.num_envs * args.ppo.num_steps
     if not args.ppo.minibatch_size <= samples <= 2**22:
         raise SO101Error(
-            f"--minibatch-size {args.ppo.minibatch_size} exceeds a rollout of num_envs * num_steps = {samples} samples, "
-            "or that exceeds 4 million: change one of the three"
+            f"--minibatch-size {args.ppo.minibatch_size} exceeds a rollout of num_envs * num_steps = {samples} samples "
+            "(at most 4 million): change one of the three"
         )
     if args.task.full_randomization and not args.task.randomize:
         raise SO101Error("--full-randomization contradicts --no-randomize: drop one of them")

@@ -6,8 +6,13 @@ Any LeRobotDataset v3.0 or v2.1 of an SO-101 at 30 fps will do. Without observat
 nobody knows where the sheet was: it then lies in the tape. The physics are nominal.
 """
 
+if __name__ == "__main__":  # Ctrl+C while importing ends the program, without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +20,32 @@ import numpy as np
 import tyro
 from gymnasium.vector import AutoresetMode
 
-from ppo_residual_so101 import check_output, check_rendering, evaluate, fail, no_residual, write_json, write_video
-from so101_dataset import (
+from so101_dataset import read_dataset, read_info, to_rad, unit_of
+from so101_env import (
     ACTION,
+    COMMAND,
     ENVIRONMENT,
     ENVIRONMENT_NAMES,
+    JOINTS,
+    OBS,
+    SHEET_HALF_THICKNESS_M,
     STATE,
-    DatasetError,
-    read_dataset,
-    read_info,
-    to_rad,
-    unit_of,
+    TAPE_CENTER_M,
+    SO101Error,
+    SO101ResidualVectorEnv,
+    Task,
 )
-from so101_env import CONTROL_HZ, JOINTS, SHEET_HALF_THICKNESS_M, TAPE_CENTER_M, SO101ResidualVectorEnv
+from so101_policies import BasePolicy
+from so101_runs import (
+    check_flags,
+    check_output,
+    check_rendering,
+    evaluate,
+    no_residual,
+    run_script,
+    write_json,
+    write_video,
+)
 
 
 @dataclasses.dataclass
@@ -46,10 +64,8 @@ class ReplayArgs:
     """write the deviations to this file"""
 
 
-class Replay:
+class Replay(BasePolicy):
     """A base policy that asks for recorded joint targets (T, 6), rad, one after the other."""
-
-    fingerprint = ""
 
     def __init__(self, targets_rad: np.ndarray):
         self.targets, self.memory = targets_rad, {"step": np.zeros(1, np.int64)}
@@ -58,14 +74,11 @@ class Replay:
         """Start again."""
         self.memory["step"][mask] = 0
 
-    def act(self, obs: np.ndarray, command: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def act(self, obs: Mapping[str, np.ndarray], mask: np.ndarray) -> np.ndarray:
         """Joint deltas (1, 6) to the next target."""
-        delta = self.targets[self.memory["step"]] - command
+        delta = self.targets[self.memory["step"]] - obs[COMMAND]
         self.memory["step"][mask] += 1
         return delta
-
-    def close(self) -> None:
-        """Nothing to release."""
 
 
 def replay(
@@ -90,22 +103,21 @@ def replay(
 def main() -> int:
     """Replay, print the deviations; returns the exit code."""
     args = tyro.cli(ReplayArgs, description=__doc__)
-    check_output("--video", args.video, [".mp4", ".gif"])
-    check_output("--json", args.json, [".json"])
-    if not 0 < args.tape_margin <= 0.1:
-        fail(f"--tape-margin is in metres, above 0 and at most 0.1, got {args.tape_margin}")
-    try:
-        info = read_info(Path(args.dataset))
-        if info["fps"] != CONTROL_HZ:
-            fail(f"--dataset {args.dataset}: has {info['fps']} fps, the simulation runs at {CONTROL_HZ}")
-        placed = info["features"].get(ENVIRONMENT, {}).get("names") == ENVIRONMENT_NAMES
-        episodes = read_dataset(Path(args.dataset), info, (STATE, ACTION) + (ENVIRONMENT,) * placed)
-        if not 0 <= args.episode < len(episodes):
-            fail(f"--episode {args.episode}: the dataset has episodes 0 to {len(episodes) - 1}")
-        episode = episodes[args.episode]
-        state, action = (to_rad(episode[key], unit_of(info, key, args.units)) for key in (STATE, ACTION))
-    except DatasetError as error:
-        fail(f"--dataset: {error}")
+    check_flags(args, {"episode": (0, 10**9), "tape_margin": Task.RANGES["tape_margin"]})
+    check_output("--video", args.video, (".mp4", ".gif"))
+    check_output("--json", args.json, (".json",))
+    path = Path(args.dataset)
+    info = read_info(path, (STATE, ACTION))
+    keys = (STATE, ACTION)
+    feature = info["features"].get(ENVIRONMENT)
+    if isinstance(feature, dict) and feature.get("names") == ENVIRONMENT_NAMES:  # ours: it says where the sheet lay
+        keys += (ENVIRONMENT,)
+        info = read_info(path, keys)
+    episodes = read_dataset(path, info, keys)
+    if args.episode >= len(episodes):
+        raise SO101Error(f"--episode {args.episode}: the dataset has episodes 0 to {len(episodes) - 1}")
+    episode = episodes[args.episode]
+    state, action = (to_rad(episode[key], unit_of(info, key, args.units)) for key in (STATE, ACTION))
 
     environment = episode.get(ENVIRONMENT)
     replayed = replay(state, action, environment, args.tape_margin)
@@ -124,7 +136,7 @@ def main() -> int:
         "max_joint_deviation_deg": dict(zip(JOINTS, deviation.max(0).tolist())),
     }  # fmt: skip
     if environment is not None:
-        sheet = 1000 * np.linalg.norm(observations[:, 12:14] - environment[:length, 6:8], axis=1)
+        sheet = 1000 * np.linalg.norm(observations[:, OBS["sheet_pos"]][:, :2] - environment[:length, 6:8], axis=1)
         print(f"{'sheet (mm)':46}{sheet.mean():8.3f}{sheet.max():9.3f}{sheet[-1]:12.3f}")
         result |= {"mean_sheet_deviation_mm": float(sheet.mean()), "max_sheet_deviation_mm": float(sheet.max())}
     if args.json:
@@ -138,4 +150,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

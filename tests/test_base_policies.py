@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import SMALL, press_force_n, run_script, train
 from gymnasium.vector import AutoresetMode
+from so101_base_policies import JacobianPolicy, make_base_policy
 
 import ppo_residual_so101 as ppo
-from so101_base_policies import JacobianPolicy, make_base_policy
 from so101_env import ACT_DIM, TAPE_CENTER_M, BasePolicyError, SO101ResidualVectorEnv
 
 SEEDS = list(range(1_700_000_000, 1_700_000_100))  # of no training and no evaluation
