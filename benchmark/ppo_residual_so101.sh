@@ -4,7 +4,9 @@
 #   bash benchmark/ppo_residual_so101.sh                                                # seeds 1 to 10, the defaults
 #   NAME=standard_200k bash benchmark/ppo_residual_so101.sh --total-timesteps 200000    # other flags of the trainer
 #   NAME=trial SEEDS="1 2 3" bash benchmark/ppo_residual_so101.sh --gamma 0.99
+#   SCRIPT=my_ppo.py NAME=mine bash benchmark/ppo_residual_so101.sh                      # a changed copy of the trainer
 #
+# SCRIPT    trainer, beside so101_env.py (ppo_residual_so101.py)
 # NAME      of the sweep (standard_50k)
 # SEEDS     to train (1 to 10)
 # JOBS      processes at a time, one thread each (one per core)
@@ -17,7 +19,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 JOBS=${JOBS:-$(env -u OMP_NUM_THREADS nproc)} # nproc heeds that variable, and one thread is not one core
-export NAME=${NAME:-standard_50k} SEEDS=${SEEDS:-$(seq -s " " 1 10)} EPISODES=${EPISODES:-100} OMP_NUM_THREADS=1
+export SCRIPT=${SCRIPT:-ppo_residual_so101.py} NAME=${NAME:-standard_50k} SEEDS=${SEEDS:-$(seq -s " " 1 10)} EPISODES=${EPISODES:-100} OMP_NUM_THREADS=1
 # a base policy that moves is evaluated alone, too
 case " $* " in *" --base-policy "*) BASE=--base ;; *) BASE=--no-base ;; esac
 export BASE RUNS=${RUNS:-logs/benchmark/$NAME} OUT=${OUT-benchmark/results/$NAME}
@@ -30,8 +32,8 @@ run_seed() {
     rm -rf "$dir"
     mkdir -p "$dir"
     if ! {
-      python ppo_residual_so101.py --seed "$seed" --log-dir "$dir" --num-threads 1 "$@" &&
-        run=$(echo "$dir"/ppo_residual_*) &&
+      python "$SCRIPT" --seed "$seed" --log-dir "$dir" --num-threads 1 "$@" &&
+        run=$(dirname "$dir"/*/final_model.pt) &&
         for model in final_model best_model/best_model; do
           python eval_so101.py --model "$run/$model.pt" --episodes "$EPISODES" "$BASE" --num-threads 1 \
             --json "$dir/$(basename $model).json" || return 1

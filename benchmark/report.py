@@ -21,7 +21,9 @@ import matplotlib.pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ppo_residual_so101 import Args, fail
+from so101_env import SO101Error
+from so101_policies import load_script
+from so101_runs import flag_of, flat_settings, run_script, write_json
 
 HOLD = 10_000  # steps
 DISTANCES_MM = (40, 80, 100, 120)  # bins of the initial distance from the sheet to the tape
@@ -35,7 +37,7 @@ class ReportArgs:
     out: str
     """directory to write results.md, results.json and learning_curves.png into"""
     name: str | None = None
-    """of the sweep, for titles (default: the last part of --runs)"""
+    """name of the sweep, for titles (default: the last part of --runs)"""
     against: tuple[str, ...] = ()
     """directories of other sweeps to draw on the same axes"""
 
@@ -60,10 +62,12 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_seed(directory: Path) -> dict[str, Any]:
-    """Everything about one seed; fail, naming the file, if a part is missing."""
-    runs = sorted(directory.glob("ppo_residual_*"))
+    """Everything about one seed; SO101Error, naming the file, if a part is missing."""
+    runs = sorted(path.parent for path in directory.glob("*/config.json"))
     if len(runs) != 1:
-        fail(f"--runs: {directory} must hold one run, it has {len(runs)}; delete it and train the seed again")
+        raise SO101Error(
+            f"--runs: {directory} must hold one run, it has {len(runs)}; delete it and train the seed again"
+        )
     files = {
         "config": runs[0] / "config.json",
         "summary": runs[0] / "training_summary.json",
@@ -72,13 +76,15 @@ def read_seed(directory: Path) -> dict[str, Any]:
     }
     for path in files.values():
         if not path.is_file():
-            fail(f"--runs: {path} is missing; run benchmark/ppo_residual_so101.sh again to finish the sweep")
+            raise SO101Error(
+                f"--runs: {path} is missing; run benchmark/ppo_residual_so101.sh again to finish the sweep"
+            )
     seed = {name: json.loads(path.read_text()) for name, path in files.items()}
     events = EventAccumulator(str(runs[0] / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     for tag in CURVES:
         if tag not in events.Tags()["scalars"]:
-            fail(f"--runs: no episode ended in {runs[0]}; train longer")
+            raise SO101Error(f"--runs: no episode ended in {runs[0]}; train longer")
         seed[tag] = np.array([(event.step, event.value) for event in events.Scalars(tag)])
     return seed
 
@@ -108,19 +114,21 @@ def success_by_distance(seeds: list[dict[str, Any]]) -> dict[str, list[float]]:
 def settings(seed: dict[str, Any]) -> dict[str, Any]:
     """The arguments that a sweep's seeds share."""
     own = ("seed", "log_dir", "num_threads")
-    return {key: value for key, value in seed["config"]["args"].items() if key not in own}
+    return {key: value for key, value in flat_settings(seed["config"]["args"]).items() if key not in own}
 
 
 def read_sweep(directory: str) -> list[dict[str, Any]]:
-    """Every seed of a sweep; fail if there is none, or if they were not trained alike."""
+    """Every seed of a sweep; SO101Error if there is none, or if they were not trained alike."""
     directories = sorted(Path(directory).glob("seed_*"), key=lambda path: int(path.name.removeprefix("seed_")))
     if not directories:
-        fail(f"--runs {directory}: has no seed_<n> directory; benchmark/ppo_residual_so101.sh makes them")
+        raise SO101Error(f"--runs {directory}: has no seed_<n> directory; benchmark/ppo_residual_so101.sh makes them")
     seeds = [read_seed(each) for each in directories]
     for each, seed in zip(directories, seeds):
         for key, value in settings(seed).items():
             if value != (first := settings(seeds[0])[key]):
-                fail(f"--runs: {each} was trained with {key} {value}, {directories[0]} with {first}; delete one")
+                raise SO101Error(
+                    f"--runs: {each} was trained with {key} {value}, {directories[0]} with {first}; delete one"
+                )
     return seeds
 
 
@@ -150,14 +158,15 @@ def plot(sweeps: dict[str, list[dict[str, Any]]], path: Path) -> None:
     plt.close(figure)
 
 
-def describe(args: dict[str, Any]) -> str:
-    """The trainer's command line for these arguments, without what is at its default."""
-    words = ["python ppo_residual_so101.py"]
-    for field in dataclasses.fields(Args):
-        if field.name not in args or args[field.name] == field.default or field.name == "batch_size":
-            continue
-        value, flag = args[field.name], field.name.replace("_", "-")
-        words.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
+def describe(script: str, args: dict[str, Any]) -> str:
+    """The script's command line for these arguments, without what is at its default."""
+    words = [f"python {script}"]
+    for name, default in flat_settings(dataclasses.asdict(load_script(script).Args())).items():
+        if name in args and args[name] != default:
+            value = args[name]
+            words.append(
+                flag_of(name if value else f"no_{name}") if isinstance(value, bool) else f"{flag_of(name)} {value}"
+            )
     return " ".join(words)
 
 
@@ -177,7 +186,7 @@ def summarize(seeds: list[dict[str, Any]], name: str) -> dict[str, Any]:
         rows.append(row)
     final = np.array([row["final_success"] for row in rows])
     low, high = interval(final)
-    command = describe(settings(seeds[0]))
+    command = describe(seeds[0]["config"]["script"], settings(seeds[0]))
     commits = sorted({f"{s['config']['git']['commit']}{'+' * bool(s['config']['git']['dirty'])}" for s in seeds})
     return {
         "name": name,
@@ -225,7 +234,10 @@ def markdown(results: dict[str, Any]) -> str:
 
     means = {key: [row[key] for row in rows if row[key] is not None] for key in columns}
     averages = [cell(key, float(np.mean(means[key]))) if len(means[key]) == len(rows) else "-" for key in columns]
-    seeds, commits = " ".join(str(row["seed"]) for row in rows), ", ".join(commit[:12] for commit in results["commits"])
+    seeds, commits = (
+        " ".join(str(row["seed"]) for row in rows),
+        ", ".join(commit[:12] + "+" * commit.endswith("+") for commit in results["commits"]),
+    )
     distances = results["final_success_by_distance"]
     lines = [
         f"# {results['name']}",
@@ -251,7 +263,7 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main() -> int:
     """Read, check that the seeds belong together, and write."""
     args = tyro.cli(ReportArgs, description=__doc__)
     seeds = read_sweep(args.runs)
@@ -259,11 +271,12 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     results = summarize(seeds, name)
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(out / "results.json", results)
     (out / "results.md").write_text(markdown(results))
     plot({name: seeds} | {Path(each).name: read_sweep(each) for each in args.against}, out / "learning_curves.png")
     print(f"{sentence(results)} Report: {out}/results.md")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

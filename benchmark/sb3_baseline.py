@@ -20,12 +20,14 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from gymnasium.vector import AutoresetMode
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import ppo_residual_so101 as ppo
+from so101_policies import load_script
+from so101_runs import TEST_SEED, episode_mean, evaluate
+
+TRAINER = load_script("ppo_residual_so101.py")
 
 
 @dataclasses.dataclass
@@ -62,7 +64,8 @@ def mean_action(model: PPO) -> Callable[[np.ndarray], np.ndarray]:
 
 def our_settings(num_envs: int) -> dict[str, Any]:
     """Arguments that give stable-baselines3's PPO our hyper-parameters, with rollouts of our size."""
-    ours = ppo.Args()
+    args = TRAINER.Args()
+    ours, net = args.ppo, args.networks
     return {
         "learning_rate": (lambda left: ours.learning_rate * left) if ours.anneal_lr else ours.learning_rate,
         "n_steps": ours.num_envs * ours.num_steps // num_envs, "batch_size": ours.minibatch_size,
@@ -70,31 +73,31 @@ def our_settings(num_envs: int) -> dict[str, Any]:
         "clip_range": ours.clip_coef, "ent_coef": ours.ent_coef, "vf_coef": ours.vf_coef,
         "max_grad_norm": ours.max_grad_norm,
         "policy_kwargs": {
-            "net_arch": [ours.hidden_size] * 2, "log_std_init": ours.log_std_init,
-            "activation_fn": {"relu": torch.nn.ReLU, "tanh": torch.nn.Tanh}[ours.activation],
+            "net_arch": [net.hidden_size] * 2, "log_std_init": net.log_std_init,
+            "activation_fn": {"relu": torch.nn.ReLU, "tanh": torch.nn.Tanh}[net.activation],
         },
     }  # fmt: skip
 
 
 def run(args: BaselineArgs, name: str, seed: int) -> dict[str, Any]:
     """Train and evaluate one seed."""
-    ours = ppo.Args()
+    ours = TRAINER.Args()
     settings: dict[str, Any] = {}
     if name == "our hyper-parameters":
         settings = our_settings(args.num_envs)
-    env = MakeEnv(settings.get("gamma", 0.99), ours.train_episode_steps)
+    env = MakeEnv(settings.get("gamma", 0.99), ours.ppo.train_episode_steps)
     envs = SubprocVecEnv([env] * args.num_envs, start_method="spawn")
     model = PPO("MlpPolicy", envs, device="cpu", seed=seed, **settings)
     start = time.perf_counter()
     model.learn(args.total_timesteps)
     wall_time = time.perf_counter() - start
     envs.close()
-    eval_envs = ppo.make_envs(ours, 50, AutoresetMode.DISABLED)
-    episodes = ppo.evaluate(mean_action(model), eval_envs, [ppo.TEST_SEED + i for i in range(args.episodes)])
+    eval_envs = TRAINER.make_envs(ours, 50, evaluation=True)
+    episodes = evaluate(mean_action(model), eval_envs, [TEST_SEED + i for i in range(args.episodes)])
     eval_envs.close()
     result = {"setting": name, "seed": seed, "steps": model.num_timesteps, "wall_time_s": wall_time}
     for key in ("success", "return", "length"):
-        result[key] = float(np.mean([episode[key] for episode in episodes]))
+        result[key] = episode_mean(episodes, key)
     print(json.dumps(result), flush=True)
     return result
 

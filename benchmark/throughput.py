@@ -25,8 +25,10 @@ import tyro
 from gymnasium.vector import AutoresetMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import ppo_residual_so101 as ppo
 from so101_env import ACT_DIM, CONTROL_HZ, SO101ResidualVectorEnv
+from so101_policies import load_script
+
+TRAINER = load_script("ppo_residual_so101.py")
 
 
 @dataclasses.dataclass
@@ -47,7 +49,8 @@ class BenchmarkArgs:
 
 def num_steps(num_envs: int) -> int:
     """Steps per environment and rollout that keep the trainer's default rollout size, at least 8."""
-    return max(8, ppo.Args().num_envs * ppo.Args().num_steps // num_envs)
+    default = TRAINER.Args().ppo
+    return max(8, default.num_envs * default.num_steps // num_envs)
 
 
 def time_training(args: BenchmarkArgs, steps: int, *flags: str, record: list | None = None) -> float:
@@ -82,7 +85,7 @@ def time_training(args: BenchmarkArgs, steps: int, *flags: str, record: list | N
             sys.argv += ["--num-envs", str(args.num_envs), "--num-steps", str(num_steps(args.num_envs))]
             sys.argv += ["--total-timesteps", str(steps), *flags]
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                assert ppo.main() == 0
+                assert TRAINER.main() == 0
             summary = json.loads(next(Path(directory).glob("*/training_summary.json")).read_text())
     finally:
         SO101ResidualVectorEnv.step = original
