@@ -180,10 +180,12 @@ def check_args(args: Args) -> None:
         check_flags(settings, RANGES)
     # a budget below one rollout shortens the rollout, and below num_envs takes fewer environments
     samples = args.ppo.num_envs * args.ppo.num_steps
-    if not args.ppo.minibatch_size <= samples <= 2**22:
+    if samples > 2**22:
+        raise SO101Error(f"--num-steps {args.ppo.num_steps}: {samples} samples a rollout are too many, at most {2**22}")
+    if args.ppo.minibatch_size > samples:
         raise SO101Error(
-            f"--minibatch-size {args.ppo.minibatch_size} exceeds a rollout of num_envs * num_steps = {samples} samples "
-            "(at most 4 million): change one of the three"
+            f"--minibatch-size {args.ppo.minibatch_size} exceeds a rollout of num_envs * num_steps = {samples} "
+            "samples: lower it or raise --num-steps"
         )
     if args.task.full_randomization and not args.task.randomize:
         raise SO101Error("--full-randomization contradicts --no-randomize: drop one of them")

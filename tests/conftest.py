@@ -4,10 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mujoco
 import numpy as np
 import pytest
+
+from so101_env import COMMAND, ENVIRONMENT, STATE, SO101Error
+from so101_policies import load_script
 
 ROOT = Path(__file__).resolve().parent.parent
 # a run of a few seconds that still has every part: several rollouts, checkpoints, evaluations, a shortened last rollout
@@ -33,6 +37,19 @@ def train(log_dir: Path, *flags: str) -> Path:
     assert done.returncode == 0, done.stderr
     (run_dir,) = set(log_dir.glob("*")) - before
     return run_dir
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, name: str, *flags: str) -> str:
+    """What a script says when it refuses these flags, run in this process: see `run_script` for its exit code."""
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    with pytest.raises(SO101Error) as error:
+        load_script(name).main()
+    return str(error.value)
+
+
+def base_obs(obs: np.ndarray, command: np.ndarray) -> dict[str, Any]:
+    """What a base policy sees, as a plain dict."""
+    return {STATE: obs[:, :6], ENVIRONMENT: obs[:, 6:25], COMMAND: command}
 
 
 def press_force_n(model: mujoco.MjModel, data: mujoco.MjData) -> float:

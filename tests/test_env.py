@@ -22,6 +22,7 @@ from so101_env import (
     SO101ResidualVectorEnv,
     sheet_inside,
 )
+from so101_policies import BasePolicy
 
 
 def place_sheet(envs: SO101ResidualVectorEnv, x: float, y: float, yaw: float = 0.0) -> None:
@@ -54,7 +55,7 @@ def test_registered():
     assert isinstance(env.unwrapped, SO101ResidualEnv)
     assert env.reset(seed=0)[0].shape == (OBS_DIM,)
     envs = gymnasium.make_vec("SO101Residual-v0", num_envs=3, tape_margin=0.02)
-    assert isinstance(envs, SO101ResidualVectorEnv) and envs.tape_margin == 0.02
+    assert isinstance(envs, SO101ResidualVectorEnv) and envs.task.tape_margin == 0.02
     assert envs.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
     assert envs.observation_space.shape == (3, OBS_DIM) and envs.action_space.shape == (3, ACT_DIM)
     assert envs.reset(seed=0)[0] in envs.observation_space
@@ -84,7 +85,7 @@ def test_single_and_vector_env_give_the_same_numbers(randomization):
             assert single_info["distance_m"] == info["distance_m"][i]
             if single_terminated or single_truncated:
                 np.testing.assert_array_equal(info["final_obs"][i], single_obs)
-                assert info["final_info"]["episode"]["r"][i] == single_info["episode"]["r"]
+                assert info["final_info"]["episode_summary"]["return"][i] == single_info["episode_summary"]["return"]
                 single_obs, _ = env.reset()
             np.testing.assert_array_equal(obs[i], single_obs)
 
@@ -108,7 +109,7 @@ def test_disabled_autoreset_lets_finished_environments_rest():
     envs.reset(options={"reset_mask": np.array([False, True])})
     envs.step(np.zeros((2, ACT_DIM)))
     obs, _, _, truncated, info = envs.step(np.ones((2, ACT_DIM)))
-    assert truncated.tolist() == [True, False] and info["episode"]["l"][0] == 3
+    assert truncated.tolist() == [True, False] and info["episode_summary"]["length"][0] == 3
     later = envs.step(np.ones((2, ACT_DIM)))
     np.testing.assert_array_equal(later[0][0], obs[0])
     assert later[1][0] == 0.0 and later[3].tolist() == [False, True]
@@ -190,22 +191,19 @@ def test_a_control_step_is_a_thirtieth_of_a_second():
     assert envs.batch.bind("time")[0] == pytest.approx(1.0, abs=1e-9)
 
 
-class ConstantPolicy:
+class ConstantPolicy(BasePolicy):
     """Moves the wrist roll by a fixed delta per step."""
 
     def __init__(self, delta_rad: float):
-        self.delta_rad, self.resets, self.memory = delta_rad, [], {}
+        self.delta_rad, self.resets = delta_rad, []
 
     def reset(self, mask):
         self.resets.append(mask.copy())
 
-    def act(self, obs, command, mask):
-        action = np.zeros((len(obs), ACT_DIM))
+    def act(self, obs, mask):
+        action = np.zeros((len(mask), ACT_DIM))
         action[:, 4] = self.delta_rad
         return action
-
-    def close(self):
-        pass
 
 
 def test_total_action_is_base_plus_scaled_clipped_residual():
@@ -240,7 +238,7 @@ def test_base_policy_is_told_of_resets_and_its_faults_stop_the_run():
     policy.delta_rad = np.nan
     with pytest.raises(ValueError, match="ConstantPolicy"):
         envs.step(np.zeros((2, ACT_DIM)))
-    policy.act = lambda obs, command, mask: np.zeros(ACT_DIM)
+    policy.act = lambda obs, mask: np.zeros(ACT_DIM)
     with pytest.raises(ValueError, match="ConstantPolicy"):
         envs.step(np.zeros((2, ACT_DIM)))
     with pytest.raises(ValueError, match="actions"):
@@ -338,7 +336,9 @@ def test_success_takes_five_consecutive_steps_inside():
         assert not envs.step(zero)[2].any()
     _, _, terminated, truncated, info = envs.step(zero)
     assert terminated.all() and not truncated.any() and info["is_success"].all()
-    assert (info["reward_terms"]["success"] == 10).all() and info["final_info"]["episode"]["l"].tolist() == [10, 10]
+    assert (info["reward_terms"]["success"] == 10).all() and info["final_info"]["episode_summary"][
+        "length"
+    ].tolist() == [10, 10]
 
 
 def test_reward_terms_add_up_and_match_their_formulas():
@@ -352,7 +352,7 @@ def test_reward_terms_add_up_and_match_their_formulas():
         action = rng.uniform(-2, 2, (1, ACT_DIM))
         obs, reward, _, truncated, info = envs.step(action)
         terms = {key: value[0] for key, value in info["reward_terms"].items()}
-        assert set(terms) == set(so101_env.REWARD_TERMS)
+        assert set(terms) == {"distance", "yaw", "time", "residual", "success", "failure", "shaping"}
         assert sum(terms.values()) == pytest.approx(reward[0], abs=1e-12)
         assert terms["distance"] == pytest.approx(-2 * np.linalg.norm(obs[0, 19:21]), abs=1e-6)
         assert terms["yaw"] == pytest.approx(-0.1 * abs(2 * np.arctan2(obs[0, 18], obs[0, 15])), abs=1e-6)
@@ -361,7 +361,7 @@ def test_reward_terms_add_up_and_match_their_formulas():
         unshaped += reward[0] - terms["shaping"]
         discounted_shaping += gamma**t * terms["shaping"]
     assert truncated[0]
-    assert info["episode"]["r"][0] == pytest.approx(unshaped)
+    assert info["episode_summary"]["return"][0] == pytest.approx(unshaped)
     # what makes shaping harmless: discounted, it adds up to a difference of potentials whatever was done in between
     assert discounted_shaping == pytest.approx(gamma**50 * float(envs._phi[0]) - phi_start)
     assert abs(discounted_shaping) > 0.1
