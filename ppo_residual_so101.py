@@ -433,9 +433,9 @@ def parse_args() -> tuple[Args, Checkpoint | None]:
     path, checkpoint = args.run.resume, load_checkpoint(args.run.resume)
     if checkpoint.saved["script"] != SCRIPT:
         raise SO101Error(f"--resume {path}: written by {checkpoint.saved['script']}; resume it with that script")
-    saved = Args(**vars(checkpoint.args))
+    saved = dataclasses.replace(checkpoint.args)
     saved.run = dataclasses.replace(
-        checkpoint.args.run, resume=None, log_dir=str(run_dir_of(path).parent), num_threads=None, track=False,
+        saved.run, resume=None, log_dir=str(run_dir_of(path).parent), num_threads=None, track=False,
         capture_video=False,
     )  # fmt: skip
     args = tyro.cli(Args, description=__doc__, config=config, default=saved)

@@ -180,7 +180,7 @@ def read_dataset(path: Path, info: dict[str, Any], keys: tuple[str, ...]) -> lis
         table = pa.concat_tables(pq.read_table(file, columns=columns) for file in files)
         number, frame = (table[key].cast(pa.int64()).to_numpy() for key in ("episode_index", "frame_index"))
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise DatasetError(f"{path}: its parquet files cannot be read ({error})") from error
+        raise DatasetError(f"{path}: its parquet files cannot be read ({str(error).splitlines()[0]})") from error
     arrays = {key: _matrix(table[key], FEATURES[key]["shape"][0], f"{path}: {key}") for key in keys}
     order = np.lexsort([frame, number])
     episodes = [

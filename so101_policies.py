@@ -243,6 +243,9 @@ class Features(nn.Module):
 
     def forward(self, obs: np.ndarray) -> torch.Tensor:
         """Features (B, views, F). In NumPy, whose calls cost a third of PyTorch's on the few rows of a step."""
+        if obs.shape[1] != len(self.obs_mean):
+            given, wanted = obs.shape[1], len(self.obs_mean)
+            raise SO101Error(f"the policy was made for {wanted} observations, this environment has {given}")
         scaled = np.clip((obs - self.obs_mean.numpy()) / self.obs_scale.numpy(), -10.0, 10.0)
         x = np.concatenate([scaled, *(function(obs) for function in self.functions)], axis=1, dtype=np.float32)
         return torch.from_numpy(x[:, None] * self.signs.numpy())
@@ -308,11 +311,12 @@ def load_script(name: str, path: str | Path = "") -> types.ModuleType:
     script = HERE / name
     if not re.fullmatch(r"[A-Za-z_]\w*\.py", name) or not script.is_file():
         raise SO101Error(f"{where} is not beside so101_env.py; put it into {HERE}")
-    module = sys.modules.get(script.stem)
-    if module is None or Path(module.__file__ or "").resolve() != script:
-        spec = importlib.util.spec_from_file_location(script.stem, script)
-        module = sys.modules[script.stem] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+    for module in (sys.modules["__main__"], sys.modules.get(script.stem)):  # it runs, or has been loaded
+        if getattr(module, "__file__", None) and Path(module.__file__).resolve() == script:
+            return module
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = sys.modules[script.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 

@@ -1,19 +1,25 @@
 """The scripts as a user runs them: what they write, print and refuse."""
 
 import json
-import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, run_script, train
+from conftest import ROOT, SMALL, refusal, run_script, train
 
-from ppo_residual_so101 import TEST_SEED, VALIDATION_SEED, Args
+from ppo_residual_so101 import Args
+from so101_env import SO101Error
+from so101_policies import CHECKPOINT, SCHEMAS, load_checkpoint
+from so101_runs import TEST_SEED, VALIDATION_SEED, flat_settings
 
 
 def load(path: Path) -> dict:
@@ -38,13 +44,18 @@ def assert_equal_training_state(one: Path, other: Path) -> None:
         else:
             assert a == b, where
 
-    one, other = load(one), load(other)
-    for key in ("agent", "optimizer", "generator", "envs", "next_obs", "global_step", "recent_episodes", "best"):
-        if key == "best":  # its checkpoint names the run's log_dir
-            compare(one[key]["checkpoint"]["agent"], other[key]["checkpoint"]["agent"], "best")
-            assert one[key]["step"] == other[key]["step"]
-        else:
-            compare(one[key], other[key], key)
+    files, keys = [load(one), load(other)], ("agent", "optimizer", "generator", "envs", "next_obs", "global_step")
+    for key in (*keys, "recent_episodes", "best"):
+        compare(files[0][key], files[1][key], key)
+
+
+def assert_equal_best_models(one: Path, other: Path) -> None:
+    """The best models of two runs are of the same step and have the same weights, best record and optimiser."""
+    paths = [run / "best_model" / "best_model.pt" for run in (one, other)]
+    assert_equal_training_state(*paths)
+    for run, path in zip((one, other), paths):
+        own = run / "best_model" / f"ppo_residual_{load(path)['best']['step']}_steps.pt"
+        assert own.read_bytes() == path.read_bytes() and load(path)["global_step"] == load(path)["best"]["step"]
 
 
 # -- what a run leaves behind
@@ -57,17 +68,18 @@ def test_artefacts(small_run):
     assert Path(summary["best_checkpoint"]) == small_run / "best_model" / "best_model.pt"
     assert summary["best_eval_success_rate"] >= summary["final_eval_success_rate"] >= 0.0
     config = json.loads((small_run / "config.json").read_text())
-    assert config["args"]["num_envs"] == 4 and config["args"]["alpha"] == 0.7
+    settings = flat_settings(config["args"])
+    assert settings["num_envs"] == 4 and settings["alpha"] == 0.7 and config["script"] == "ppo_residual_so101.py"
     assert config["versions"]["torch"] and config["machine"]["cpus"] >= 1 and set(config["git"]) == {"commit", "dirty"}
     names = sorted(path.name for path in (small_run / "checkpoints").iterdir())
     assert names == [f"ppo_residual_{step}_steps.pt" for step in (1024, 2048, 3000)]  # ends of rollouts
     lines = [json.loads(line) for line in (small_run / "eval_results" / "evaluations.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1536, 3000]
-    best = max(lines, key=lambda line: (line["success_rate"], line["mean_reward"]))
+    best = max(lines, key=lambda line: (line["success_rate"], line["mean_return"]))
     assert load(small_run / "best_model" / "best_model.pt")["global_step"] == best["step"] == summary["best_eval_step"]
     final = load(small_run / "final_model.pt")
-    assert final["global_step"] == 3000 and final["args"]["num_envs"] == 4
-    assert not list(small_run.rglob("*.tmp"))
+    assert final["global_step"] == 3000 and final["args"]["ppo"]["num_envs"] == 4
+    assert not list(small_run.rglob("*.tmp*"))
 
 
 def test_tensorboard_tags_and_values(small_run):
@@ -97,7 +109,7 @@ def test_tensorboard_tags_and_values(small_run):
 def test_any_budget_runs_and_is_not_exceeded(tmp_path, budget):
     run_dir = train(tmp_path, "--total-timesteps", str(budget), "--eval-episodes", "2")
     steps = json.loads((run_dir / "training_summary.json").read_text())["total_timesteps"]
-    assert budget - Args().num_envs < steps <= budget and steps >= 1
+    assert budget - Args().ppo.num_envs < steps <= budget and steps >= 1
 
 
 def test_same_seed_same_weights_whatever_the_threads(small_run, tmp_path):
@@ -111,35 +123,111 @@ def test_same_seed_same_weights_whatever_the_threads(small_run, tmp_path):
 # -- stopping and going on
 
 
-def test_resumed_checkpoint_equals_the_uninterrupted_run(small_run, tmp_path):
-    checkpoint = small_run / "checkpoints" / "ppo_residual_1024_steps.pt"
-    resumed = train(tmp_path, "--resume", str(checkpoint))
-    assert_equal_training_state(small_run / "final_model.pt", resumed / "final_model.pt")
-    summary = json.loads((resumed / "training_summary.json").read_text())
-    assert summary["steps_per_second"] * summary["wall_time_s"] == pytest.approx(3000 - 1024)
+@pytest.mark.parametrize("base_policy", ["zero", "jacobian"])
+def test_every_resume_equals_the_uninterrupted_run(small_run, tmp_path, base_policy):
+    """From every checkpoint there is, the best model and those of an evaluation's own step included."""
+    whole = small_run if base_policy == "zero" else train(tmp_path, *SMALL.split(), "--base-policy", base_policy)
+    models = sorted((whole / "checkpoints").iterdir()) + sorted((whole / "best_model").iterdir())
+    assert len(models) >= 5
+    done = [whole.parent / path.name for path in whole.parent.iterdir()]
+    for model in models if base_policy == "zero" else models[:1]:
+        resumed = train(whole.parent, "--resume", str(model))  # lies beside the run, without being told
+        assert resumed not in done
+        assert_equal_training_state(whole / "final_model.pt", resumed / "final_model.pt")
+        assert_equal_best_models(whole, resumed)
+        again = train(tmp_path / "again", "--resume", str(resumed / "best_model" / "best_model.pt"))
+        assert_equal_training_state(whole / "final_model.pt", again / "final_model.pt")
+        summary = json.loads((resumed / "training_summary.json").read_text())
+        steps = load(model)["global_step"]
+        assert summary["steps_per_second"] * summary["wall_time_s"] == pytest.approx(3000 - steps)
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_run_resumes_to_the_bit(tmp_path, signum, code):
-    flags = SMALL.replace("--total-timesteps 3000", "--total-timesteps 9000").split()
-    command = [sys.executable, str(ROOT / "ppo_residual_so101.py"), "--log-dir", str(tmp_path / "a"), *flags]
+def interrupt(log_dir: Path, flags: list[str], when: Callable[[Path], bool], signum: int) -> tuple[Path, str]:
+    """Train, send a signal when the run's directory is in a state, and return the directory and what was printed."""
+    command = [sys.executable, str(ROOT / "ppo_residual_so101.py"), "--log-dir", str(log_dir), *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
-    while not list(tmp_path.glob("a/*/checkpoints/*.pt")):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.02)
+    while not any(when(run) for run in log_dir.glob("*")):
+        assert process.poll() is None and time.time() < deadline, process.communicate()
+        time.sleep(0.005)
     process.send_signal(signum)
     stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == code, stderr
-    assert "Traceback" not in stderr
-    (model,) = tmp_path.glob("a/*/interrupted_model.pt")
+    assert process.returncode == 128 + signum and "Traceback" not in stderr, stderr
+    (run,) = log_dir.glob("*")
+    return run, stdout
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_resumes_to_the_bit(tmp_path, signum):
+    flags = SMALL.replace("--total-timesteps 3000", "--total-timesteps 9000").split()
+    run, stdout = interrupt(tmp_path / "a", flags, lambda run: any((run / "checkpoints").glob("*.pt")), signum)
+    model = run / "interrupted_model.pt"
     assert f"--resume {model}" in stdout
     assert 1000 < load(model)["global_step"] < 9000
-    resumed = train(tmp_path / "b", "--resume", str(model))
-    straight = train(tmp_path / "c", *flags)
+    resumed, straight = train(tmp_path / "b", "--resume", str(model)), train(tmp_path / "c", *flags)
     assert_equal_training_state(resumed / "final_model.pt", straight / "final_model.pt")
-    best = [load(run / "best_model" / "best_model.pt")["agent"]["critic.0.weight"] for run in (resumed, straight)]
-    assert torch.equal(*best)
+    assert_equal_best_models(resumed, straight)
+
+
+def test_a_run_interrupted_in_its_last_rollout_only_evaluates(tmp_path):
+    """The last evaluation is long here, so that the signal arrives in it, or before it in the only rollout."""
+    flags = "--total-timesteps 640 --num-steps 20 --eval-every 10000 --eval-episodes 60".split()
+    run, stdout = interrupt(tmp_path / "a", flags, lambda run: (run / "config.json").exists(), signal.SIGINT)
+    model = run / "interrupted_model.pt"
+    assert load(model)["global_step"] == 640 and f"--resume {model}" in stdout
+    resumed, straight = train(tmp_path / "b", "--resume", str(model)), train(tmp_path / "c", *flags)
+    assert_equal_training_state(resumed / "final_model.pt", straight / "final_model.pt")
+    assert_equal_best_models(resumed, straight)
+    results = [(run / "eval_results" / "evaluations.jsonl").read_text().splitlines()[-1] for run in (resumed, straight)]
+    assert results[0] == results[1]
+
+
+def test_a_closed_terminal_stops_the_run_where_it_can_be_resumed(tmp_path):
+    """As `2>&1 | head -c 1` does."""
+    command = [sys.executable, str(ROOT / "ppo_residual_so101.py"), "--log-dir", str(tmp_path)]
+    flags = SMALL.replace("--total-timesteps 3000", "--total-timesteps 60000").split()
+    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(timeout=120) == 128 + signal.SIGPIPE
+    (model,) = tmp_path.glob("*/interrupted_model.pt")
+    assert 0 < load_checkpoint(model).saved["global_step"] < 60000
+    for script in ("ppo_residual_so101.py", "eval_so101.py", "bc_so101.py", "replay_so101.py"):
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / script), "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read() and process.wait(timeout=60) == 128 + signal.SIGPIPE
+
+
+def test_ctrl_c_while_importing_leaves_no_traceback():
+    command = [sys.executable, str(ROOT / "eval_so101.py"), "--base-policy", "jacobian"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(0.4)  # NumPy, MuJoCo and PyTorch take longer than that
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == b"" and process.returncode == -signal.SIGINT
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path):
+    """A limit on the size of files stands for the disk: both end a write with an error of the system."""
+
+    def limit(size: int) -> Callable[[], None]:
+        return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    demos, result = tmp_path / "demos", tmp_path / "result.json"
+    cases = [
+        (["ppo_residual_so101.py", "--log-dir", str(tmp_path / "logs"), *SMALL.split()], 50_000, "steps.pt"),
+        (["eval_so101.py", "--base-policy", "jacobian", "--episodes", "20", "--json", str(result)], 500, str(result)),
+        (["eval_so101.py", "--base-policy", "jacobian", "--episodes", "3", "--record", str(demos)], 3000, str(demos)),
+    ]
+    for (script, *flags), size, word in cases:
+        command = [sys.executable, str(ROOT / script), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit(size), timeout=120)
+        error = [line for line in done.stderr.splitlines() if "error" in line]
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert len(error) == 1 and word in error[0] and "File too large" in error[0], done.stderr
+    assert not [path for path in tmp_path.rglob("*") if ".tmp" in path.name]
+    assert not demos.exists() and not result.exists()
 
 
 def test_kill_leaves_only_loadable_checkpoints(tmp_path):
@@ -152,7 +240,7 @@ def test_kill_leaves_only_loadable_checkpoints(tmp_path):
         time.sleep(0.01)
     process.kill()
     process.wait()
-    files = list(tmp_path.rglob("*.pt"))
+    files = [path for path in tmp_path.rglob("*.pt") if ".tmp" not in path.name]
     assert len(files) >= 20
     assert all(load(file)["global_step"] > 0 for file in files)
 
@@ -160,8 +248,10 @@ def test_kill_leaves_only_loadable_checkpoints(tmp_path):
 # -- evaluation
 
 
-def test_evaluation_json_and_table(small_run, tmp_path):
-    model = str(small_run / "final_model.pt")
+def test_evaluation_json_and_table(tmp_path):
+    """On a residual over the pusher, which succeeds in some of the precise episodes and fails in others."""
+    run = train(tmp_path / "logs", *SMALL.split(), "--base-policy", "jacobian", "--tape-margin", "0.02")
+    model = str(run / "final_model.pt")
     done = run_script("eval_so101.py", "--model", model, "--episodes", "12", "--json", str(tmp_path / "a.json"))
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "a.json").read_text())
@@ -175,8 +265,8 @@ def test_evaluation_json_and_table(small_run, tmp_path):
     k, n, z = sum(episode["success"] for episode in episodes), 12, 1.959964
     centre, root = (k + z**2 / 2) / (n + z**2), z * np.sqrt(k * (n - k) / n + z**2 / 4) / (n + z**2)  # Wilson
     np.testing.assert_allclose(result["success_ci95"], [centre - root, centre + root], atol=1e-6)
-    assert result["base_success_rate"] == 0.0 and result["base"]["mean_residual_magnitude"] == 0.0
-    assert "base alone (zero)" in done.stdout and f"{result['mean_return']:.2f}" in done.stdout
+    assert 0 < k < 12 and 0 < result["base_success_rate"] < 1 and result["base"]["mean_residual_magnitude"] == 0.0
+    assert "base alone (jacobian)" in done.stdout and f"{result['mean_return']:.2f}" in done.stdout
     again = run_script(
         "eval_so101.py", "--model", model, "--episodes", "12", "--json", str(tmp_path / "b.json"), "--num-threads", "1"
     )
@@ -198,22 +288,23 @@ def test_evaluation_video_and_plot(small_run, tmp_path):
     assert frames.shape == (length + 1, 480, 640, 3)
     assert np.abs(frames[0].astype(int) - frames[-1].astype(int)).mean() > 0.1
     assert iio.imread(picture).std() > 10
+    # a GIF shows every third frame, at half the size, three times as long
+    gif = tmp_path / "v.gif"
+    done = run_script("eval_so101.py", "--base-policy", "jacobian", "--episodes", "1", "--video", str(gif))
+    assert done.returncode == 0, done.stderr
+    frames = iio.imread(gif)
+    assert frames.shape[1:] == (240, 320, 3) and len(frames) > 5 and iio.immeta(gif)["duration"] == 100
+
+
+def test_capture_video_films_every_evaluation(tmp_path):
+    import imageio.v3 as iio
+
+    run = train(tmp_path, *SMALL.split(), "--capture-video", "--total-timesteps", "1536", "--base-policy", "jacobian")
+    (video,) = (run / "eval_results").glob("*.mp4")
+    assert video.name == "step_1536.mp4" and iio.imread(video).shape[1:] == (480, 640, 3)
 
 
 # -- errors a user can make
-
-
-def bad_checkpoint(tmp_path: Path, small_run: Path, kind: str) -> str:
-    path = tmp_path / "bad.pt"
-    if kind == "truncated":
-        path.write_bytes((small_run / "final_model.pt").read_bytes()[:5000])
-    elif kind == "foreign":
-        torch.save({"model": torch.zeros(3)}, path)
-    elif kind == "text":
-        path.write_text("hello")
-    elif kind == "other size":
-        torch.save({**load(small_run / "final_model.pt"), "obs_dim": 31}, path)
-    return str(path)
 
 
 def assert_refused(done: subprocess.CompletedProcess, *words: str) -> None:
@@ -223,66 +314,192 @@ def assert_refused(done: subprocess.CompletedProcess, *words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags, word",
+    "flags, words",
     [
-        ("--total-timestep 5", "--total-timestep"),
         ("--total-timesteps 0", "--total-timesteps"),
-        ("--num-envs -1", "--num-envs"),
-        ("--num-envs two", "--num-envs"),
+        ("--num-envs -1", "--num-envs must be in [1, 4096]"),
+        ("--num-envs 1000000", "--num-envs"),
+        ("--num-envs 4096 --num-steps 65536", "--num-steps"),
         ("--update-epochs 0", "--update-epochs"),
         ("--minibatch-size 4096", "--minibatch-size"),
-        ("--alpha 1.1", "--alpha"),
-        ("--base-policy magic", "--base-policy"),
+        ("--hidden-size 1000000", "--hidden-size"),
+        ("--alpha 1.1", "--alpha must be in [0.0, 1.0], got 1.1"),
+        ("--act-scale inf", "--act-scale"),
         ("--gamma 2", "--gamma"),
+        ("--gamma nan", "--gamma"),
+        ("--clip-coef 1e308", "--clip-coef"),
+        ("--learning-rate 1e39", "--learning-rate"),
+        ("--log-std-init nan", "--log-std-init"),
+        ("--log-std-init 100", "--log-std-init"),
         ("--tape-margin 0.5", "--tape-margin"),
         ("--seed -3", "--seed"),
+        ("--seed 18446744073709551616", "--seed"),
         ("--no-randomize --full-randomization", "--no-randomize"),
+        ("--observe-base", "--base-policy"),
+        ("--base-policy magic", "magic"),
+        ("--log-dir /proc/nowhere", "--log-dir /proc/nowhere"),
+        ("--log-dir README.md", "--log-dir README.md"),
         ("--track", "--track"),
     ],
 )
-def test_bad_flags(tmp_path, flags, word):
-    if word == "--track":
-        (tmp_path / "wandb.py").write_text("raise ImportError('not installed')")
-    done = run_script(
-        "ppo_residual_so101.py", "--log-dir", str(tmp_path / "logs"), *flags.split(), PYTHONPATH=str(tmp_path)
-    )
-    assert_refused(done, word)
-    if word == "--alpha":
-        assert len(done.stderr.strip().splitlines()) == 1
-    assert not list((tmp_path / "logs").rglob("*.pt"))
+def test_bad_flags_of_the_trainer(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    line = refusal(monkeypatch, "ppo_residual_so101.py", "--log-dir", str(tmp_path / "logs"), *flags.split())
+    assert words in line and "\n" not in line
+    assert not list(tmp_path.rglob("*.pt"))
 
 
-@pytest.mark.parametrize("kind", ["missing", "truncated", "foreign", "text", "other size"])
-def test_bad_checkpoints(small_run, tmp_path, kind):
-    path = bad_checkpoint(tmp_path, small_run, kind)
-    assert_refused(run_script("eval_so101.py", "--model", path), "--model", path)
-    assert_refused(run_script("ppo_residual_so101.py", "--log-dir", str(tmp_path), "--resume", path), "--resume", path)
-
-
-def test_resume_refuses_another_task_and_a_spent_budget(small_run, tmp_path):
+@pytest.mark.parametrize(
+    "script, flags, words",
+    [
+        ("eval_so101.py", "", "--base-policy"),
+        ("eval_so101.py", "--base-policy magic", "known are zero, jacobian"),
+        ("eval_so101.py", "--base-policy jacobian --tape-margin 3", "--tape-margin"),
+        ("eval_so101.py", "--base-policy jacobian --episodes 0", "--episodes"),
+        ("eval_so101.py", "--base-policy jacobian --episodes 1000000000", "--episodes"),
+        ("eval_so101.py", "--base-policy jacobian --record demos --action-noise nan", "--action-noise"),
+        ("eval_so101.py", "--base-policy jacobian --action-noise 0.3", "--record"),
+        ("eval_so101.py", "--base-policy jacobian --record=", "--record"),
+        ("eval_so101.py", "--base-policy jacobian --record tests", "exists"),
+        ("eval_so101.py", "--base-policy jacobian --json nowhere/r.json", "--json"),
+        ("eval_so101.py", "--base-policy jacobian --json tests", "--json tests"),
+        ("eval_so101.py", "--base-policy jacobian --video v.avi", ".mp4"),
+        ("eval_so101.py", "--base-policy bc:README.md", "README.md"),
+        ("eval_so101.py", "--base-policy checkpoint:README.md", "not a readable checkpoint"),
+        ("eval_so101.py", "--base-policy jacobian --render-mode human", "--video"),
+        ("eval_so101.py", "--model MODEL --tape-margin 0.02", "--tape-margin"),
+        (
+            "ppo_residual_so101.py",
+            "--resume MODEL --tape-margin 0.02",
+            "--tape-margin 0.02: MODEL was trained with 0.04",
+        ),
+        ("ppo_residual_so101.py", "--resume MODEL --total-timesteps 2999", "--total-timesteps"),
+        ("bc_so101.py", "--demos nowhere", "meta/info.json"),
+        ("bc_so101.py", "--demos nowhere --train-steps 0", "--train-steps"),
+        ("bc_so101.py", "--demos nowhere --chunk-size 0", "--chunk-size"),
+        ("bc_so101.py", "--demos nowhere --learning-rate nan", "--learning-rate"),
+        ("bc_so101.py", "--demos nowhere --hidden-size 1000000", "--hidden-size"),
+        ("replay_so101.py", "--dataset nowhere", "nowhere"),
+        ("replay_so101.py", "--dataset nowhere --video a.avi", "--video"),
+        ("replay_so101.py", "--dataset nowhere --tape-margin inf", "--tape-margin"),
+    ],
+)
+def test_bad_flags_of_the_others(small_run, monkeypatch, script, flags, words):
+    monkeypatch.chdir(ROOT)
+    for display in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(display, raising=False)
     model = str(small_run / "final_model.pt")
-    flags = ["--resume", model, "--log-dir", str(tmp_path / "logs")]
-    assert_refused(run_script("ppo_residual_so101.py", *flags, "--tape-margin", "0.02"), "--tape-margin", "0.04")
-    assert_refused(run_script("ppo_residual_so101.py", *flags), "--total-timesteps")
-    assert not (tmp_path / "logs").exists()
+    line = refusal(monkeypatch, script, *flags.replace("MODEL", model).split())
+    assert words.replace("MODEL", model) in line and "\n" not in line
 
 
-def test_unwritable_log_dir(tmp_path):
-    (tmp_path / "file").write_text("not a directory")
-    for path in (tmp_path / "file", tmp_path / "file" / "logs"):
-        done = run_script("ppo_residual_so101.py", "--log-dir", str(path), "--total-timesteps", "8")
-        assert_refused(done, "--log-dir", str(path))
-    assert (tmp_path / "file").read_text() == "not a directory"
-
-
-def test_evaluation_refuses_what_cannot_work(small_run, tmp_path):
-    model = ["--model", str(small_run / "final_model.pt")]
-    assert_refused(run_script("eval_so101.py", *model, "--episodes", "0"), "--episodes")
-    assert_refused(run_script("eval_so101.py", *model, "--json", str(tmp_path / "no" / "r.json")), "--json")
-    assert_refused(run_script("eval_so101.py", *model, "--video", str(tmp_path / "v.avi")), "--video", ".mp4")
-    done = run_script("eval_so101.py", *model, "--render-mode", "human", DISPLAY=None, WAYLAND_DISPLAY=None)
-    assert_refused(done, "--render-mode human", "--video")
-    video = str(tmp_path / "v.mp4")
-    done = run_script("eval_so101.py", *model, "--video", video, MUJOCO_GL="egl", PYOPENGL_PLATFORM="glx")
+def test_a_refusal_is_one_line_and_exit_code_2(tmp_path):
+    done = run_script("ppo_residual_so101.py", "--alpha", "1.1")
+    assert done.stderr == "ppo_residual_so101.py: error: --alpha must be in [0.0, 1.0], got 1.1\n"
+    assert done.returncode == 2 and done.stdout == ""
+    assert_refused(run_script("ppo_residual_so101.py", "--total-timestep", "5"), "--total-timestep")
+    assert_refused(run_script("ppo_residual_so101.py", "--num-envs", "two"), "--num-envs")
+    video = tmp_path / "v.mp4"
+    flags = ["--base-policy", "jacobian", "--video", str(video)]
+    done = run_script("eval_so101.py", *flags, MUJOCO_GL="egl", PYOPENGL_PLATFORM="glx")
     assert_refused(done, "--video", "EGL")
-    assert not os.path.exists(video)
+    assert not video.exists()
+
+
+# -- damaged files
+
+
+def test_flipped_bits_are_noticed(small_run, tmp_path):
+    """A flip is refused, or lies where nothing is kept: then what is read equals the original."""
+    content = (small_run / "final_model.pt").read_bytes()
+    original, path, refused = load(small_run / "final_model.pt"), tmp_path / "flipped.pt", 0
+    rng = np.random.default_rng(0)
+    for position in rng.integers(0, len(content), 60):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << rng.integers(8)
+        path.write_bytes(flipped)
+        try:
+            saved = load_checkpoint(path).saved
+        except SO101Error as error:
+            refused += 1
+            assert str(path) in str(error)
+        else:
+            assert all(torch.equal(saved["agent"][key], original["agent"][key]) for key in original["agent"])
+            assert torch.equal(saved["envs"]["batch"], original["envs"]["batch"])
+    assert refused > 40
+
+
+def without(mapping: dict, key: str) -> dict:
+    return {name: value for name, value in mapping.items() if name != key}
+
+
+def changed(mapping: dict, *path: str, to: Any) -> dict:
+    key, *rest = path
+    return {**mapping, key: changed(mapping[key], *rest, to=to) if rest else to}
+
+
+WEIGHT = "actor_mean.0.weight"
+DAMAGE = {
+    "no format": lambda s: without(s, "format"),
+    "old format": lambda s: {**s, "format": "ppo_residual_so101 checkpoint 5"},
+    "foreign": lambda s: {"model": torch.zeros(3)},
+    "a list": lambda s: [1, 2],
+    **{f"no {key}": lambda s, key=key: without(s, key) for key in SCHEMAS[CHECKPOINT]},
+    "agent is a number": lambda s: {**s, "agent": 3},
+    "a weight is text": lambda s: changed(s, "agent", WEIGHT, to="hello"),
+    "a weight is NaN": lambda s: changed(s, "agent", WEIGHT, to=s["agent"][WEIGHT] * torch.nan),
+    "a weight is missing": lambda s: {**s, "agent": without(s["agent"], WEIGHT)},
+    "a weight has another shape": lambda s: changed(s, "agent", WEIGHT, to=torch.zeros(3, 3)),
+    "unknown flag": lambda s: changed(s, "args", "ppo", to={**s["args"]["ppo"], "magic": 1}),
+    "missing flag": lambda s: changed(s, "args", "ppo", to=without(s["args"]["ppo"], "gamma")),
+    "missing group": lambda s: {**s, "args": without(s["args"], "task")},
+    "absurd flag": lambda s: changed(s, "args", "networks", "hidden_size", to=10**9),
+    "flag of another type": lambda s: changed(s, "args", "networks", "activation", to=["relu"]),
+    "no such activation": lambda s: changed(s, "args", "networks", "activation", to="gelu"),
+    "another script": lambda s: {**s, "script": "no_such_script.py"},
+    "a path as script": lambda s: {**s, "script": "../ppo_residual_so101.py"},
+    "a script that is no trainer": lambda s: {**s, "script": "so101_env.py"},
+    "missing base": lambda s: changed(s, "args", "base", "base_policy", to="bc:nowhere.pt"),
+}
+DAMAGE_FOR_RESUME = {
+    "another number of environments": lambda s: {**s, "num_envs": 3},
+    "no environments": lambda s: {**s, "envs": {}},
+    "no fields": lambda s: changed(s, "envs", "fields", to={}),
+    "ragged states": lambda s: changed(s, "envs", "batch", to=s["envs"]["batch"][:2]),
+    "states of text": lambda s: changed(s, "envs", "_steps", to="hello"),
+    "generators of text": lambda s: changed(s, "envs", "rngs", to=["hello"] * 4),
+    "an empty optimiser": lambda s: {**s, "optimizer": {}},
+    "moments of another shape": lambda s: changed(s, "optimizer", "state", 1, "exp_avg", to=torch.zeros(2)),
+    "a short generator": lambda s: {**s, "generator": s["generator"][:8]},
+    "an observation of another size": lambda s: {**s, "next_obs": torch.zeros(4, 31)},
+    "episodes of another kind": lambda s: {**s, "recent_episodes": [{"success": 1.0}]},
+    "a best model without steps": lambda s: {**s, "best": {"success_rate": 1.0}},
+    "a best model that is not there": lambda s: changed(s, "best", "step", to=7),
+    "more steps than the budget": lambda s: {**s, "global_step": 10**7},
+}
+
+
+@pytest.mark.parametrize("kind", [*DAMAGE, *DAMAGE_FOR_RESUME])
+def test_damaged_checkpoints_end_with_one_line(small_run, monkeypatch, kind):
+    path = small_run / "checkpoints" / "damaged.pt"
+    torch.save((DAMAGE | DAMAGE_FOR_RESUME)[kind](load(small_run / "final_model.pt")), path)
+    logs = ["--log-dir", str(small_run / "refused")]
+    try:
+        line = refusal(monkeypatch, "ppo_residual_so101.py", "--resume", str(path), *logs)
+        assert (str(path) in line or "nowhere.pt" in line) and "\n" not in line
+        if kind in DAMAGE:
+            line = refusal(monkeypatch, "eval_so101.py", "--model", str(path), "--episodes", "1")
+            assert (str(path) in line or "nowhere.pt" in line) and "\n" not in line
+    finally:
+        path.unlink()
+        shutil.rmtree(small_run / "refused", ignore_errors=True)
+
+
+def test_truncated_and_missing_files(small_run, tmp_path, monkeypatch):
+    path = tmp_path / "bad.pt"
+    for content in (None, b"", b"hello", (small_run / "final_model.pt").read_bytes()[:5000]):
+        if content is not None:
+            path.write_bytes(content)
+        for script, flag in (("eval_so101.py", "--model"), ("ppo_residual_so101.py", "--resume")):
+            assert str(path) in refusal(monkeypatch, script, flag, str(path))
