@@ -14,6 +14,7 @@ if __name__ == "__main__":  # Ctrl+C while importing ends the program, without a
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -218,4 +219,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    sys.exit(run_script(main))

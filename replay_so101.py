@@ -12,6 +12,7 @@ if __name__ == "__main__":  # Ctrl+C while importing ends the program, without a
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -150,4 +151,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    sys.exit(run_script(main))

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,26 +28,26 @@ VALIDATION_SEED, RECORD_SEED, TEST_SEED = 1_000_000_000, 1_400_000_000, 2_000_00
 # scripts
 
 
-def run_script(main: Callable[[], int]) -> NoReturn:
-    """Run a script's main and exit with its code. A user's mistake, or a full disk, is one line and exit code 2."""
+def run_script(main: Callable[[], int]) -> int:
+    """Run a script's main; returns its exit code. A user's mistake, or a full disk, is one line and code 2."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = main()
         sys.stdout.flush()
+        return code
     except SO101Error as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        code = 2
-    except BrokenPipeError:
-        silence_output()
-        code = 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
+        message: Any = error
     except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            silence_output()
+            return 128 + signal.SIGPIPE
         if error.errno not in DISK_ERRORS:
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {disk_error(error.filename or 'a file', error)}", file=sys.stderr)
-        code = 2
-    sys.exit(code)
+        message = disk_error(error.filename or "a file", error)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    return 2
 
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EISDIR}

@@ -1,6 +1,7 @@
 """Running the scripts as a user does, and measuring contact forces."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,10 +32,16 @@ def run_script(name: str, *flags: str, **env: str | None) -> subprocess.Complete
 
 
 def train(log_dir: Path, *flags: str) -> Path:
-    """Train to the end and return the run's directory."""
+    """Train to the end, in this process, and return the run's directory."""
     before = set(log_dir.glob("*")) if log_dir.exists() else set()
-    done = run_script("ppo_residual_so101.py", "--log-dir", str(log_dir), *flags)
-    assert done.returncode == 0, done.stderr
+    argv, handlers = sys.argv, {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = ["ppo_residual_so101.py", "--log-dir", str(log_dir), *flags]
+    try:
+        assert load_script("ppo_residual_so101.py").main() == 0
+    finally:
+        sys.argv = argv
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
     (run_dir,) = set(log_dir.glob("*")) - before
     return run_dir
 
@@ -66,5 +73,8 @@ def press_force_n(model: mujoco.MjModel, data: mujoco.MjData) -> float:
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory) -> Path:
-    """The directory of a finished small run with default settings."""
-    return train(tmp_path_factory.mktemp("logs"), *SMALL.split())
+    """The directory of a finished small run with default settings, trained as a user does."""
+    log_dir = tmp_path_factory.mktemp("logs")
+    done = run_script("ppo_residual_so101.py", "--log-dir", str(log_dir), *SMALL.split())
+    assert done.returncode == 0, done.stderr
+    return next(log_dir.iterdir())

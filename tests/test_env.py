@@ -149,6 +149,8 @@ def test_state_only_use_does_not_touch_opengl():
         {"tape_margin": 0.0},
         {"residual_penalty": -1.0},
         {"max_episode_steps": 0},
+        {"residual_penalty": float("nan")},
+        {"act_scale": float("inf")},
         {"render_mode": "ascii"},
     ],
 )
@@ -441,8 +443,33 @@ def test_full_randomisation_ranges():
     truth = envs.qpos
     error = obs[:, :6] - truth[:, :6]
     assert np.deg2rad(0.9) < np.abs(error).max() < np.deg2rad(1.0) + 5 * so101_env.NOISE_JOINT_RAD
+    yaw_noise = 2 * np.arctan2(obs[:, 18], obs[:, 15]) - truth[:, 9]
+    assert so101_env.NOISE_YAW_RAD * 0.8 < yaw_noise.std() < so101_env.NOISE_YAW_RAD * 1.2
     assert so101_env.NOISE_SHEET_M * 0.8 < (obs[:, 12] - truth[:, 6]).std() < so101_env.NOISE_SHEET_M * 1.2
     np.testing.assert_allclose(obs[:, 19], 0.27 - obs[:, 12], atol=1e-6)  # the goal follows from the noisy sheet
+
+
+def test_joint_offsets_are_carried_to_the_tip():
+    """The observed tip is where the arm would be if its encoders told the truth."""
+    envs = SO101ResidualVectorEnv(20, randomization=DomainRandomization(joint_offset_rad=float(np.deg2rad(1.0))))
+    obs, _ = envs.reset(seed=0)
+    data, moved = mujoco.MjData(envs.model), []
+    for i in range(20):
+        data.qpos[:] = envs.qpos[i]
+        mujoco.mj_forward(envs.model, data)
+        truth = data.site("gripperframe").xpos.copy()
+        data.qpos[:6] = obs[i, :6]
+        mujoco.mj_forward(envs.model, data)
+        believed = data.site("gripperframe").xpos
+        np.testing.assert_allclose(obs[i, 22:25], believed, atol=3e-4)  # to first order in the offsets
+        moved.append(np.linalg.norm(believed - truth))
+    assert np.median(moved) > 2e-3
+
+
+def test_starts_that_all_lie_inside_the_tape_are_refused():
+    envs = SO101ResidualVectorEnv(1, tape_margin=0.1, randomization=DomainRandomization(sheet_distance_m=(0.0, 0.02)))
+    with pytest.raises(ValueError, match="sheet_distance_m"):
+        envs.reset(seed=0)
 
 
 def test_latency_delays_the_command():

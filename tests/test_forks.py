@@ -9,8 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL
+from conftest import ROOT
 
+# a run of a second that still has every part
+TINY = (
+    "--total-timesteps 384 --num-envs 4 --num-steps 32 --minibatch-size 64 --checkpoint-every 128 --eval-every 256 "
+    "--eval-episodes 2"
+)
 Patch = list[tuple[str, str]]  # text that stands once in the file, and what replaces it
 
 LAYER: Patch = [
@@ -138,7 +143,7 @@ def refused(clone: Path, *flags: str) -> str:
 
 def train_and_evaluate(clone: Path, script: str, *flags: str) -> Path:
     """Train for a moment, run the evaluation that the script prints at its end, resume; returns the final model."""
-    printed = run(clone, "python", script, *SMALL.split(), *flags)
+    printed = run(clone, "python", script, *TINY.split(), *flags)
     (command,) = [line.removeprefix("evaluate: ") for line in printed.splitlines() if line.startswith("evaluate: ")]
     assert "success rate" in run(clone, *command.split(), "--episodes", "2", "--json", "result.json")
     (directory,) = (clone / "logs").iterdir()
@@ -167,9 +172,9 @@ def test_a_copied_script_with_another_network(clone, patch, weight):
 def test_a_copied_script_is_swept_and_reported(clone):
     apply(LAYER, clone / "ppo_residual_so101.py", clone / "my_ppo.py")
     variables = {"SCRIPT": "my_ppo.py", "NAME": "mine", "SEEDS": "1 2", "EPISODES": "2"}
-    run(clone, "bash", "benchmark/ppo_residual_so101.sh", *SMALL.split(), **variables)
+    run(clone, "bash", "benchmark/ppo_residual_so101.sh", *TINY.split(), **variables)
     assert (
-        "`python my_ppo.py --total-timesteps 3000"
+        "`python my_ppo.py --total-timesteps 384"
         in (clone / "benchmark" / "results" / "mine" / "results.md").read_text()
     )
 

@@ -128,8 +128,12 @@ def test_rollout_keeps_final_observations_and_unclipped_actions(setup):
     assert all(episode["length"] == 20 for episode in episodes)
 
 
-def test_first_minibatch_has_ratio_one(setup, monkeypatch):
+@pytest.mark.parametrize("symmetry, expected_views", [(True, [0, 1, 0, 1, 0]), (False, [0] * 5)])
+def test_first_minibatch_has_ratio_one(setup, monkeypatch, symmetry, expected_views):
     args, agent, envs, obs = setup
+    if not symmetry:
+        args.networks.symmetry = False
+        agent = opinionated(ppo.Agent(args))
     buffers, _, _ = ppo.rollout(agent, envs, obs, 64, torch.Generator().manual_seed(0))
     ratios, views, original = [], [], ppo.ppo_loss
 
@@ -148,7 +152,7 @@ def test_first_minibatch_has_ratio_one(setup, monkeypatch):
     ppo.update(agent, optimizer, buffers, args.ppo, torch.Generator().manual_seed(0))
     torch.testing.assert_close(ratios[0], torch.ones_like(ratios[0]), atol=2e-4, rtol=0)  # float32 products of six
     assert (ratios[-1] - 1).abs().max() > 1e-2
-    assert views == [0, 1, 0, 1, 0]  # the critic's, one minibatch an epoch
+    assert views == expected_views  # the critic's, one minibatch an epoch
 
 
 def test_loss_against_numpy(setup):

@@ -131,15 +131,21 @@ def test_every_resume_equals_the_uninterrupted_run(small_run, tmp_path, base_pol
     assert len(models) >= 5
     done = [whole.parent / path.name for path in whole.parent.iterdir()]
     for model in models if base_policy == "zero" else models[:1]:
-        resumed = train(whole.parent, "--resume", str(model))  # lies beside the run, without being told
+        resumed = train(whole.parent, "--resume", str(model))
         assert resumed not in done
         assert_equal_training_state(whole / "final_model.pt", resumed / "final_model.pt")
         assert_equal_best_models(whole, resumed)
-        again = train(tmp_path / "again", "--resume", str(resumed / "best_model" / "best_model.pt"))
-        assert_equal_training_state(whole / "final_model.pt", again / "final_model.pt")
         summary = json.loads((resumed / "training_summary.json").read_text())
         steps = load(model)["global_step"]
         assert summary["steps_per_second"] * summary["wall_time_s"] == pytest.approx(3000 - steps)
+    # a resume of a resume; without --log-dir, it lies beside the run that it resumes
+    again = tmp_path / "again"
+    shutil.copytree(resumed, again / "copy")
+    resume = ("--resume", str(again / "copy" / "best_model" / "best_model.pt"))
+    completed = run_script("ppo_residual_so101.py", *resume)
+    assert completed.returncode == 0, completed.stderr
+    (last,) = set(again.iterdir()) - {again / "copy"}
+    assert_equal_training_state(whole / "final_model.pt", last / "final_model.pt")
 
 
 def interrupt(log_dir: Path, flags: list[str], when: Callable[[Path], bool], signum: int) -> tuple[Path, str]:
@@ -299,7 +305,17 @@ def test_evaluation_video_and_plot(small_run, tmp_path):
 def test_capture_video_films_every_evaluation(tmp_path):
     import imageio.v3 as iio
 
-    run = train(tmp_path, *SMALL.split(), "--capture-video", "--total-timesteps", "1536", "--base-policy", "jacobian")
+    run = train(
+        tmp_path,
+        *SMALL.split(),
+        "--capture-video",
+        "--total-timesteps",
+        "1536",
+        "--tape-margin",
+        "0.06",
+        "--base-policy",
+        "jacobian",
+    )
     (video,) = (run / "eval_results").glob("*.mp4")
     assert video.name == "step_1536.mp4" and iio.imread(video).shape[1:] == (480, 640, 3)
 
