@@ -407,6 +407,29 @@ def update(
     return metrics
 
 
+def evaluate_agent(
+    agent: Agent, eval_envs: SO101ResidualVectorEnv, base_success: float | None, film: Path | None
+) -> dict[str, float]:
+    """Means over an episode of each evaluation environment, on seeds that are used for nothing else.
+
+    base_success is that of the base policy alone, None to measure it; the first episode is filmed into film.
+    """
+    seeds = [VALIDATION_SEED + i for i in range(eval_envs.num_envs)]
+    if base_success is None:
+        base_success = episode_mean(evaluate(no_residual, eval_envs, seeds), "success")
+    episodes = evaluate(agent.act, eval_envs, seeds, trace=film is not None)
+    if film:
+        write_video(eval_envs, episodes[:1], film)
+    return {
+        "success_rate": episode_mean(episodes, "success"),
+        "mean_return": episode_mean(episodes, "return"),
+        "mean_length": episode_mean(episodes, "length"),
+        "residual_magnitude": episode_mean(episodes, "residual_magnitude"),
+        "base_success_rate": base_success,
+        **{f"residual_to_base/{joint}": ratio for joint, ratio in residual_to_base(episodes).items()},
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints: all that a run needs to go on to the bit
 
@@ -415,6 +438,7 @@ def update(
 ROLLOUT_TAGS = {
     "success": "success_rate_100", "return": "ep_reward", "length": "ep_length", "failure": "failure_rate_100"
 }  # fmt: skip
+BEST_BY = ("success_rate", "mean_return")  # the second where the first ties
 EVAL_TAGS = {"mean_return": "mean_reward", "mean_length": "mean_ep_length"}
 # flags that may differ from the run that is resumed: none of them changes what is learned, but a longer budget
 RESUMABLE = {"resume", "log_dir", "num_threads", "total_timesteps", "track", "wandb_project_name", "capture_video"}
@@ -460,6 +484,11 @@ def model_name(global_step: int) -> str:
     return f"ppo_residual_{global_step}_steps.pt"
 
 
+def best_model_of(path: str, best: dict[str, Any]) -> Path:
+    """The file that the run of a checkpoint keeps its best model in, for ever: best_model.pt may be a later one."""
+    return run_dir_of(path) / "best_model" / model_name(best["step"])
+
+
 def keep_best_model(path: Path, run_dir: Path) -> None:
     """Copy a checkpoint to where the best model is looked for, and where a resumed run finds it by its steps."""
     for name in {path.name, "best_model.pt"}:
@@ -470,7 +499,7 @@ def keep_best_model(path: Path, run_dir: Path) -> None:
 
 def restore(
     checkpoint: Checkpoint, path: str, agent: Agent, optimizer: torch.optim.Optimizer, generator: torch.Generator,
-    envs: SO101ResidualVectorEnv, run_dir: Path,
+    envs: SO101ResidualVectorEnv,
 ) -> tuple[np.ndarray, int, dict[str, Any] | None, list[dict[str, float]]]:  # fmt: skip
     """Put everything back as it was; returns next_obs, global_step, best and the last 100 episodes.
 
@@ -491,14 +520,11 @@ def restore(
                 raise ValueError("the optimiser's state has other shapes")
         if any(set(episode) != {"success", "return", "length", "failure"} for episode in saved["recent_episodes"]):
             raise ValueError("recent_episodes has other keys")
-        best = saved["best"] and {key: saved["best"][key] for key in ("step", "success_rate", "mean_return")}
+        best = saved["best"] and {key: saved["best"][key] for key in ("step", *BEST_BY)}
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise SO101Error(f"{path}: cannot be continued ({error}); resume another checkpoint") from error
-    if best:
-        model = run_dir_of(path) / "best_model" / model_name(best["step"])
-        if not model.is_file():
-            raise SO101Error(f"{path}: the best model of its run, {model}, is missing; put it back to go on")
-        keep_best_model(model, run_dir)
+    if best and not (model := best_model_of(path, best)).is_file():
+        raise SO101Error(f"{path}: the best model of its run, {model}, is missing; put it back to go on")
     return next_obs, saved["global_step"], best, saved["recent_episodes"]
 
 
@@ -526,17 +552,17 @@ def main() -> int:
             import wandb
         except ImportError as error:
             raise SO101Error("--track needs Weights & Biases: pip install wandb") from error
-    name = f"{Path(SCRIPT).stem.removesuffix('_so101')}_{time.strftime('%Y%m%d-%H%M%S')}_s{args.seed}"
-    run_dir = make_run_dir(args.run.log_dir, name, "checkpoints", "best_model", "eval_results", "tensorboard")
     recent: deque[dict[str, float]] = deque(maxlen=100)  # episodes
     if resumed:
-        next_obs, global_step, best, episodes = restore(
-            resumed, args.run.resume, agent, optimizer, generator, envs, run_dir
-        )
+        next_obs, global_step, best, episodes = restore(resumed, args.run.resume, agent, optimizer, generator, envs)
         recent.extend(episodes)
     else:
         seeds = np.random.SeedSequence(args.seed).generate_state(envs.num_envs) % VALIDATION_SEED
         next_obs, global_step, best = envs.reset(seed=[int(seed) for seed in seeds])[0], 0, None
+    name = f"{Path(SCRIPT).stem.removesuffix('_so101')}_{time.strftime('%Y%m%d-%H%M%S')}_s{args.seed}"
+    run_dir = make_run_dir(args.run.log_dir, name, "checkpoints", "best_model", "eval_results", "tensorboard")
+    if resumed and best:
+        keep_best_model(best_model_of(args.run.resume, best), run_dir)
     if args.run.track:
         wandb.init(
             project=args.run.wandb_project_name, name=run_dir.name, config=flat_settings(dataclasses.asdict(args)),
@@ -560,29 +586,17 @@ def main() -> int:
         }  # fmt: skip
 
     def eval_and_log() -> dict[str, float]:
-        """Evaluate the mean action on the validation seeds, log it, keep the best model."""
+        """Evaluate, log it, and keep the model if it is the best so far."""
         nonlocal best, base_success, eval_time
-        eval_start, seeds = time.perf_counter(), [VALIDATION_SEED + i for i in range(args.run.eval_episodes)]
-        if base_success is None:
-            base_success = episode_mean(evaluate(no_residual, eval_envs, seeds), "success")
-        episodes = evaluate(agent.act, eval_envs, seeds, trace=args.run.capture_video)
-        if args.run.capture_video:
-            write_video(eval_envs, episodes[:1], run_dir / "eval_results" / f"step_{global_step}.mp4")
-        result = {
-            "success_rate": episode_mean(episodes, "success"),
-            "mean_return": episode_mean(episodes, "return"),
-            "mean_length": episode_mean(episodes, "length"),
-            "residual_magnitude": episode_mean(episodes, "residual_magnitude"),
-            "base_success_rate": base_success,
-            **{f"residual_to_base/{joint}": ratio for joint, ratio in residual_to_base(episodes).items()},
-        }
+        eval_start, film = time.perf_counter(), run_dir / "eval_results" / f"step_{global_step}.mp4"
+        result = evaluate_agent(agent, eval_envs, base_success, film if args.run.capture_video else None)
+        base_success = result["base_success_rate"]
         for name, value in result.items():
             writer.add_scalar(f"eval/{EVAL_TAGS.get(name, name)}", value, global_step)
         with open(run_dir / "eval_results" / "evaluations.jsonl", "a") as file:
             file.write(json.dumps({"step": global_step, **result}) + "\n")
-        score = (result["success_rate"], result["mean_return"])
-        if best is None or score > (best["success_rate"], best["mean_return"]):
-            best = {"step": global_step, "success_rate": score[0], "mean_return": score[1]}
+        if best is None or [result[key] for key in BEST_BY] > [best[key] for key in BEST_BY]:
+            best = {"step": global_step, **{key: result[key] for key in BEST_BY}}
             model = run_dir / "best_model" / model_name(global_step)
             save_tensors(model, checkpoint())
             keep_best_model(model, run_dir)

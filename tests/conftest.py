@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; for the trainings they start, too
+
 import mujoco
 import numpy as np
 import pytest

@@ -230,6 +230,21 @@ def test_total_action_is_base_plus_scaled_clipped_residual():
     assert roll_after(ConstantPolicy(0.006), 1.0, alpha=0.0) == pytest.approx(40 * 0.006, **tolerance)
 
 
+@pytest.mark.parametrize("direction", [-1.0, 1.0])
+def test_targets_stay_within_the_joints_limits(direction):
+    """However long the residual pushes: each joint by itself, the others at rest."""
+    envs = SO101ResidualVectorEnv(ACT_DIM, act_scale=0.1, max_episode_steps=1000)
+    envs.reset(seed=0)
+    reached = np.zeros(ACT_DIM)
+    for _ in range(400):
+        envs.step(direction * np.eye(ACT_DIM))
+        reached = np.maximum(reached, direction * np.diag(envs.command))
+    limit = direction * envs.model.actuator_ctrlrange[:, int(direction > 0)]
+    assert (reached <= limit + 1e-12).all()
+    free = [0, 4, 5] if direction > 0 else [0, 4]  # the table, and the other jaw, stop the others before
+    np.testing.assert_allclose(reached[free], limit[free], atol=1e-12)
+
+
 def test_base_policy_is_told_of_resets_and_its_faults_stop_the_run():
     policy = ConstantPolicy(0.0)
     envs = SO101ResidualVectorEnv(2, base_policy=policy, max_episode_steps=2)
@@ -504,7 +519,7 @@ def test_a_free_joint_is_as_fast_with_latency_and_with_another_servo():
             obs = envs.step(action)[0]
         return direction * (obs[0, joint] - start[0, joint])
 
-    assert travel_rad(0, 1.0) > 0.3
+    assert travel_rad(0, 1.0) > 0.3 and travel_rad(0, -1.0) > 0.3
     assert travel_rad(0, 1.0, latency=2) > 0.7 * travel_rad(0, 1.0)
     # upwards, against gravity; a weak servo is slower, but not stuck
     assert travel_rad(1, -1.0, gain=0.85) > 0.7 * travel_rad(1, -1.0)

@@ -14,7 +14,7 @@ from conftest import ROOT
 # a run of a second that still has every part
 TINY = (
     "--total-timesteps 384 --num-envs 4 --num-steps 32 --minibatch-size 64 --checkpoint-every 128 --eval-every 256 "
-    "--eval-episodes 2"
+    "--eval-episodes 2 --train-episode-steps 40"
 )
 Patch = list[tuple[str, str]]  # text that stands once in the file, and what replaces it
 

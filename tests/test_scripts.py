@@ -176,11 +176,16 @@ def test_interrupted_run_resumes_to_the_bit(tmp_path, signum):
 
 
 def test_a_run_interrupted_in_its_last_rollout_only_evaluates(tmp_path):
-    """The last evaluation is long here, so that the signal arrives in it, or before it in the only rollout."""
-    flags = "--total-timesteps 640 --num-steps 20 --eval-every 10000 --eval-episodes 60".split()
-    run, stdout = interrupt(tmp_path / "a", flags, lambda run: (run / "config.json").exists(), signal.SIGINT)
+    """The only rollout and the evaluation after it take seconds, and the signal arrives in one of them."""
+    flags = "--total-timesteps 6400 --num-steps 200 --eval-every 10000 --eval-episodes 60".split()
+
+    def started(run: Path) -> bool:
+        time.sleep(0.2)
+        return (run / "config.json").exists() and time.time() > (run / "config.json").stat().st_mtime + 0.3
+
+    run, stdout = interrupt(tmp_path / "a", flags, started, signal.SIGINT)
     model = run / "interrupted_model.pt"
-    assert load(model)["global_step"] == 640 and f"--resume {model}" in stdout
+    assert load(model)["global_step"] == 6400 and f"--resume {model}" in stdout
     resumed, straight = train(tmp_path / "b", "--resume", str(model)), train(tmp_path / "c", *flags)
     assert_equal_training_state(resumed / "final_model.pt", straight / "final_model.pt")
     assert_equal_best_models(resumed, straight)
