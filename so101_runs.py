@@ -197,7 +197,8 @@ def describe_run(script: str, args: Any) -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    status = git("status", "--porcelain", "--untracked-files=no")
+    # a sweep's own reports are no change of the code
+    status = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmark/results")
     return {
         "script": script,
         "args": dataclasses.asdict(args),
