@@ -226,7 +226,7 @@ class Agent(nn.Module):
         net = args.networks
         derived = ("sheet_to_tip",) * net.sheet_feature + ("arrival_yaw",) * (args.task.arrival_yaw_weight > 0)
         self.features = Features(args.base.observe_base, derived, net.symmetry)
-        width, activation = net.hidden_size, {"relu": nn.ReLU, "tanh": nn.Tanh}[net.activation]
+        width, activation = net.hidden_size, {"relu": lambda: nn.ReLU(inplace=True), "tanh": nn.Tanh}[net.activation]
 
         def mlp(out_dim: int, out_std: float) -> nn.Sequential:
             return nn.Sequential(
@@ -284,26 +284,28 @@ def rollout(
         "dones": np.zeros((num_steps, n), np.float32),  # terminated or truncated
     }
     episodes = []
-    noise = torch.randn(num_steps, n, ACT_DIM, generator=generator)
-    for step in range(num_steps):
-        # while acting, only the action is computed: values and log-probabilities follow for the whole rollout at once
-        with torch.inference_mode():
+    noise = torch.randn(num_steps, n, ACT_DIM, generator=generator).numpy()
+    with torch.inference_mode():
+        for step in range(num_steps):
+            # only the action is needed now: values and log-probabilities follow for the whole rollout at once
             mean, logstd = agent.get_gaussian(agent.features(next_obs))
-            action = (mean + noise[step] * logstd.exp()).numpy()
-        buffers["obs"][step], buffers["actions"][step] = next_obs, action
-        next_obs, reward, terminations, truncations, infos = envs.step(action)  # which clips it and adds it to the base
-        buffers["real_next_obs"][step], buffers["rewards"][step] = next_obs, reward
-        if "final_info" in infos:
-            done, final = infos["_final_info"], infos["final_info"]
-            buffers["real_next_obs"][step][done] = infos["final_obs"][done]
-            buffers["terminations"][step], buffers["dones"][step] = terminations, done
-            for i in np.flatnonzero(done):
-                episodes.append({
-                    "success": float(final["is_success"][i]),
-                    "return": float(final["episode_summary"]["return"][i]),
-                    "length": float(final["episode_summary"]["length"][i]),
-                    "failure": float(final["non_finite"][i] or final["out_of_reach"][i]),
-                })  # fmt: skip
+            action = mean.numpy() + noise[step] * logstd.exp().numpy()
+            buffers["obs"][step], buffers["actions"][step] = next_obs, action
+            next_obs, reward, terminations, truncations, infos = envs.step(
+                action
+            )  # which clips it and adds it to the base
+            buffers["real_next_obs"][step], buffers["rewards"][step] = next_obs, reward
+            if "final_info" in infos:
+                done, final = infos["_final_info"], infos["final_info"]
+                buffers["real_next_obs"][step][done] = infos["final_obs"][done]
+                buffers["terminations"][step], buffers["dones"][step] = terminations, done
+                for i in np.flatnonzero(done):
+                    episodes.append({
+                        "success": float(final["is_success"][i]),
+                        "return": float(final["episode_summary"]["return"][i]),
+                        "length": float(final["episode_summary"]["length"][i]),
+                        "failure": float(final["non_finite"][i] or final["out_of_reach"][i]),
+                    })  # fmt: skip
     for name in ("obs", "real_next_obs", "rewards"):
         if not np.isfinite(buffers[name]).all():
             raise FloatingPointError(f"{name.replace('_', ' ')} of the environments")

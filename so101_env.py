@@ -212,6 +212,9 @@ def sheet_pose(obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return obs[:, OBS["sheet_pos"]][:, :2], 2.0 * np.arctan2(quat[:, 3], quat[:, 0])
 
 
+_INNER_HALF_M = (SHEET_HALF_M - SHAPING_INSET_M).astype(np.float32)
+
+
 def sheet_to_tip_feature(obs: np.ndarray) -> np.ndarray:
     """Vector (N, 2) from the sheet's nearest point to the tip, in the sheet's axes, per 30 mm; zero over the sheet.
 
@@ -219,8 +222,7 @@ def sheet_to_tip_feature(obs: np.ndarray) -> np.ndarray:
     so few steps.
     """
     tip = in_sheet_axes(obs[:, OBS["tip_pos"]][:, :2], *sheet_pose(obs))
-    half = (SHEET_HALF_M - SHAPING_INSET_M).astype(np.float32)
-    return (tip - np.clip(tip, -half, half)) / np.float32(0.03)
+    return (tip - tip.clip(-_INNER_HALF_M, _INNER_HALF_M)) / np.float32(0.03)
 
 
 def arrival_yaw_feature(obs: np.ndarray) -> np.ndarray:
@@ -295,15 +297,19 @@ def in_sheet_axes(point_xy_m: np.ndarray, sheet_xy_m: np.ndarray, sheet_yaw_rad:
     """Points (N, 2) relative to the sheets' centres, in the sheets' axes, (N, 2)."""
     c, s = np.cos(sheet_yaw_rad), np.sin(sheet_yaw_rad)
     d = point_xy_m - sheet_xy_m
-    return np.stack([c * d[:, 0] + s * d[:, 1], c * d[:, 1] - s * d[:, 0]], axis=1)
+    x, y, rotated = d[:, 0], d[:, 1], np.empty_like(d)
+    rotated[:, 0], rotated[:, 1] = c * x + s * y, c * y - s * x
+    return rotated
 
 
 def sheet_inside(sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray, tape_margin_m: float) -> np.ndarray:
     """Whether all four corners lie inside the tape's opening, (N,) bool, for centres (N, 2) and yaws (N,)."""
     c, s = np.abs(np.cos(sheet_yaw_rad)), np.abs(np.sin(sheet_yaw_rad))
     # half sides of the sheet's axis-aligned bounding box: its corners touch that box on all four sides
-    half_box = c[:, None] * SHEET_HALF_M + s[:, None] * SHEET_HALF_M[::-1]
-    return (np.abs(sheet_xy_m - TAPE_CENTER_M) + half_box <= SHEET_HALF_M + tape_margin_m).all(1)
+    (half_x, half_y), (center_x, center_y) = SHEET_HALF_M.tolist(), TAPE_CENTER_M.tolist()
+    fits_x = np.abs(sheet_xy_m[:, 0] - center_x) + (c * half_x + s * half_y) <= half_x + tape_margin_m
+    fits_y = np.abs(sheet_xy_m[:, 1] - center_y) + (c * half_y + s * half_x) <= half_y + tape_margin_m
+    return fits_x & fits_y
 
 
 def distance_to_sheet(
@@ -418,7 +424,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._substeps = round(1 / CONTROL_HZ / self.model.opt.timestep)
         self._qpos, self._qvel, self._ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
         self._tip = self.batch.bind("site_xpos")[:, self.model.site("gripperframe").id]
-        self._gravity = self.batch.bind("qfrc_bias")
+        self._gravity = self.batch.bind("qfrc_bias")[:, :ACT_DIM]  # torque that holds the joints at rest, N m
+        self._joint_pos, self._joint_vel = self._qpos[:, :ACT_DIM], self._qvel[:, :ACT_DIM]
         self._stage = mujoco.mjtStage.mjSTAGE_VEL.value  # makes positions and gravity torques current after a step
         self._limits = self.model.actuator_ctrlrange.T.copy()
         self._home = self._home_state()
@@ -472,8 +479,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         """
         obs, yaw = np.zeros((self.num_envs, OBS_DIM), np.float32), scene.sheet_yaw_rad
         joints, velocities, sheet, tip = (obs[:, OBS[k]] for k in ("joint_pos", "joint_vel", "sheet_pos", "tip_pos"))
-        joints[:] = self._qpos[:, :ACT_DIM] + self._joint_offset
-        velocities[:] = self._qvel[:, :ACT_DIM]
+        joints[:] = self._joint_pos + self._joint_offset
+        velocities[:] = self._joint_vel
         sheet[:] = self._qpos[:, 6:9]
         tip[:] = scene.tip_m
         if self.randomization.joint_offset_rad:
@@ -498,13 +505,13 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
     def command_targets(self, delta_rad: np.ndarray) -> np.ndarray:
         """Joint targets (N, 6), rad, as the encoders count: the last ones plus delta, (N, 6), within the window."""
         # the targets of a free arm in this motion: what it measures, plus its lag under gravity, damping and latency
-        load = self._gravity[:, :ACT_DIM] + self._damping * self._qvel[:, :ACT_DIM]
-        holding = self._qpos[:, :ACT_DIM] + self._joint_offset + load / self._gain
+        load = self._gravity + self._damping * self._joint_vel
+        holding = self._joint_pos + self._joint_offset + load / self._gain
         if self.randomization.latency_steps:
-            holding += self._qvel[:, :ACT_DIM] * (self._latency / CONTROL_HZ)[:, None]
+            holding += self._joint_vel * (self._latency / CONTROL_HZ)[:, None]
         lower = np.maximum(self._limits[0], holding - COMMAND_WINDOW_RAD)
         upper = np.minimum(self._limits[1], holding + COMMAND_WINDOW_RAD)
-        return np.clip(self._command + delta_rad, lower, upper)
+        return (self._command + delta_rad).clip(lower, upper)
 
     def success(self, scene: Scene) -> np.ndarray:
         """Whether the goal is reached in this step, (N,) bool; SUCCESS_STEPS of these in a row end the episode."""
@@ -614,7 +621,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         residual = np.asarray(actions, np.float64)
         if residual.shape != (self.num_envs, ACT_DIM) or not np.isfinite(residual).all():
             raise ValueError(f"actions must be finite, of shape ({self.num_envs}, {ACT_DIM}); got {residual.shape}")
-        residual = np.clip(residual, -1.0, 1.0)
+        residual = residual.clip(-1.0, 1.0)
         delta, base = (self.task.alpha * self.task.act_scale) * residual, None
         if self.base_policy is not None:
             base = self._base.copy() if self.observe_base else self._base_delta(active)
@@ -638,8 +645,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             terms["shaping"] = self.shaping_gamma * (phi * ~terminated) - self._phi
         reward, self._phi = (unshaped + terms["shaping"]) * active, phi
         magnitude = np.sqrt(np.square(residual).sum(1))
-        self._return[active] += unshaped[active]
-        self._residual_sum[active] += magnitude[active]
+        self._return += unshaped * active
+        self._residual_sum += magnitude * active
 
         info: dict[str, Any] = {
             "is_success": success,
@@ -774,7 +781,10 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         width = self._obs.shape[1] - ACT_DIM * self.observe_base
         if obs.shape != (self.num_envs, width):
             raise ValueError(f"observe() must return {(self.num_envs, width)}, as `parts` says; got {obs.shape}")
-        self._obs[mask, :width] = obs[mask]
+        if mask.all():
+            self._obs[:, :width] = obs
+        else:
+            self._obs[mask, :width] = obs[mask]
         if self.observe_base:
             self._base[mask] = self._base_delta(mask)[mask]
             self._obs[mask, width:] = self._base[mask]
@@ -831,7 +841,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self.batch.bind("qacc_warmstart")[ids] = self._home["warmstart"]
         self.batch.forward(ids, stage=self._stage)
         if qpos is not None:
-            self._ctrl[ids] = self._qpos[ids, :ACT_DIM] + self._gravity[ids, :ACT_DIM] / self._gain[ids]
+            self._ctrl[ids] = self._joint_pos[ids] + self._gravity[ids] / self._gain[ids]
         self._command[ids] = self._ctrl[ids] + self._joint_offset[ids]
         self._delayed[ids] = self._command[ids][:, None]
         self._steps[ids] = self._streak[ids] = 0

@@ -226,7 +226,7 @@ class Features(nn.Module):
     ):
         super().__init__()
         parts = [*parts.values(), *([BASE_DELTA] * observe_base)]
-        self.functions = [DERIVED[name][0] for name in derived]
+        self.functions = [(function, len(mirror)) for function, mirror in map(DERIVED.get, derived)]
 
         def column(field: str) -> np.ndarray:
             values = [np.broadcast_to(getattr(part, field), len(part.names)) for part in parts]
@@ -246,8 +246,11 @@ class Features(nn.Module):
         if obs.shape[1] != len(self.obs_mean):
             given, wanted = obs.shape[1], len(self.obs_mean)
             raise SO101Error(f"the policy was made for {wanted} observations, this environment has {given}")
-        scaled = np.clip((obs - self.obs_mean.numpy()) / self.obs_scale.numpy(), -10.0, 10.0)
-        x = np.concatenate([scaled, *(function(obs) for function in self.functions)], axis=1, dtype=np.float32)
+        x, end = np.empty((len(obs), self.dim), np.float32), obs.shape[1]
+        x[:, :end] = ((obs - self.obs_mean.numpy()) / self.obs_scale.numpy()).clip(-10.0, 10.0)
+        for function, width in self.functions:
+            x[:, end : end + width] = function(obs)
+            end += width
         return torch.from_numpy(x[:, None] * self.signs.numpy())
 
 
