@@ -364,7 +364,7 @@ def update(
     generator: torch.Generator,
 ) -> dict[str, float]:  # fmt: skip
     """Improve the agent on one rollout; returns the metrics averaged over all minibatches."""
-    num_steps, n = buffers["rewards"].shape
+    parameters, (num_steps, n) = list(agent.parameters()), buffers["rewards"].shape
     b_actions = buffers["actions"].flatten(0, 1)
     with torch.no_grad():
         b_x = agent.features(buffers["obs"].flatten(0, 1).numpy())  # (num_steps * num_envs, views, F)
@@ -395,11 +395,11 @@ def update(
                 raise FloatingPointError("loss (" + ", ".join(f"{k} {v:.3g}" for k, v in metrics.items()) + ")")
             optimizer.zero_grad()
             loss.backward()
-            if not torch.isfinite(nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)):
+            if not torch.isfinite(nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)):
                 raise FloatingPointError("gradient")
             optimizer.step()
             sums = {key: sums.get(key, 0.0) + value for key, value in metrics.items()}
-    if not all(torch.isfinite(parameter).all() for parameter in agent.parameters()):
+    if not all(torch.isfinite(parameter).all() for parameter in parameters):
         raise FloatingPointError("weights")
     count = args.update_epochs * num_minibatches
     metrics = {key: float(value) / count for key, value in sums.items()}

@@ -222,7 +222,7 @@ def sheet_to_tip_feature(obs: np.ndarray) -> np.ndarray:
     so few steps.
     """
     tip = in_sheet_axes(obs[:, OBS["tip_pos"]][:, :2], *sheet_pose(obs))
-    return (tip - tip.clip(-_INNER_HALF_M, _INNER_HALF_M)) / np.float32(0.03)
+    return (tip - clamp(tip, -_INNER_HALF_M, _INNER_HALF_M)) / np.float32(0.03)
 
 
 def arrival_yaw_feature(obs: np.ndarray) -> np.ndarray:
@@ -286,6 +286,11 @@ def flat_observation(obs: Mapping[str, np.ndarray]) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the task as pure functions on arrays
+
+
+def clamp(x: np.ndarray, low: Any, high: Any) -> np.ndarray:
+    """np.clip, which takes three times as long on the few rows of a step: 1 % of a training run in all."""
+    return np.minimum(np.maximum(x, low), high)
 
 
 def wrap_angle(angle_rad: np.ndarray) -> np.ndarray:
@@ -511,7 +516,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             holding += self._joint_vel * (self._latency / CONTROL_HZ)[:, None]
         lower = np.maximum(self._limits[0], holding - COMMAND_WINDOW_RAD)
         upper = np.minimum(self._limits[1], holding + COMMAND_WINDOW_RAD)
-        return (self._command + delta_rad).clip(lower, upper)
+        return clamp(self._command + delta_rad, lower, upper)
 
     def success(self, scene: Scene) -> np.ndarray:
         """Whether the goal is reached in this step, (N,) bool; SUCCESS_STEPS of these in a row end the episode."""
@@ -621,7 +626,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         residual = np.asarray(actions, np.float64)
         if residual.shape != (self.num_envs, ACT_DIM) or not np.isfinite(residual).all():
             raise ValueError(f"actions must be finite, of shape ({self.num_envs}, {ACT_DIM}); got {residual.shape}")
-        residual = residual.clip(-1.0, 1.0)
+        residual = clamp(residual, -1.0, 1.0)
         delta, base = (self.task.alpha * self.task.act_scale) * residual, None
         if self.base_policy is not None:
             base = self._base.copy() if self.observe_base else self._base_delta(active)

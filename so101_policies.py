@@ -40,6 +40,7 @@ from so101_env import (
     BasePolicyError,
     Part,
     SO101Error,
+    clamp,
     distance_to_sheet,
     flat_observation,
     load_model,
@@ -247,7 +248,7 @@ class Features(nn.Module):
             given, wanted = obs.shape[1], len(self.obs_mean)
             raise SO101Error(f"the policy was made for {wanted} observations, this environment has {given}")
         x, end = np.empty((len(obs), self.dim), np.float32), obs.shape[1]
-        x[:, :end] = ((obs - self.obs_mean.numpy()) / self.obs_scale.numpy()).clip(-10.0, 10.0)
+        x[:, :end] = clamp((obs - self.obs_mean.numpy()) / self.obs_scale.numpy(), -10.0, 10.0)
         for function, width in self.functions:
             x[:, end : end + width] = function(obs)
             end += width
