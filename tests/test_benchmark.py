@@ -14,11 +14,16 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 import report
 
 
+TINY = SMALL.replace("--total-timesteps 3000", "--total-timesteps 1200").replace(
+    "--eval-every 1500", "--eval-every 600"
+)
+
+
 def sweep(tmp_path: Path, *flags: str, seeds: str = "1 2") -> subprocess.CompletedProcess:
     variables = {"NAME": "trial", "SEEDS": seeds, "EPISODES": "3", "JOBS": "2"}
     variables |= {"RUNS": str(tmp_path / "runs"), "OUT": str(tmp_path / "out")}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = ["bash", str(ROOT / "benchmark" / "ppo_residual_so101.sh"), *SMALL.split(), *flags]
+    command = ["bash", str(ROOT / "benchmark" / "ppo_residual_so101.sh"), *TINY.split(), *flags]
     environment = {**os.environ, **variables, "PATH": path}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
