@@ -13,8 +13,7 @@ from conftest import ROOT, SMALL
 sys.path.insert(0, str(ROOT / "benchmark"))
 import report
 
-
-TINY = SMALL.replace("--total-timesteps 3000", "--total-timesteps 1200").replace(
+SHORT = SMALL.replace("--total-timesteps 3000", "--total-timesteps 1200").replace(
     "--eval-every 1500", "--eval-every 600"
 )
 
@@ -23,11 +22,12 @@ def sweep(tmp_path: Path, *flags: str, seeds: str = "1 2") -> subprocess.Complet
     variables = {"NAME": "trial", "SEEDS": seeds, "EPISODES": "3", "JOBS": "2"}
     variables |= {"RUNS": str(tmp_path / "runs"), "OUT": str(tmp_path / "out")}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = ["bash", str(ROOT / "benchmark" / "ppo_residual_so101.sh"), *TINY.split(), *flags]
+    command = ["bash", str(ROOT / "benchmark" / "ppo_residual_so101.sh"), *SHORT.split(), *flags]
     environment = {**os.environ, **variables, "PATH": path}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
+@pytest.mark.slow
 def test_sweep_trains_reports_and_does_not_repeat_itself(tmp_path):
     flags = ("--train-episode-steps", "40")
     done = sweep(tmp_path, *flags)

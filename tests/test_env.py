@@ -432,7 +432,7 @@ def test_friction_is_randomised_on_the_right_pairs():
     np.testing.assert_array_equal(finger, friction(envs, "moving_finger_sheet"))
     assert abs(np.corrcoef(sheet_table, finger)[0, 1]) < 0.2
     envs.reset()
-    assert not np.array_equal(sheet_table, friction(envs, "sheet_table"))  # anew every episode
+    assert not np.array_equal(sheet_table, friction(envs, "sheet_table"))  # resampled every episode
 
 
 def test_nominal_physics_is_nominal_and_still_seeded():

@@ -16,6 +16,7 @@ TINY = (
     "--total-timesteps 384 --num-envs 4 --num-steps 32 --minibatch-size 64 --checkpoint-every 128 --eval-every 256 "
     "--eval-episodes 2 --train-episode-steps 40"
 )
+pytestmark = pytest.mark.slow
 Patch = list[tuple[str, str]]  # text that stands once in the file, and what replaces it
 
 LAYER: Patch = [

@@ -82,7 +82,7 @@ def consistent_rollout() -> dict[str, np.ndarray]:
 
 
 def test_gae_against_stable_baselines3_numbers():
-    """Advantages computed once by stable-baselines3 2.9.2 (the next test makes them anew where it is installed)."""
+    """Advantages computed once by stable-baselines3 2.9.2 (the next test repeats that where it is installed)."""
     with np.load(SB3_GAE, allow_pickle=False) as stored:
         np.testing.assert_allclose(our_gae(consistent_rollout(), 0.98, 0.95), stored["advantages"], atol=1e-5)
 
