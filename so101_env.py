@@ -42,6 +42,7 @@ HOME_RAD = np.array([0.0, 0.4759, -0.2335, 1.3284, 0.0470, 0.0])
 # A target stays this close to the one a free arm would need for the same motion. Times the servo gain it bounds the
 # torque against an obstacle to 0.21 N m, and so the press of a fingertip to about 1 N: light enough to drag a sheet.
 COMMAND_WINDOW_RAD = 0.012
+BASE_POLICY_NAMES = ("reset", "act", "close", "memory", "fingerprint", "cameras", "image_size")  # what is used of one
 MAX_DELTA_RAD = 6.3  # no joint's range is wider: a base policy that asks for more is wrong about its units
 SHEET_REACH_M = 0.42  # stretched arm, tip on the table, from the shoulder_pan axis
 PAN_AXIS_M = np.array([0.0388353, 0.0])
@@ -395,18 +396,17 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         **settings: Any,
     ):
         self.task = dataclasses.replace(task or Task(), **settings)
-        check_ranges(self.task, Task.RANGES)
+        check_ranges(self.task, self.task.RANGES)
         _check(num_envs >= 1, "num_envs", num_envs, "at least 1")
         _check(max_episode_steps >= 1, "max_episode_steps", max_episode_steps, "at least 1")
         _check(num_threads is None or num_threads >= 1, "num_threads", num_threads, "at least 1")
         _check(render_mode in (None, "rgb_array"), "render_mode", render_mode, "None or 'rgb_array'")
         _check(autoreset_mode != AutoresetMode.NEXT_STEP, "autoreset_mode", autoreset_mode, "SAME_STEP or DISABLED")
         _check(base_policy is not None or not observe_base, "observe_base", observe_base, "False without a base policy")
-        for name in ("reset", "act", "close", "memory", "fingerprint", "cameras") if base_policy is not None else ():
-            if not hasattr(base_policy, name):
-                raise BasePolicyError(
-                    f"base policy {type(base_policy).__name__} has no {name}: derive it from so101_policies.BasePolicy"
-                )
+        missing = [name for name in BASE_POLICY_NAMES if base_policy is not None and not hasattr(base_policy, name)]
+        if missing:
+            name = type(base_policy).__name__
+            raise BasePolicyError(f"base policy {name} has no {missing[0]}: derive it from so101_policies.BasePolicy")
         self.num_envs, self.render_mode = num_envs, render_mode
         self.metadata = {**self.metadata, "autoreset_mode": autoreset_mode}
         self.max_episode_steps, self.shaping_gamma = max_episode_steps, shaping_gamma
@@ -414,7 +414,6 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self.randomization = randomization or self.task.randomization()
         if observe_base:
             self.parts = {**self.parts, "base_delta": BASE_DELTA}
-        self._slices = slices(self.parts)
         obs_dim = sum(len(part.names) for part in self.parts.values())
         self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, (ACT_DIM,), np.float32)
