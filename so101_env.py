@@ -1006,7 +1006,7 @@ class Viewer:
         import mujoco.viewer  # touches the display, so only here
 
         self._model, self._data = model, mujoco.MjData(model)
-        self._handle = mujoco.viewer.launch_passive(model, self._data)
+        self._handle = mujoco.viewer.launch_passive(model, self._data, show_left_ui=False, show_right_ui=False)
         self._frame_due = time.perf_counter()
 
     def show(self, qpos: np.ndarray) -> bool:
