@@ -620,7 +620,7 @@ def main() -> int:
             before, global_step = global_step, global_step + num_steps * envs.num_envs
 
             recent.extend(episodes)
-            means = {key: episode_mean(list(recent), key) for key in ROLLOUT_TAGS} if recent else {}
+            means = {key: episode_mean(recent, key) for key in ROLLOUT_TAGS} if recent else {}
             fps = (global_step - first_step) / (time.perf_counter() - start_time)
             scalars = {f"train/{key}": value for key, value in metrics.items()}
             scalars |= {"train/learning_rate": optimizer.param_groups[0]["lr"], "time/fps": fps}

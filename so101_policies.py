@@ -286,14 +286,12 @@ def load_file(path: str | Path, kind: str) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load does not look at the checksums
-        if damaged is not None:
-            raise SO101Error(f"{path}: damaged, the checksum of {damaged} is wrong; take another {noun}")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except SO101Error:
-        raise
+        saved = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile and torch raise many kinds for a damaged file
         text = f"{path}: not a readable {noun}, perhaps truncated ({type(error).__name__}); take another one"
         raise SO101Error(text) from error
+    if damaged:
+        raise SO101Error(f"{path}: damaged, the checksum of {damaged} is wrong; take another {noun}")
     if not isinstance(saved, dict) or saved.get("format") != kind:
         found = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
         raise SO101Error(f"{path}: not a {noun} of this version, which reads {kind!r}; the file says {found!r}")

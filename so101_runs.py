@@ -9,7 +9,7 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def run_script(main: Callable[[], int]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = main()
-        sys.stdout.flush()
+        sys.stdout.flush()  # here, where a reader that has gone is caught
         return code
     except SO101Error as error:
         message: Any = error
@@ -287,7 +287,7 @@ def evaluate(
     return episodes
 
 
-def episode_mean(episodes: list[dict[str, Any]], key: str) -> float:
+def episode_mean(episodes: Iterable[dict[str, Any]], key: str) -> float:
     """Mean of a value over episodes."""
     return float(np.mean([episode[key] for episode in episodes]))
 

@@ -19,7 +19,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 JOBS=${JOBS:-$(env -u OMP_NUM_THREADS nproc)} # nproc heeds that variable, and one thread is not one core
-export SCRIPT=${SCRIPT:-ppo_residual_so101.py} NAME=${NAME:-standard_50k} SEEDS=${SEEDS:-$(seq -s " " 1 10)} EPISODES=${EPISODES:-100} OMP_NUM_THREADS=1
+export SCRIPT=${SCRIPT:-ppo_residual_so101.py}
+export NAME=${NAME:-standard_50k} SEEDS=${SEEDS:-$(seq -s " " 1 10)} EPISODES=${EPISODES:-100} OMP_NUM_THREADS=1
 # a base policy that moves is evaluated alone, too
 case " $* " in *" --base-policy "*) BASE=--base ;; *) BASE=--no-base ;; esac
 export BASE RUNS=${RUNS:-logs/benchmark/$NAME} OUT=${OUT-benchmark/results/$NAME}

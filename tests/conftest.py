@@ -24,6 +24,10 @@ SMALL = (
 )
 
 
+# for commands that call python by its name: that of the environment the tests run in
+PYTHON_PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
 def run_script(name: str, *flags: str, **env: str | None) -> subprocess.CompletedProcess:
     """Run a script of the project to its end; environment variables given as None are unset."""
     environment = {**os.environ, **{key: value for key, value in env.items() if value is not None}}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL
+from conftest import PYTHON_PATH, ROOT, SMALL
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import report
@@ -21,9 +21,8 @@ SHORT = SMALL.replace("--total-timesteps 3000", "--total-timesteps 1200").replac
 def sweep(tmp_path: Path, *flags: str, seeds: str = "1 2") -> subprocess.CompletedProcess:
     variables = {"NAME": "trial", "SEEDS": seeds, "EPISODES": "3", "JOBS": "2"}
     variables |= {"RUNS": str(tmp_path / "runs"), "OUT": str(tmp_path / "out")}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = ["bash", str(ROOT / "benchmark" / "ppo_residual_so101.sh"), *SHORT.split(), *flags]
-    environment = {**os.environ, **variables, "PATH": path}
+    environment = {**os.environ, **variables, "PATH": PYTHON_PATH}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import PYTHON_PATH, ROOT
 
 # a run of a second that still has every part
 TINY = (
@@ -126,9 +126,8 @@ def apply(patch: Patch, source: Path, target: Path) -> None:
 
 def run(clone: Path, *words: str, **env: str) -> str:
     """Run a command of the copy to its end and return what it printed."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        words, cwd=clone, capture_output=True, text=True, timeout=300, env=os.environ | {"PATH": path} | env
+        words, cwd=clone, capture_output=True, text=True, timeout=300, env=os.environ | {"PATH": PYTHON_PATH} | env
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
