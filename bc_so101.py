@@ -26,8 +26,8 @@ import torch.nn as nn
 import tyro
 from tqdm import tqdm
 
-from so101_dataset import read_dataset, read_info, to_rad, unit_of
-from so101_env import ACT_DIM, ACTION, COMMAND, ENVIRONMENT, STATE, SO101Error, flat_observation
+from so101_dataset import read_dataset, read_info, unit_of
+from so101_env import ACT_DIM, ACTION, COMMAND, ENVIRONMENT, STATE, SO101Error, flat_observation, to_rad
 from so101_policies import CLONE, BasePolicy, Features, hash_weights, load_weights, restore_settings
 from so101_runs import check_flags, describe_run, make_run_dir, run_script, save_tensors, write_json
 

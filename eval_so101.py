@@ -15,6 +15,7 @@ if __name__ == "__main__":  # Ctrl+C while importing ends the program, without a
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ import torch
 import tyro
 from gymnasium.vector import AutoresetMode
 from scipy.stats import binomtest
+from tqdm import tqdm
 
 from so101_dataset import write_dataset
 from so101_env import (
@@ -37,7 +39,7 @@ from so101_env import (
     Task,
     Viewer,
 )
-from so101_policies import load_checkpoint, load_policy
+from so101_policies import Server, load_checkpoint, load_policy
 from so101_runs import (
     RECORD_SEED,
     TEST_SEED,
@@ -58,6 +60,8 @@ from so101_runs import (
 
 @dataclasses.dataclass
 class EvalArgs:
+    """Evaluation, films, recordings."""
+
     model: str | None = None
     """checkpoint to evaluate"""
     base_policy: str | None = None
@@ -82,10 +86,13 @@ class EvalArgs:
     """with --record: standard deviation of noise on the residual, 1 being alpha * act_scale rad"""
     only_successes: bool = False
     """with --record: leave out episodes that fail"""
+    environment_state: bool | None = None
+    """with --record: also write what a real arm does not know, as where the sheet lies; default: not with --cameras"""
     render_mode: Literal["human"] | None = None
     """human: play the evaluated episodes in MuJoCo's viewer"""
     num_threads: int | None = None
     """physics threads (default: every core); the results do not depend on it"""
+    server: Server = dataclasses.field(default_factory=Server)
 
 
 def check_eval_args(args: EvalArgs) -> None:
@@ -96,6 +103,7 @@ def check_eval_args(args: EvalArgs) -> None:
         if args.model is not None and getattr(args, name) is not None:
             raise SO101Error(f"{flag_of(name)} {getattr(args, name)}: the checkpoint of --model has its own; drop it")
     ranges = {"episodes": (1, 100_000), "video_episodes": (1, 100_000), "num_threads": (1, 1024)}
+    check_flags(args.server, Server.RANGES)
     check_flags(args, ranges | {"action_noise": (0, 100), "tape_margin": Task.RANGES["tape_margin"]})
     check_output("--json", args.json, (".json",))
     check_output("--video", args.video, (".mp4", ".gif"))
@@ -103,7 +111,7 @@ def check_eval_args(args: EvalArgs) -> None:
     check_output("--record", args.record)
     if args.record and Path(args.record).exists():
         raise SO101Error(f"--record {args.record}: exists; delete it or name another directory")
-    for name in ("action_noise", "only_successes"):
+    for name in ("action_noise", "only_successes", "environment_state"):
         if getattr(args, name) and args.record is None:
             raise SO101Error(f"{flag_of(name)} is for --record PATH")
     displays = ("DISPLAY", "WAYLAND_DISPLAY")
@@ -196,9 +204,31 @@ def play(envs: SO101ResidualVectorEnv, episodes: list[dict[str, Any]]) -> None:
     viewer.close()
 
 
+def record(args: EvalArgs, envs: SO101ResidualVectorEnv, episodes: list[dict[str, Any]]) -> None:
+    """Write traced episodes, and what the cameras of args see in them, as a dataset."""
+    cameras, length = args.server.camera_map(), sum(len(episode["command"]) for episode in episodes)
+    privileged = not cameras if args.environment_state is None else args.environment_state
+    demos = []
+    for episode in episodes:
+        state, environment = np.split(episode["obs"], [ACT_DIM], axis=1)
+        demos.append({STATE: state, ACTION: episode["command"]} | ({ENVIRONMENT: environment} if privileged else {}))
+
+    def pictures(name: str, camera: str) -> Iterator[np.ndarray]:
+        states = (qpos for episode in episodes for qpos in episode["qpos"][:-1])  # those that were acted upon
+        for qpos in tqdm(states, f"camera {name}", length, unit="frame", dynamic_ncols=True):
+            yield envs.camera_images(qpos[None], camera, args.server.size)[0]
+
+    write_dataset(Path(args.record), demos, {name: pictures(name, camera) for name, camera in cameras.items()})
+    print(f"{len(demos)} episodes, {length} frames in {args.record}")
+    if privileged:
+        print(f"clone: python bc_so101.py --demos {args.record}")
+    if cameras:
+        print(f"train: lerobot-train --dataset.repo_id=local/demos --dataset.root={args.record} --policy.type=act ...")
+
+
 def main() -> int:
     """Evaluate; returns the exit code."""
-    args = tyro.cli(EvalArgs, description=__doc__)
+    args = tyro.cli(EvalArgs, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
     check_eval_args(args)
     torch.set_num_threads(1)
     policy, steps, num_envs = no_residual, None, min(args.episodes, 50)
@@ -211,11 +241,14 @@ def main() -> int:
     else:
         task, base_policy = Task() if args.tape_margin is None else Task(tape_margin=args.tape_margin), args.base_policy
         envs = SO101ResidualVectorEnv(
-            num_envs, load_policy(base_policy), task, num_threads=args.num_threads,
+            num_envs, load_policy(base_policy, args.server), task, num_threads=args.num_threads,
             autoreset_mode=AutoresetMode.DISABLED,
         )  # fmt: skip
     if args.video:
         check_rendering(envs, "--video")
+    if args.record:
+        for camera in args.server.camera_map().values():
+            envs.camera_images(envs.qpos[:1], camera, args.server.size)
 
     # demonstrations are for training: they must not contain the episodes that training is judged by
     seeds = [(RECORD_SEED if args.record else TEST_SEED) + i for i in range(args.episodes)]
@@ -260,11 +293,7 @@ def main() -> int:
         }
         write_json(Path(args.json), result)
     if args.record:
-        kept = [episode for episode in episodes if episode["success"] or not args.only_successes]
-        demos = [{STATE: e["obs"][:, :ACT_DIM], ENVIRONMENT: e["obs"][:, ACT_DIM:], ACTION: e["command"]} for e in kept]
-        write_dataset(Path(args.record), demos)
-        print(f"{len(demos)} episodes, {sum(len(e['command']) for e in kept)} frames in {args.record}")
-        print(f"clone: python bc_so101.py --demos {args.record}")
+        record(args, envs, [episode for episode in episodes if episode["success"] or not args.only_successes])
     if args.plot:
         plot(episodes, envs.task.tape_margin, Path(args.plot))
     if args.video:

@@ -32,7 +32,7 @@ from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
 from so101_env import ACT_DIM, MAX_EPISODE_STEPS, BasePolicyError, SO101Error, SO101ResidualVectorEnv, Task
-from so101_policies import CHECKPOINT, Checkpoint, Features, load_checkpoint, load_policy, load_weights
+from so101_policies import CHECKPOINT, Checkpoint, Features, Server, load_checkpoint, load_policy, load_weights
 from so101_runs import (
     VALIDATION_SEED,
     Interrupts,
@@ -122,9 +122,11 @@ class Base:
     """The policy that the residual corrects."""
 
     base_policy: str = "zero"
-    """zero, jacobian (a scripted pusher), checkpoint:PATH, bc:PATH, or MODULE:CLASS[:ARGUMENT] for your own class"""
+    """zero, jacobian (a scripted pusher), checkpoint:PATH, bc:PATH, server:HOST:PORT (LeRobot's or GR00T's), or
+    MODULE:CLASS[:ARGUMENT] for your own class"""
     observe_base: bool = False
     """append the base policy's action to the observation: 31 numbers instead of 25"""
+    server: Server = dataclasses.field(default_factory=Server)
 
 
 @dataclasses.dataclass
@@ -170,13 +172,13 @@ RANGES = {
     "gae_lambda": (0, 1), "clip_coef": (1e-6, 100), "ent_coef": (0, 100), "vf_coef": (0, 100),
     "max_grad_norm": (1e-6, 1e6), "train_episode_steps": (1, 10**6), "hidden_size": (1, 4096),
     "log_std_init": (-10, 2), "num_threads": (1, 1024), "checkpoint_every": (1, 10**10), "eval_every": (0, 10**10),
-    "eval_episodes": (1, 4096), **Task.RANGES,
+    "eval_episodes": (1, 4096), **Task.RANGES, **Server.RANGES,
 }  # fmt: skip
 
 
 def check_args(args: Args) -> None:
     """Raise SO101Error with the name of the first flag that is out of range, or contradicts another."""
-    for settings in (args, args.ppo, args.networks, args.task, args.run):
+    for settings in (args, args.ppo, args.networks, args.base.server, args.task, args.run):
         check_flags(settings, RANGES)
     # a budget below one rollout shortens the rollout, and below num_envs takes fewer environments
     samples = args.ppo.num_envs * args.ppo.num_steps
@@ -197,7 +199,7 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, num_threads: 
     """The task as args describe it, a SO101ResidualVectorEnv: for training, or for `evaluate`."""
     return SO101ResidualVectorEnv(
         num_envs,
-        load_policy(args.base.base_policy),
+        load_policy(args.base.base_policy, args.base.server),
         args.task,
         max_episode_steps=MAX_EPISODE_STEPS if evaluation else args.ppo.train_episode_steps,
         shaping_gamma=args.ppo.gamma if args.ppo.shaping else None,

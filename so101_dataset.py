@@ -1,13 +1,15 @@
 """Demonstrations on disk: LeRobotDataset v3.0, written and read with pyarrow.
 
-An episode is a dict of float32 arrays: "observation.state" (T, 6), joint positions; "observation.environment_state"
-(T, 19), the rest of the observation; "action" (T, 6), absolute joint targets. A dataset of this project says its units
-in meta/info.json ("unit" of a feature); others need to be told, see `to_rad`.
+An episode is a dict of float32 arrays: "observation.state" (T, 6), joint positions; "action" (T, 6), absolute joint
+targets; and "observation.environment_state" (T, 19), the rest of the observation, where it was asked for. What cameras
+saw lies beside, as H.264 video. Joints are in degrees, the gripper in 0 to 100, as LeRobot records the arm; a dataset
+of this project says so in meta/info.json ("unit" of a feature), others need to be told, see so101_env.to_rad.
 """
 
 import json
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,19 @@ from so101_env import (
     CONTROL_HZ,
     ENVIRONMENT,
     ENVIRONMENT_NAMES,
+    IMAGES,
     STATE,
     STATE_NAMES,
+    TASK_TEXT,
     SO101Error,
-    load_model,
+    from_rad,
 )
 
-TASK = "Slide the sheet of paper into the square of red tape."
+UNIT = "deg"  # of the joints in what is written here
 FEATURES = {
-    STATE: {"dtype": "float32", "shape": [6], "names": STATE_NAMES, "unit": "rad"},
+    STATE: {"dtype": "float32", "shape": [6], "names": STATE_NAMES, "unit": UNIT},
     ENVIRONMENT: {"dtype": "float32", "shape": [19], "names": ENVIRONMENT_NAMES, "unit": "rad/s, m, quaternion"},
-    ACTION: {"dtype": "float32", "shape": [6], "names": STATE_NAMES, "unit": "rad"},
+    ACTION: {"dtype": "float32", "shape": [6], "names": STATE_NAMES, "unit": UNIT},
     "timestamp": {"dtype": "float32", "shape": [1], "names": None},
     "frame_index": {"dtype": "int64", "shape": [1], "names": None},
     "episode_index": {"dtype": "int64", "shape": [1], "names": None},
@@ -38,16 +42,29 @@ FEATURES = {
     "task_index": {"dtype": "int64", "shape": [1], "names": None},
 }
 FRAMES_PER_FILE = 500_000  # keeps a file below the format's 100 MB
+# A key frame every other frame, and no frame that refers to a later one, so that training reads frames at random fast.
+VIDEO_OPTIONS = ["-crf", "20", "-g", "2", "-bf", "0"]
+FRAMES_PER_SAMPLE = 10  # of the frames, one in so many is counted in the pictures' statistics
+# GR00T's fine-tuning reads which numbers are which from this file; LeRobot ignores it
+JOINT_GROUPS = {"single_arm": {"start": 0, "end": 5}, "gripper": {"start": 5, "end": 6}}
 
 
 class DatasetError(SO101Error):
     """A dataset that cannot be read or written; says which file, and what to do."""
 
 
-def write_dataset(path: Path, episodes: list[dict[str, np.ndarray]]) -> None:
+def write_dataset(
+    path: Path, episodes: list[dict[str, np.ndarray]], cameras: Mapping[str, Iterable[np.ndarray]] | None = None
+) -> None:
     """Write episodes as a LeRobotDataset v3.0 into the new directory path, which is complete or absent.
 
-    Raises DatasetError if path exists or there is no episode.
+    Args:
+        path: the directory.
+        episodes: each with joint angles in rad.
+        cameras: by name, the pictures (H, W, 3) uint8 of all frames of all episodes, in order; they are read once.
+
+    Raises:
+        DatasetError: path exists, cannot be written, there is no episode, or as many pictures as frames.
     """
     if path.exists():
         raise DatasetError(f"{path} exists; delete it or name another directory")
@@ -56,7 +73,7 @@ def write_dataset(path: Path, episodes: list[dict[str, np.ndarray]]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
-        _write_files(temporary, episodes)
+        _write_files(temporary, episodes, cameras or {})
         os.replace(temporary, path)
     except OSError as error:
         raise DatasetError(f"{path}: cannot be written ({error.strerror or error}); free the disk") from error
@@ -64,9 +81,12 @@ def write_dataset(path: Path, episodes: list[dict[str, np.ndarray]]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_files(root: Path, episodes: list[dict[str, np.ndarray]]) -> None:
+def _write_files(
+    root: Path, episodes: list[dict[str, np.ndarray]], cameras: Mapping[str, Iterable[np.ndarray]]
+) -> None:
     """All files of a dataset below root."""
     (root / "meta" / "episodes" / "chunk-000").mkdir(parents=True)
+    features = {key: feature for key, feature in FEATURES.items() if key != ENVIRONMENT or key in episodes[0]}
     everything, rows, tables, file_index, first_frame = [], [], [], 0, 0
     for number, episode in enumerate(episodes):
         length = len(episode[ACTION])
@@ -75,22 +95,24 @@ def _write_files(root: Path, episodes: list[dict[str, np.ndarray]]) -> None:
             tables, file_index = [], file_index + 1
         frames = np.arange(length)
         arrays = {
-            **{key: np.asarray(episode[key], np.float32) for key in (STATE, ENVIRONMENT, ACTION)},
+            **{key: np.asarray(episode[key], np.float32) for key in (STATE, ENVIRONMENT, ACTION) if key in features},
             "timestamp": (frames / CONTROL_HZ).astype(np.float32),
             "frame_index": frames,
             "episode_index": np.full(length, number),
             "index": first_frame + frames,
             "task_index": np.zeros(length, np.int64),
         }
-        for key, feature in FEATURES.items():
+        for key, feature in features.items():
             if length == 0 or arrays[key].reshape(length, -1).shape[1:] != tuple(feature["shape"]):
                 raise DatasetError(f"episode {number}: {key} has shape {arrays[key].shape}")
-        tables.append(pa.table({key: _column(arrays[key]) for key in FEATURES}))
+        for key in (STATE, ACTION):
+            arrays[key] = from_rad(episode[key], UNIT).astype(np.float32)
+        tables.append(pa.table({key: _column(arrays[key]) for key in features}))
         everything.append(arrays)
         rows.append(
             {
                 "episode_index": number,
-                "tasks": [TASK],
+                "tasks": [TASK_TEXT],
                 "length": length,
                 "dataset_from_index": first_frame,
                 "dataset_to_index": first_frame + length,
@@ -98,11 +120,24 @@ def _write_files(root: Path, episodes: list[dict[str, np.ndarray]]) -> None:
                 "data/file_index": file_index % 1000,
                 "meta/episodes/chunk_index": 0,
                 "meta/episodes/file_index": 0,
-                **{f"stats/{key}/{name}": s for key in FEATURES for name, s in _stats(arrays[key]).items()},
+                **{f"stats/{key}/{name}": s for key in features for name, s in _stats(arrays[key]).items()},
             }
         )
         first_frame += length
     _write_data(root, file_index, tables)
+    stats = {key: _stats(np.concatenate([arrays[key] for arrays in everything])) for key in features}
+    for camera, frames in cameras.items():
+        key = IMAGES + camera
+        features[key], sample = _write_video(root / VIDEO_PATH.format(video_key=key, **NO_INDEX), frames, first_frame)
+        stats[key] = _image_stats(sample)
+        for row in rows:
+            start, end = row["dataset_from_index"], row["dataset_to_index"]
+            row |= {f"videos/{key}/{name}": 0 for name in NO_INDEX}
+            row |= {f"videos/{key}/from_timestamp": start / CONTROL_HZ, f"videos/{key}/to_timestamp": end / CONTROL_HZ}
+            # the sampled frames of the episode; of a very short one, the next sampled frame
+            first = min(-(-start // FRAMES_PER_SAMPLE), len(sample) - 1)
+            of_episode = _image_stats(sample[first : max(-(-end // FRAMES_PER_SAMPLE), first + 1)])
+            row |= {f"stats/{key}/{name}": value for name, value in of_episode.items()}
     pq.write_table(pa.Table.from_pylist(rows), root / "meta" / "episodes" / "chunk-000" / "file-000.parquet")
 
     # LeRobot reads the tasks with pandas and expects their text as the index: pandas' own metadata say so
@@ -113,10 +148,8 @@ def _write_files(root: Path, episodes: list[dict[str, np.ndarray]]) -> None:
             for name, kind, numpy_type in (("task_index", "int64", "int64"), ("task", "unicode", "object"))
         ],
     }  # fmt: skip
-    tasks = pa.table({"task_index": [0], "task": [TASK]}).replace_schema_metadata({"pandas": json.dumps(index)})
+    tasks = pa.table({"task_index": [0], "task": [TASK_TEXT]}).replace_schema_metadata({"pandas": json.dumps(index)})
     pq.write_table(tasks, root / "meta" / "tasks.parquet")
-    stats = {key: _stats(np.concatenate([arrays[key] for arrays in everything])) for key in FEATURES}
-    (root / "meta" / "stats.json").write_text(json.dumps(stats, indent=4) + "\n")
     info = {
         "codebase_version": "v3.0",
         "robot_type": "so101_follower",
@@ -129,10 +162,60 @@ def _write_files(root: Path, episodes: list[dict[str, np.ndarray]]) -> None:
         "fps": CONTROL_HZ,
         "splits": {"train": f"0:{len(episodes)}"},
         "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-        "video_path": None,
-        "features": FEATURES,
+        "video_path": VIDEO_PATH if cameras else None,
+        "features": features,
     }
-    (root / "meta" / "info.json").write_text(json.dumps(info, indent=4) + "\n")
+    modality = {
+        "state": JOINT_GROUPS,
+        "action": JOINT_GROUPS,
+        "video": {camera: {"original_key": IMAGES + camera} for camera in cameras},
+        "annotation": {"human.task_description": {"original_key": "task_index"}},
+    }
+    for name, content in (("stats", stats), ("info", info), ("modality", modality)):
+        (root / "meta" / f"{name}.json").write_text(json.dumps(content, indent=4) + "\n")
+
+
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+NO_INDEX = {"chunk_index": 0, "file_index": 0}  # one file for each camera
+
+
+def _write_video(path: Path, frames: Iterable[np.ndarray], length: int) -> tuple[dict[str, Any], np.ndarray]:
+    """Encode `length` pictures at exactly CONTROL_HZ; returns the feature, and the pictures sampled for statistics."""
+    import imageio.v2 as imageio
+    import imageio_ffmpeg
+
+    path.parent.mkdir(parents=True)
+    sample, count, shape = [], 0, (0, 0, 3)
+    # yuv420p keeps colours at half the resolution, so sides must be even: macro_block_size 2 would pad odd ones
+    options = {"codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 1, "output_params": VIDEO_OPTIONS}
+    with imageio.get_writer(path, fps=CONTROL_HZ, **options) as writer:
+        for frame in frames:
+            if count % FRAMES_PER_SAMPLE == 0:
+                sample.append(frame)
+            writer.append_data(frame)
+            count, shape = count + 1, frame.shape
+    if count != length:
+        raise DatasetError(f"{path}: {count} pictures for {length} frames")
+    written, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+    if written != length:
+        raise OSError(f"{path.name} has {written} of {length} frames")
+    details = {
+        "height": shape[0], "width": shape[1], "codec": "h264", "pix_fmt": "yuv420p", "is_depth_map": False,
+        "fps": CONTROL_HZ, "channels": 3,
+    }  # fmt: skip
+    feature = {"dtype": "video", "shape": list(shape), "names": ["height", "width", "channels"]}
+    info = {f"video.{name}": value for name, value in details.items()} | {"has_audio": False}
+    return {**feature, "info": info}, np.array(sample)
+
+
+def _image_stats(frames: np.ndarray) -> dict[str, list]:
+    """Statistics of pictures (n, H, W, 3) uint8 as LeRobot keeps them: per channel, (3, 1, 1), in [0, 1]."""
+    pixels = frames.reshape(-1, 3)
+    values: dict[str, Any] = {"min": pixels.min(0), "max": pixels.max(0), "mean": pixels.mean(0), "std": pixels.std(0)}
+    quantiles = np.quantile(pixels, (0.01, 0.10, 0.50, 0.90, 0.99), axis=0)
+    values |= dict(zip(("q01", "q10", "q50", "q90", "q99"), quantiles))
+    stats = {name: (value / 255.0).reshape(3, 1, 1).tolist() for name, value in values.items()}
+    return stats | {"count": [len(frames)]}
 
 
 def read_info(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
@@ -216,33 +299,6 @@ def unit_of(info: dict[str, Any], key: str, given: str | None) -> str:
     if said is not None and given is not None and said != given:
         raise DatasetError(f"--units {given}: the dataset says that {key} is in {said}; drop the flag")
     return said or given
-
-
-def to_rad(joints: np.ndarray, unit: str) -> np.ndarray:
-    """Joint angles (T, 6) in rad.
-
-    Args:
-        joints: in `unit`, JOINTS order.
-        unit: "rad"; "deg", as LeRobot records with use_degrees: the gripper is then in 0 to 100; "norm", LeRobot's -100
-            to 100 over each joint's range, and 0 to 100 for the gripper. The ranges are those of the model, so "norm"
-            is as good as the arm's calibration reaches its stops.
-
-    Raises:
-        DatasetError: an unknown unit, or numbers that no such unit can have.
-    """
-    if unit == "rad":
-        result = joints.astype(np.float64)
-    elif unit in ("deg", "norm"):
-        low, high = load_model().actuator_ctrlrange.T
-        share = np.concatenate([(joints[:, :5] + 100.0) / 200.0, joints[:, 5:] / 100.0], axis=1)
-        result = low + share * (high - low)
-        if unit == "deg":
-            result[:, :5] = np.deg2rad(joints[:, :5])
-    else:
-        raise DatasetError(f"unknown unit {unit!r}; known are rad, deg and norm")
-    if np.abs(result).max() > 2 * np.pi:
-        raise DatasetError(f"joint angles of {np.abs(result).max():.0f} rad: they are not in {unit}; see --units")
-    return result
 
 
 def _column(array: np.ndarray) -> pa.Array:

@@ -10,7 +10,9 @@ Another task is a subclass that overrides `draw_start`, `observe`, `command_targ
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import os
 import sys
 import time
@@ -28,6 +30,9 @@ from gymnasium.vector import AutoresetMode
 ASSET = Path(__file__).resolve().parent / "assets" / "paper_in_square.xml"
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 ACT_DIM = len(JOINTS)
+TASK_TEXT = (
+    "Slide the sheet of paper into the square of red tape."  # for datasets, and policies that are told what to do
+)
 CONTROL_HZ = 30
 MAX_EPISODE_STEPS = 400
 SUCCESS_STEPS = 5  # consecutive control steps with all four corners inside
@@ -285,6 +290,50 @@ def flat_observation(obs: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.concatenate([obs[STATE], obs[ENVIRONMENT]], axis=1)
 
 
+UNITS = ("rad", "deg", "norm")
+
+
+@functools.cache
+def _unit_scale(unit: str) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and offset (6,) that turn joint angles in `unit` into rad."""
+    low, high = load_model().actuator_ctrlrange.T.copy()
+    if unit == "rad":
+        return np.ones(ACT_DIM), np.zeros(ACT_DIM)
+    if unit not in UNITS:
+        raise SO101Error(f"unknown unit {unit!r}; known are {', '.join(UNITS)}")
+    # from -100 to 100 over each joint's range, but for the gripper: from 0 to 100
+    scale, offset = (high - low) / 200.0, (high + low) / 2.0
+    if unit == "deg":
+        scale, offset = np.full(ACT_DIM, np.pi / 180.0), np.zeros(ACT_DIM)
+    scale[5], offset[5] = (high[5] - low[5]) / 100.0, low[5]
+    return scale, offset
+
+
+def to_rad(joints: np.ndarray, unit: str) -> np.ndarray:
+    """Joint angles (..., 6) in rad.
+
+    Args:
+        joints: in `unit`, JOINTS order.
+        unit: "rad"; "deg", as LeRobot records with use_degrees: the gripper is then in 0 to 100; "norm", LeRobot's -100
+            to 100 over each joint's range, and 0 to 100 for the gripper. The ranges are those of the model, so "norm"
+            is as good as the arm's calibration reaches its stops.
+
+    Raises:
+        SO101Error: an unknown unit, or numbers that no such unit can have.
+    """
+    scale, offset = _unit_scale(unit)
+    result = np.asarray(joints, np.float64) * scale + offset
+    if np.abs(result).max() > 2 * np.pi:
+        raise SO101Error(f"joint angles of {np.abs(result).max():.0f} rad: they are not in {unit}; see --units")
+    return result
+
+
+def from_rad(joints_rad: np.ndarray, unit: str) -> np.ndarray:
+    """Inverse of to_rad."""
+    scale, offset = _unit_scale(unit)
+    return (joints_rad - offset) / scale
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the task as pure functions on arrays
 
@@ -458,7 +507,9 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._done = np.ones(n, bool)
         self._obs = np.zeros(self.observation_space.shape, np.float32)
         self._base = np.zeros((n, ACT_DIM))  # with observe_base: the base policy's deltas for self._obs, rad
-        self._renderers: dict[tuple[int, int], mujoco.Renderer] = {}
+        # made when first used, freed by close: None is the one for people, the others are the cameras' by image size
+        self._renderers: dict[tuple[int, int] | None, mujoco.Renderer] = {}
+        self._render_data = mujoco.MjData(self.model)
 
     # -- the task: what a subclass overrides
 
@@ -682,18 +733,39 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             return None
         return tuple(self.render_state(qpos) for qpos in self._qpos)
 
-    def render_state(self, qpos: np.ndarray, camera: str | int = -1, size: tuple[int, int] = (480, 640)) -> np.ndarray:
-        """The RGB frame (height, width, 3) uint8 of positions (10,); camera "top", "wrist", or -1 for the free camera.
+    def render_state(self, qpos: np.ndarray, camera: str | int = -1) -> np.ndarray:
+        """The RGB frame (480, 640, 3) uint8 of positions (10,), for people; camera -1 is the free one.
 
         Raises SO101Error where the machine cannot render off screen.
         """
+        if None not in self._renderers:
+            self._renderers[None] = offscreen_renderer(self.model, 480, 640)
+        return self._render(self._renderers[None], qpos, camera)
+
+    def camera_images(self, qpos: np.ndarray, camera: str, size: tuple[int, int]) -> np.ndarray:
+        """What a camera of the model, "top" or "wrist", sees of positions (n, 10): (n, H, W, 3) uint8, for policies.
+
+        Recordings, training and evaluation all see through this function, so a policy meets the pictures that it
+        learned from: without shadows and antialiasing, at a fortieth of the cost.
+
+        Args:
+            size: height and width, pixels.
+
+        Raises:
+            SO101Error: no such camera, or a machine that cannot render off screen.
+        """
+        if camera not in camera_names():
+            raise SO101Error(f"camera {camera}: the scene has no such camera, it has {' and '.join(camera_names())}")
         if size not in self._renderers:
-            self._renderers[size] = offscreen_renderer(self.model, *size)
-            self._render_data = mujoco.MjData(self.model)
+            self._renderers[size] = camera_renderer(self.model, *size)
+        frames = [self._render(self._renderers[size], row, camera) for row in qpos]
+        return np.array(frames, np.uint8).reshape(len(qpos), *size, 3)
+
+    def _render(self, renderer: mujoco.Renderer, qpos: np.ndarray, camera: str | int) -> np.ndarray:
         self._render_data.qpos[:] = qpos
         mujoco.mj_forward(self.model, self._render_data)
-        self._renderers[size].update_scene(self._render_data, camera)
-        return self._renderers[size].render()
+        renderer.update_scene(self._render_data, camera)
+        return renderer.render()
 
     def close_extras(self, **kwargs: Any) -> None:
         """Free the renderers and the base policy."""
@@ -811,9 +883,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
     def _camera_images(self, camera: str, ids: np.ndarray) -> np.ndarray:
         """What a camera of the base policy sees now in the environments ids, (n, H, W, 3) uint8."""
-        height, width = self.base_policy.image_size
-        frames = [self.render_state(self._qpos[i], camera, (height, width)) for i in ids]
-        return np.array(frames, np.uint8).reshape(len(ids), height, width, 3)
+        return self.camera_images(self._qpos[ids], camera, self.base_policy.image_size)
 
     def _home_state(self) -> dict[str, np.ndarray]:
         """Nominal resting state: joints at home, servo targets raised by gravity sag, sheet settled on the table."""
@@ -979,6 +1049,13 @@ def load_model(tape_margin: float = Task.tape_margin) -> mujoco.MjModel:
     return spec.compile()
 
 
+@functools.cache
+def camera_names() -> tuple[str, ...]:
+    """The cameras of the scene that policies can look through."""
+    model = load_model()
+    return tuple(model.camera(i).name for i in range(model.ncam))
+
+
 def offscreen_renderer(model: mujoco.MjModel, height: int = 480, width: int = 640) -> mujoco.Renderer:
     """A renderer without a window: EGL on Linux unless MUJOCO_GL says otherwise. OpenGL is first touched here.
 
@@ -997,6 +1074,23 @@ def offscreen_renderer(model: mujoco.MjModel, height: int = 480, width: int = 64
             f"off-screen rendering failed ({type(error).__name__}): install EGL (Debian: apt-get install libegl1) "
             "or set MUJOCO_GL=osmesa"
         ) from error
+
+
+# Without shadows, antialiasing and round shapes a picture of 96 x 96 pixels costs 1 ms instead of 40. Those in datasets
+# were drawn so: a policy that was trained on them is wrong about any other picture.
+CAMERA_QUALITY = {"offsamples": 0, "numslices": 8, "numstacks": 4, "numquads": 1}
+CAMERA_FLAGS_OFF = ("mjRND_SHADOW", "mjRND_REFLECTION", "mjRND_SKYBOX", "mjRND_HAZE", "mjRND_FOG")
+
+
+def camera_renderer(model: mujoco.MjModel, height: int, width: int) -> mujoco.Renderer:
+    """A renderer for the pictures that policies see; raises like offscreen_renderer."""
+    model = copy.copy(model)
+    for name, value in CAMERA_QUALITY.items():
+        setattr(model.vis.quality, name, value)
+    renderer = offscreen_renderer(model, height, width)
+    for name in CAMERA_FLAGS_OFF:
+        renderer.scene.flags[getattr(mujoco.mjtRndFlag, name)] = 0
+    return renderer
 
 
 class Viewer:

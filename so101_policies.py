@@ -1,7 +1,8 @@
 """Policies as the residual's base, named by one spec string, and the files that policies are kept in.
 
-`load_policy(spec)` makes a base policy: `zero`, `jacobian` (a scripted pusher), `checkpoint:PATH`, `bc:PATH`, or
-`MODULE:CLASS[:ARGUMENT]` for a BasePolicy of your own. A base policy that cannot act raises; none falls back to zeros.
+`load_policy(spec)` makes a base policy: `zero`, `jacobian` (a scripted pusher), `checkpoint:PATH`, `bc:PATH`,
+`server:HOST:PORT` (a policy of LeRobot's or GR00T's behind a server), or `MODULE:CLASS[:ARGUMENT]` for a BasePolicy of
+your own. A base policy that cannot act raises; none falls back to zeros.
 
 A policy's file names the script that wrote it and holds all of that script's settings. It is loaded through that
 script, which must lie beside so101_env.py: a copy that you have changed builds its own networks.
@@ -11,6 +12,8 @@ import dataclasses
 import hashlib
 import importlib
 import importlib.util
+import ipaddress
+import os
 import re
 import sys
 import types
@@ -19,7 +22,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import mujoco
 import mujoco.batch
@@ -34,21 +37,29 @@ from so101_env import (
     COMMAND_WINDOW_RAD,
     DERIVED,
     HOME_RAD,
+    IMAGES,
     JOINT_MIRROR,
     OBS,
     OBSERVATION,
+    STATE,
+    TASK_TEXT,
+    BaseObservation,
     BasePolicyError,
     Part,
     SO101Error,
+    camera_names,
     clamp,
     distance_to_sheet,
     flat_observation,
+    from_rad,
     load_model,
     sheet_pose,
+    to_rad,
 )
+from so101_wire import PolicyClient, WireError, check_action
 
 HERE = Path(__file__).resolve().parent
-SPECS = "zero, jacobian, checkpoint:PATH, bc:PATH, MODULE:CLASS[:ARGUMENT]"
+SPECS = "zero, jacobian, checkpoint:PATH, bc:PATH, server:HOST:PORT, MODULE:CLASS[:ARGUMENT]"
 
 
 class BasePolicy:
@@ -80,6 +91,48 @@ class BasePolicy:
 
     def close(self) -> None:
         """Release what the policy holds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """Pictures, and a policy server as base policy."""
+
+    cameras: tuple[str, ...] = ()
+    """cameras to record, or that a policy server sees: top, wrist, or NAME=CAMERA where it is called otherwise"""
+    image_size: tuple[int, ...] = (96,)
+    """side of the pictures in pixels, or height and width"""
+    units: Literal["deg", "norm", "rad"] | None = None
+    """unit of the joints at a policy server, which no server tells: deg (gripper 0 to 100; LeRobot since 0.4.4, and
+    what is recorded here), norm (-100 to 100; LeRobot before) or rad"""
+    chunk_steps: int = 8
+    """steps of each predicted chunk that are carried out before a policy server is asked again"""
+    instruction: str = TASK_TEXT
+    """what a policy server is told to do"""
+    server_timeout: float = 15.0
+    """seconds to wait for a policy server; the first action may take 60"""
+    allow_remote: bool = False
+    """let --base-policy server: name another machine; nothing on the wire is encrypted"""
+
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = {"chunk_steps": (1, 1000), "server_timeout": (0.1, 3600)}
+
+    def camera_map(self) -> dict[str, str]:
+        """The model's camera by the name that it has in datasets and at the server."""
+        pairs = [text.split("=", 1) if "=" in text else (text, text) for text in self.cameras]
+        if len({name for name, _ in pairs}) < len(pairs) or not all(name and camera for name, camera in pairs):
+            raise SO101Error(f"--cameras {' '.join(self.cameras)}: give NAME or NAME=CAMERA, each name once")
+        if unknown := [camera for _, camera in pairs if camera not in camera_names()]:
+            known = " and ".join(camera_names())
+            raise SO101Error(f"--cameras {unknown[0]}: the scene has no such camera, it has {known}")
+        return dict(pairs)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pictures, pixels."""
+        size = self.image_size
+        if len(size) not in (1, 2) or not all(8 <= side <= 1024 and side % 2 == 0 for side in size):
+            text = " ".join(map(str, size))
+            raise SO101Error(f"--image-size {text}: give one side or height and width, even numbers from 8 to 1024")
+        return size[0], size[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,6 +404,8 @@ def _is_a(value: Any, hint: Any) -> bool:
     """Whether a plain value fits a type hint of a flag."""
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_a(each, typing.get_args(hint)[0]) for each in value)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(_is_a(value, each) for each in typing.get_args(hint))
     return type(value) is hint or (hint is float and type(value) is int)
@@ -422,7 +477,8 @@ class CheckpointPolicy(BasePolicy):
     def __init__(self, path: str):
         checkpoint = load_checkpoint(path)
         args = checkpoint.args
-        self.base, self.agent = load_policy(args.base.base_policy), checkpoint.agent(path)
+        self.base = load_policy(args.base.base_policy, args.base.server)
+        self.agent = checkpoint.agent(path)
         checkpoint.check_base(self.base, path)
         self.observe_base, self.scale_rad = args.base.observe_base, args.task.alpha * args.task.act_scale
         also = f"{checkpoint.saved['base_fingerprint']} {self.scale_rad}"
@@ -459,8 +515,158 @@ class CheckpointPolicy(BasePolicy):
             self.base.close()
 
 
-def load_policy(spec: str) -> BasePolicy | None:
-    """Base policy of a spec string, see SPECS; None for zero.
+class ServerPolicy(BasePolicy):
+    """A policy behind a server, as of LeRobot or GR00T, that sees through cameras: `server:HOST:PORT`.
+
+    All environments that look in a step are one request. Of every predicted chunk the first chunk_steps absolute joint
+    targets are carried out. Raises BasePolicyError for a server that is not there, is no such policy's, or fails.
+    """
+
+    GROUPS: ClassVar[dict[str, slice]] = {"single_arm": slice(0, 5), "gripper": slice(5, 6)}  # of state and action
+
+    def __init__(self, address: str, options: Server):
+        host, _, port = address.rpartition(":")
+        self.address, host = address, host.strip("[]")
+        if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
+            raise BasePolicyError(f"base policy server:{address}: give server:HOST:PORT, as in server:127.0.0.1:5555")
+        if not options.allow_remote and not _is_loopback(host):
+            raise BasePolicyError(
+                f"base policy server:{address}: is another machine, and nothing on the wire is encrypted: tunnel it "
+                f"(ssh -L {port}:127.0.0.1:{port} {host}), or say --allow-remote"
+            )
+        if options.units is None:
+            raise BasePolicyError(
+                f"base policy server:{address}: no server tells the unit of its joints: say --units deg (LeRobot since "
+                "0.4.4, and what is recorded here), norm (LeRobot before) or rad"
+            )
+        self.options, self.image_size, self.memory = options, options.size, {}
+        try:
+            self.client = PolicyClient(
+                host, int(port), options.server_timeout, api_token=os.environ.get("SO101_API_TOKEN")
+            )
+        except WireError as error:
+            raise self._error(error) from error
+        try:
+            self._match_modalities()
+            # grey pictures of an arm at home
+            home, video, steps = HOME_RAD[None].astype(np.float32), self.client.modalities["video"], self.past + [0]
+            grey = np.full((1, len(steps), *self.image_size, 3), 128, np.uint8)
+            probe = self._question({key: grey for key in video.keys}, np.repeat(home[:, None], len(steps), axis=1))
+            facts = {**dataclasses.asdict(options), "server_timeout": 0, "allow_remote": False}
+            policy = self.client.identify(probe)
+            self.fingerprint = hashlib.sha256(f"{policy} {sorted(facts.items())}".encode()).hexdigest()
+        except WireError as error:
+            self.close()
+            raise self._error(error) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _error(self, problem: object) -> BasePolicyError:
+        return BasePolicyError(f"base policy server:{self.address}: {problem}")
+
+    def _match_modalities(self) -> None:
+        """Find the scene's counterpart of all that the policy sees and gives."""
+        video, state, action = (self.client.modalities[kind] for kind in ("video", "state", "action"))
+        names = self.options.camera_map()
+        self.camera_of = {key: names.get(key, key) for key in video.keys}
+        if unknown := [key for key, camera in self.camera_of.items() if camera not in camera_names()]:
+            example = " ".join(f"{key}={camera}" for key, camera in zip(video.keys, camera_names()))
+            text = f"its policy looks through {' and '.join(video.keys)}; say which camera {unknown[0]} is, as in"
+            raise self._error(f"{text} --cameras {example}")
+        if unused := [name for name in names if name not in video.keys]:
+            seen = " and ".join(video.keys) or "no camera"
+            raise self._error(f"--cameras {unused[0]}: its policy does not look through that, but through {seen}")
+        self.cameras = tuple(dict.fromkeys(self.camera_of.values()))
+        for kind, keys in (("state", state.keys), ("action", action.keys)):
+            if unknown := [key for key in keys if key not in self.GROUPS]:
+                known = " and ".join(self.GROUPS)
+                raise self._error(f"its policy has the {kind} {unknown[0]}; an SO-101's are {known}")
+        if missing := [key for key in self.GROUPS if key not in action.keys]:
+            raise self._error(f"its policy gives no {missing[0]}, only {' and '.join(action.keys) or 'nothing'}")
+        horizon = len(action.deltas)
+        if action.deltas != list(range(horizon)):
+            raise self._error(f"its policy predicts the steps {action.deltas}, not all from now on")
+        if self.options.chunk_steps > horizon:
+            raise self._error(f"--chunk-steps {self.options.chunk_steps}: its policy predicts {horizon} steps")
+        self.past = video.deltas[:-1] if video.keys else state.deltas[:-1]
+        deltas = [modality.deltas for modality in (video, state) if modality.keys]
+        if any(each != [*self.past, 0] for each in deltas) or any(-d > self.options.chunk_steps for d in self.past):
+            text = f"its policy looks at the steps {deltas[0]}; only 0 and at most --chunk-steps before it will do"
+            raise self._error(text)
+
+    def _question(self, video: dict[str, np.ndarray], joints_rad: np.ndarray) -> dict[str, Any]:
+        """Arguments of PolicyClient.get_action: pictures (B, T, H, W, 3), joint positions (B, T, 6), rad."""
+        joints = from_rad(joints_rad.astype(np.float64), self.options.units)
+        state = {key: joints[:, :, self.GROUPS[key]] for key in self.client.modalities["state"].keys}
+        return {"video": video, "state": state, "text": self.options.instruction}
+
+    def reset(self, mask: np.ndarray) -> None:
+        """Look again before the next step."""
+        n, steps = len(mask), self.options.chunk_steps
+        if not self.memory or len(self.memory["step"]) != n:
+            self.memory = {"step": np.zeros(n, np.int64), "targets": np.zeros((n, steps, ACT_DIM))}
+            for back in self.past:  # what was seen then
+                self.memory[f"joints{back}"] = np.zeros((n, ACT_DIM), np.float32)
+                for camera in self.cameras:
+                    self.memory[f"{camera}{back}"] = np.zeros((n, *self.image_size, 3), np.uint8)
+            self.memory["new"] = np.zeros(n, bool)  # nothing was seen in this episode yet
+        self.memory["step"][mask], self.memory["new"][mask] = 0, True
+
+    def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
+        """Joint deltas in rad (N, 6): from the last commanded targets to the policy's."""
+        memory, steps = self.memory, self.options.chunk_steps
+        look = mask & (memory["step"] == 0)
+        if look.any():
+            memory["targets"][look] = self._look(obs.rows(look), look)
+            memory["new"][look] = False
+        for back in self.past:  # a policy that also sees the past will ask for what is seen now
+            if (rows := mask & (memory["step"] == (steps + back) % steps)).any():
+                seen = obs.rows(rows)
+                memory[f"joints{back}"][rows] = seen[STATE]
+                for camera in self.cameras:
+                    memory[f"{camera}{back}"][rows] = seen[IMAGES + camera]
+        delta = memory["targets"][np.arange(len(mask)), memory["step"]] - obs[COMMAND]
+        memory["step"][mask] = (memory["step"][mask] + 1) % steps
+        return delta
+
+    def _look(self, seen: BaseObservation, look: np.ndarray) -> np.ndarray:
+        """The next joint targets (n, chunk_steps, 6), rad, of the n environments in look, (N,) bool."""
+        new, n = self.memory["new"][look], int(look.sum())
+
+        def over_time(name: str, now: np.ndarray) -> np.ndarray:
+            """(n, T, ...): what was seen before, or, at the start of an episode, what is seen now."""
+            past = [self.memory[f"{name}{back}"][look] for back in self.past]
+            for array in past:
+                array[new] = now[new]
+            return np.stack([*past, now], axis=1)
+
+        pictures = {camera: over_time(camera, seen[IMAGES + camera]) for camera in self.cameras}
+        video = {key: pictures[camera] for key, camera in self.camera_of.items()}
+        try:
+            action = self.client.get_action(**self._question(video, over_time("joints", seen[STATE])))
+            groups = [
+                check_action(action, key, n, self.options.chunk_steps, group.stop - group.start)
+                for key, group in self.GROUPS.items()
+            ]
+            return to_rad(np.concatenate(groups, axis=2), self.options.units)
+        except (WireError, SO101Error) as error:
+            raise self._error(error) from error
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.client.close()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def load_policy(spec: str, server: Server = Server()) -> BasePolicy | None:
+    """Base policy of a spec string, see SPECS; None for zero. `server` is for server:HOST:PORT only.
 
     Raises SO101Error: an unknown spec, a file that cannot be used, a class that is no BasePolicy.
     """
@@ -474,6 +680,8 @@ def load_policy(spec: str) -> BasePolicy | None:
     if kind == "bc" and rest:
         saved = load_file(rest, CLONE)
         return load_script(saved["script"], rest).ClonePolicy(saved, rest)
+    if kind == "server":
+        return ServerPolicy(rest, server)
     if rest and kind not in ("checkpoint", "bc"):
         return _own_policy(kind, *rest.split(":", 1))
     raise BasePolicyError(f"unknown base policy {spec!r}; known are {SPECS}")

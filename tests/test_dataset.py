@@ -12,7 +12,7 @@ import torch
 from conftest import base_obs, refusal, run_script
 
 import so101_dataset as dataset
-from so101_env import ACTION, ENVIRONMENT, STATE, SO101Error, SO101ResidualVectorEnv, load_model
+from so101_env import ACTION, ENVIRONMENT, STATE, SO101Error, SO101ResidualVectorEnv, load_model, to_rad
 from so101_policies import load_policy
 
 KEYS = (STATE, ENVIRONMENT, ACTION)
@@ -81,7 +81,7 @@ def test_dataset_is_read_by_lerobot(demos):
     assert read.num_episodes == len(episodes) and read.fps == 30
     first = len(episodes[0][ACTION])
     torch.testing.assert_close(read[first]["action"], torch.from_numpy(episodes[1][ACTION][0]))
-    assert read[0]["task"] == dataset.TASK
+    assert read[0]["task"] == dataset.TASK_TEXT
 
 
 def test_recorded_frames_are_what_the_policy_saw_and_did(demos):
@@ -150,11 +150,11 @@ def test_replay_repeats_a_recording_and_reads_v21(demos, tmp_path, monkeypatch):
 
 def test_units_to_radians():
     low, high = load_model().actuator_ctrlrange.T
-    np.testing.assert_allclose(dataset.to_rad(np.array([[-100.0] * 5 + [0.0]]), "norm")[0], low)
-    np.testing.assert_allclose(dataset.to_rad(np.array([[100.0] * 6]), "norm")[0], high)
+    np.testing.assert_allclose(to_rad(np.array([[-100.0] * 5 + [0.0]]), "norm")[0], low)
+    np.testing.assert_allclose(to_rad(np.array([[100.0] * 6]), "norm")[0], high)
     # LeRobot keeps the gripper in 0 to 100 even where the joints are in degrees
     expected = [*np.deg2rad([0.0, 90, -90, 45, 10]), (low[5] + high[5]) / 2]
-    np.testing.assert_allclose(dataset.to_rad(np.array([[0.0, 90, -90, 45, 10, 50]]), "deg")[0], expected)
+    np.testing.assert_allclose(to_rad(np.array([[0.0, 90, -90, 45, 10, 50]]), "deg")[0], expected)
 
 
 def test_clone_acts_like_the_pusher_and_is_deterministic(demos, clone, tmp_path):
