@@ -65,7 +65,7 @@ class EvalArgs:
     model: str | None = None
     """checkpoint to evaluate"""
     base_policy: str | None = None
-    """without --model: the base policy to evaluate"""
+    """without --model: the base policy to evaluate; with it, only the new address of its server:HOST:PORT"""
     tape_margin: float | None = None
     """without --model: m between sheet and tape, 0.04 standard (default), 0.02 precise"""
     episodes: int = 50
@@ -99,9 +99,8 @@ def check_eval_args(args: EvalArgs) -> None:
     """Raise SO101Error for what cannot work, before any work is done."""
     if args.model is None and args.base_policy is None:
         raise SO101Error("name a checkpoint with --model, or a base policy with --base-policy")
-    for name in ("base_policy", "tape_margin"):
-        if args.model is not None and getattr(args, name) is not None:
-            raise SO101Error(f"{flag_of(name)} {getattr(args, name)}: the checkpoint of --model has its own; drop it")
+    if args.model is not None and args.tape_margin is not None:
+        raise SO101Error(f"--tape-margin {args.tape_margin}: the checkpoint of --model has its own; drop it")
     ranges = {"episodes": (1, 100_000), "video_episodes": (1, 100_000), "num_threads": (1, 1024)}
     check_flags(args.server, Server.RANGES)
     check_flags(args, ranges | {"action_noise": (0, 100), "tape_margin": Task.RANGES["tape_margin"]})
@@ -234,7 +233,12 @@ def main() -> int:
     policy, steps, num_envs = no_residual, None, min(args.episodes, 50)
     if args.model:
         checkpoint = load_checkpoint(args.model)
-        base_policy, steps = checkpoint.args.base.base_policy, checkpoint.saved["global_step"]
+        base, steps = checkpoint.args.base, checkpoint.saved["global_step"]
+        if args.base_policy is not None:
+            if not all(spec.startswith("server:") for spec in (base.base_policy, args.base_policy)):
+                raise SO101Error(f"--base-policy {args.base_policy}: the checkpoint of --model has its own; drop it")
+            base.base_policy = args.base_policy
+        base_policy = base.base_policy
         envs = checkpoint.script.make_envs(checkpoint.args, num_envs, evaluation=True, num_threads=args.num_threads)
         checkpoint.check_base(envs.base_policy, args.model)
         policy = checkpoint.agent(args.model).act

@@ -15,6 +15,7 @@ if __name__ == "__main__":  # Ctrl+C while importing ends the program, without a
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -469,7 +470,8 @@ def parse_args() -> tuple[Args, Checkpoint | None]:
     args = tyro.cli(Args, description=__doc__, config=config, default=saved)
     before, after = flat_settings(dataclasses.asdict(saved)), flat_settings(dataclasses.asdict(args))
     for name, new in after.items():
-        if new != before[name] and name not in RESUMABLE:
+        moved = name == "base_policy" and all(str(each[name]).startswith("server:") for each in (before, after))
+        if new != before[name] and name not in RESUMABLE and not moved:  # a server may listen elsewhere now
             raise SO101Error(f"{flag_of(name)} {new}: {path} was trained with {before[name]}; drop the flag")
     if args.total_timesteps < (steps := checkpoint.saved["global_step"]):
         raise SO101Error(f"--total-timesteps {args.total_timesteps}: {path} has {steps} steps already")
@@ -617,6 +619,8 @@ def main() -> int:
             if args.ppo.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.ppo.learning_rate * (1.0 - global_step / args.total_timesteps)
             num_steps = min(args.ppo.num_steps, (args.total_timesteps - global_step) // envs.num_envs)
+            if envs.base_policy is not None:  # it can fail at any step: then this pass of the loop is done again
+                before_failure = copy.deepcopy(checkpoint())
             buffers, next_obs, episodes = rollout(agent, envs, next_obs, num_steps, generator)
             metrics = update(agent, optimizer, buffers, args.ppo, generator)
             before, global_step = global_step, global_step + num_steps * envs.num_envs
@@ -648,8 +652,10 @@ def main() -> int:
         model = run_dir / ("interrupted_model.pt" if interrupts.signum else "final_model.pt")
         save_tensors(model, checkpoint())
     except BasePolicyError as error:
-        where = f"after {global_step} steps; earlier checkpoints in {run_dir}"
-        raise SO101Error(f"--base-policy {args.base.base_policy}: {error} ({where})") from error
+        model = run_dir / "interrupted_model.pt"
+        save_tensors(model, before_failure)
+        way_out = f"resume {before_failure['global_step']} steps with --resume {model}"
+        raise SO101Error(f"--base-policy {args.base.base_policy}: {error}; {way_out}") from error
     except FloatingPointError as error:
         print(
             f"{SCRIPT}: error: NaN or Inf in the {error} after {global_step} steps; "

@@ -111,7 +111,7 @@ class PolicyClient:
     ):
         self.host, self.port, self.api_token = host, port, api_token
         self.timeout_s, self.first_timeout_s = timeout_s, max(first_timeout_s, timeout_s)
-        self._context, self._socket = zmq.Context(), None
+        self._socket = None
         self._warm = False  # whether it has given an action
         self._probe: dict[str, Any] | None = None
         try:
@@ -163,7 +163,6 @@ class PolicyClient:
         """Close the connection."""
         if self._socket is not None:
             self._disconnect()
-        self._context.term()
 
     # -- what the server is
 
@@ -276,7 +275,7 @@ class PolicyClient:
                     reason = error.strerror or type(error).__name__
                     raise WireError(f"nothing answers there ({reason}); start the server first") from error
             time.sleep(PIECE_S)
-        self._socket = self._context.socket(zmq.REQ)
+        self._socket = zmq.Context.instance().socket(zmq.REQ)  # a context of its own could wait for ever when collected
         for option, value in ((zmq.LINGER, 0), (zmq.MAXMSGSIZE, MAX_REPLY_BYTES), (zmq.RECONNECT_IVL, -1)):
             self._socket.setsockopt(option, value)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)

@@ -1,0 +1,316 @@
+"""Policy servers as base policies: every dialect, every fault, and runs that outlive a server."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, refusal, run_script, train
+from fake_server import HORIZON, FakeServer
+from gymnasium.vector import AutoresetMode
+
+from so101_env import JOINTS, SO101Error, SO101ResidualVectorEnv, load_model
+from so101_policies import Server, load_policy
+
+DIALECTS = ("n1.5", "n1.6", "main")
+DEG = Server(units="deg", image_size=(24, 32), server_timeout=0.5)
+
+
+def make_envs(spec: str, options: Server = DEG, num_envs: int = 3) -> SO101ResidualVectorEnv:
+    policy = load_policy(spec, options)
+    return SO101ResidualVectorEnv(num_envs, policy, num_threads=1, autoreset_mode=AutoresetMode.DISABLED)
+
+
+def degrees(joints_rad: np.ndarray) -> np.ndarray:
+    """As LeRobot counts: the gripper in percent of its range."""
+    low, high = load_model().actuator_ctrlrange[5]
+    return np.concatenate([np.rad2deg(joints_rad[:, :5]), 100 * (joints_rad[:, 5:] - low) / (high - low)], axis=1)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_dialect_carries_pictures_states_and_chunks(dialect):
+    """What the server is asked is what the scene shows, and what it answers is what the arm is told."""
+    with FakeServer(dialect, cameras=("front", "wrist")) as server:
+        options = Server(("front=top", "wrist"), (24, 32), "deg", chunk_steps=5, instruction="Slide it.")
+        envs = make_envs(server.spec, options)
+        asked = len(server.questions)  # by the constructor, which asks a fixed question twice
+        envs.reset(seed=3)
+        for step in range(11):
+            before, qpos, commands = envs.qpos, envs.qpos.copy(), envs.command
+            pictures = [envs.camera_images(qpos, camera, (24, 32)) for camera in ("top", "wrist")]
+            _, _, _, _, infos = envs.step(np.zeros((3, 6)))
+            assert len(server.questions) - asked == step // 5 + 1  # one request for all arms, every five steps
+            if step % 5 == 0:
+                question = server.questions[-1]
+                for name, picture in zip(("front", "wrist"), pictures):
+                    assert np.array_equal(question["video"][name][:, 0], picture)
+                told = degrees(before[:, :6])
+                state = np.concatenate([question["state"][key][:, 0] for key in ("single_arm", "gripper")], axis=1)
+                np.testing.assert_allclose(state, told, atol=1e-4)
+                assert question["text"] == [["Slide it."]] * 3
+                start = told + 0.01 * sum(picture.mean((1, 2, 3)) for picture in pictures)[:, None]
+            wanted = start + 0.1 * (step % 5)
+            np.testing.assert_allclose(degrees(commands + infos["base_delta_rad"]), wanted, atol=2e-3)
+        assert not server.failed and set(server.endpoints) == {"ping", "get_modality_config", "get_action"}
+        envs.close()
+
+
+def test_only_arms_that_look_are_asked_about_and_the_past_is_shown():
+    """An arm that starts an episode looks at once; a policy that sees the last step, too, is shown it."""
+    with FakeServer(deltas=(-1, 0), cameras=("top",)) as server:
+        envs = make_envs(server.spec, Server((), (16,), "deg", chunk_steps=4))
+        envs.reset(seed=3)
+        asked, seen = len(server.questions), []
+        for step in range(7):
+            seen.append(envs.camera_images(envs.qpos, "top", (16, 16)))
+            envs.step(np.ones((3, 6)))
+            if step == 1:
+                envs.reset(seed=9, options={"reset_mask": np.array([False, True, False])})
+        first, second, third, fourth = server.questions[asked:]
+        assert [len(question["video"]["top"]) for question in (first, second, third)] == [3, 1, 2]
+        assert np.array_equal(first["video"]["top"][:, 0], seen[0]) and np.array_equal(
+            first["video"]["top"][:, 1], seen[0]
+        )
+        assert np.array_equal(second["video"]["top"][0, 0], second["video"]["top"][0, 1])  # nothing before it
+        assert np.array_equal(third["video"]["top"][:, 0], seen[3][[0, 2]])
+        assert np.array_equal(third["video"]["top"][:, 1], seen[4][[0, 2]])
+        assert np.array_equal(fourth["video"]["top"][:, 0], seen[5][[1]]) and not server.failed
+        envs.close()
+
+
+FAULTS = {
+    "error": "get_action: the server says \"'video'\"",
+    "empty error": "get_action: an error without a text",
+    "no pair": "get_action: answers with dict instead of [action, info]",
+    "no gripper": "get_action: the answer lacks gripper, it has single_arm",
+    "shape": "single_arm has shape (1, 16, 4) instead of (1, 8 or more, 5)",
+    "short": "single_arm has shape (1, 3, 5) instead of (1, 8 or more, 5)",
+    "nan": "single_arm has numbers that are not finite",
+    "text": "single_arm is no array of numbers",
+    "units": "they are not in deg; see --units",
+    "slow": "get_action: no answer within 0.5 s; wait longer with --server-timeout",
+    "garbage": "get_action: answers with what is no message of a policy server",
+    "array bomb": "get_action: answers with what is no message of a policy server",
+    "pickled array": "get_action: answers with what is no message of a policy server",
+    "dies": "get_action: the server has gone away; nothing answers there",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_server_that_fails_says_why_and_moves_no_arm(fault):
+    with FakeServer(fault=fault, after=3) as server:
+        envs = make_envs(server.spec, num_envs=1)
+        envs.reset(seed=1)
+        for _ in range(8):  # the chunk that it gave before
+            envs.step(np.zeros((1, 6)))
+        before = envs.qpos
+        with pytest.raises(SO101Error) as error:
+            envs.step(np.zeros((1, 6)))
+        assert FAULTS[fault] in str(error.value) and server.spec in str(error.value) and "\n" not in str(error.value)
+        assert np.array_equal(envs.qpos, before)
+        envs.close()
+
+
+REFUSED = [
+    (dict(fault="pickle"), {}, "speaks the pickles of GR00T N1"),
+    (dict(config={}), {}, "does not say which cameras"),
+    (dict(config={"video": {"keys": []}}), {}, "in a way that no known release of GR00T does"),
+    (dict(token="secret"), {}, "Unauthorized: Invalid API token; set its token in the environment variable"),
+    (dict(cameras=("front", "wrist")), {}, "say which camera front is, as in --cameras front=top wrist=wrist"),
+    (
+        {},
+        dict(cameras=("side=top",)),
+        "--cameras side: its policy does not look through that, but through top and wrist",
+    ),
+    ({}, dict(cameras=("top=roof",)), "--cameras roof: the scene has no such camera, it has top and wrist"),
+    ({}, dict(chunk_steps=HORIZON + 1), f"--chunk-steps 17: its policy predicts {HORIZON} steps"),
+    ({}, dict(units=None), "say --units deg"),
+    (dict(deltas=(-9, 0)), {}, "looks at the steps [-9, 0]"),
+]
+
+
+@pytest.mark.parametrize("server, options, message", REFUSED)
+def test_a_server_that_cannot_be_used_is_refused_at_the_start(server, options, message):
+    with FakeServer(**server) as fake, pytest.raises(SO101Error) as error:
+        load_policy(fake.spec, Server(**{"units": "deg", "server_timeout": 0.5, **options}))
+    assert message in str(error.value) and "get_action" not in fake.endpoints
+
+
+def test_addresses(monkeypatch):
+    for spec in ("server:", "server:5555", "server:localhost:x", "server:localhost:70000"):
+        with pytest.raises(SO101Error, match="give server:HOST:PORT"):
+            load_policy(spec, DEG)
+    with pytest.raises(SO101Error, match="is another machine.*--allow-remote"):
+        load_policy("server:10.0.0.7:5555", DEG)
+    with FakeServer(token="secret") as server:
+        monkeypatch.setenv("SO101_API_TOKEN", "secret")
+        load_policy(server.spec, DEG).close()
+    started = time.monotonic()
+    with pytest.raises(SO101Error, match=f"{server.spec}: nothing answers there .*start the server first"):
+        load_policy(server.spec, DEG)  # now closed
+    assert time.monotonic() - started < 5
+
+
+def test_fingerprint_follows_the_policy_and_not_its_address():
+    """By the hash that the server tells, or by its answer to a question; an answer that is noise tells nothing."""
+
+    def fingerprint(options: Server = DEG, **server) -> str:
+        with FakeServer(**server) as fake:
+            policy = load_policy(fake.spec, options)
+            policy.close()
+            return policy.fingerprint
+
+    plain = fingerprint()
+    others = [fingerprint(gain=0.02), fingerprint(horizon=12), fingerprint(dialect="main"), fingerprint(weights="abc")]
+    others += [fingerprint(Server(units="rad", image_size=(24, 32))), fingerprint(Server(units="deg"))]
+    assert plain == fingerprint() and len({plain, *others}) == 7
+    assert fingerprint(weights="abc", gain=0.02) == others[3] != fingerprint(weights="abd")
+    assert fingerprint(noise=True) == fingerprint(noise=True, gain=0.02)
+
+
+@pytest.mark.parametrize("change", [{}, {"gain": 0.02}, {"dialect": "main"}, {"weights": "abc"}])
+def test_a_restarted_server_must_be_the_same(change):
+    """ZeroMQ connects again by itself: without a look, another policy would go on in the middle of an episode."""
+    server = FakeServer()
+    envs = make_envs(server.spec, Server(units="deg", server_timeout=5.0), num_envs=1)
+    envs.reset(seed=1)
+    envs.step(np.zeros((1, 6)))
+    server.close()
+    with FakeServer(port=server.port, **change):
+        for _ in range(7):
+            envs.step(np.zeros((1, 6)))
+        if change:
+            with pytest.raises(SO101Error, match="was restarted with another policy"):
+                envs.step(np.zeros((1, 6)))
+        else:
+            envs.step(np.zeros((1, 6)))
+        envs.close()
+
+
+SERVER_FLAGS = ["--units", "deg", "--image-size", "16", "--server-timeout", "1", "--num-threads", "1", *SMALL.split()]
+
+
+def test_a_run_whose_server_dies_goes_on_as_if_it_had_not(tmp_path, monkeypatch):
+    """In a rollout, and in an evaluation: weights, the best model included, are those of a run without the fault."""
+    script = "ppo_residual_so101.py"
+    with FakeServer() as server:
+        whole = train(tmp_path / "whole", "--base-policy", server.spec, *SERVER_FLAGS)
+        asked = len(server.questions)
+    for share in (0.3, 0.52, 0.97):
+        logs = tmp_path / f"logs{share}"
+        with FakeServer(fault="dies", after=int(share * asked)) as server:
+            flags = ["--base-policy", server.spec, "--log-dir", str(logs), *SERVER_FLAGS]
+            message = refusal(monkeypatch, script, *flags)
+        assert message.startswith(f"--base-policy {server.spec}: ") and "has gone away" in message
+        resume = message.split()[-1]
+        assert resume.endswith("interrupted_model.pt") and f"--resume {resume}" in message
+        broken = Path(resume).parent
+        with FakeServer() as other:  # at another address
+            resumed = train(logs, "--resume", resume, "--base-policy", other.spec)
+        assert resumed != broken
+        for name in ("final_model.pt", "best_model/best_model.pt"):
+            one, two = (torch.load(run / name, weights_only=True) for run in (whole, resumed))
+            assert one["global_step"] == two["global_step"] and one["best"] == two["best"]
+            for key in one["agent"]:
+                assert torch.equal(one["agent"][key], two["agent"][key]), (share, name, key)
+            assert all(torch.equal(one["envs"][key], two["envs"][key]) for key in ("batch", "_obs", "_command"))
+            memories = [each["envs"]["base_memory"] for each in (one, two)]
+            assert all(torch.equal(memories[0][key], memories[1][key]) for key in ("step", "targets"))
+
+
+def test_evaluation_and_stacking_find_the_server_again(tmp_path):
+    """The checkpoint keeps all that the server needs but the address, which may be another one by then."""
+    with FakeServer() as server:
+        run = train(
+            tmp_path, "--base-policy", server.spec, *SERVER_FLAGS, "--total-timesteps", "500", "--eval-every", "0"
+        )
+        model = str(run / "final_model.pt")
+        stacked = load_policy(f"checkpoint:{model}")
+        assert stacked.cameras == ("top", "wrist") and stacked.image_size == (16, 16)
+        stacked.close()
+    with FakeServer() as server:
+        flags = ["--model", model, "--episodes", "2", "--json", str(tmp_path / "r.json")]
+        done = run_script("eval_so101.py", *flags, "--base-policy", server.spec)
+        assert done.returncode == 0, done.stderr
+        assert "base alone (server)" in done.stdout
+    with FakeServer(gain=0.02) as server:
+        done = run_script("eval_so101.py", *flags, "--base-policy", server.spec)
+    assert done.returncode == 2 and "put the old one back" in done.stderr and done.stderr.count("\n") == 1
+    done = run_script("eval_so101.py", *flags, "--base-policy", "jacobian")
+    assert done.returncode == 2 and "--base-policy jacobian: the checkpoint of --model has its own" in done.stderr
+
+
+TINY_ACT = """
+import sys, torch
+from lerobot.configs.types import FeatureType, PolicyFeature
+from lerobot.policies.{module} import {name}Config
+from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+shapes = {{"observation.state": ("STATE", (6,)), "observation.images.top": ("VISUAL", (3, 64, 64))}}
+inputs = {{key: PolicyFeature(FeatureType[kind], shape) for key, (kind, shape) in shapes.items()}}
+outputs = {{"action": PolicyFeature(FeatureType.ACTION, (6,))}}
+config = {name}Config(input_features=inputs, output_features=outputs, device="cpu", {options})
+torch.manual_seed(0)
+policy = get_policy_class(config.type)(config)
+ones = {{"mean": torch.zeros(6), "std": torch.ones(6), "min": -torch.ones(6), "max": torch.ones(6)}}
+stats = {{"observation.state": ones, "action": ones}}
+stats["observation.images.top"] = {{key: value[:3, None, None] for key, value in ones.items()}}
+pre, post = make_pre_post_processors(config, dataset_stats=stats)
+for each in (policy, pre, post):
+    each.save_pretrained(sys.argv[1])
+"""
+ACT = (
+    "dim_model=32, n_heads=2, dim_feedforward=64, n_encoder_layers=1, chunk_size=12, n_action_steps=12, use_vae=False, "
+)
+DIFFUSION = "n_obs_steps=2, horizon=16, n_action_steps=8, down_dims=(32, 64), num_inference_steps=2, crop_shape=None, "
+TINY_POLICIES = [
+    ("act.configuration_act", "ACT", ACT + "pretrained_backbone_weights=None", 12, 1),
+    ("diffusion.configuration_diffusion", "Diffusion", DIFFUSION + "pretrained_backbone_weights=None", 8, 2),
+]
+
+
+@pytest.mark.parametrize("module, name, options, horizon, steps", TINY_POLICIES)
+def test_serve_lerobot(tmp_path, module, name, options, horizon, steps):
+    """With the Python of an environment that has LeRobot, pyzmq and msgpack in LEROBOT_PYTHON."""
+    python = os.environ.get("LEROBOT_PYTHON") or pytest.skip("LEROBOT_PYTHON names no Python with LeRobot")
+    made = [python, "-c", TINY_ACT.format(module=module, name=name, options=options), str(tmp_path / "policy")]
+    subprocess.run(made, check=True, capture_output=True)
+    port, answers = 47000 + os.getpid() % 1000, []
+    for _ in range(2):  # the second time after a restart
+        command = [python, str(ROOT / "serve_lerobot.py"), "--policy", str(tmp_path / "policy"), "--port", str(port)]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            assert "cameras top" in next(line for line in server.stdout if "steps a chunk" in line)
+            with pytest.raises(SO101Error, match=r"video top must be .*--image-size 64 64"):
+                make_envs(f"server:127.0.0.1:{port}", Server(units="rad", image_size=(32,))).reset(seed=1)[0]
+                make_envs(f"server:127.0.0.1:{port}", Server(units="rad", image_size=(32,))).step(np.zeros((3, 6)))
+            envs = make_envs(f"server:127.0.0.1:{port}", Server(units="rad", image_size=(64,), chunk_steps=8))
+            policy = envs.base_policy
+            assert len(policy.client.modalities["action"].deltas) == horizon and len(policy.past) == steps - 1
+            envs.reset(seed=1)
+            for _ in range(9):
+                envs.step(np.zeros((3, 6)))
+            answers.append((policy.fingerprint, policy.memory["targets"]))
+            envs.close()
+        finally:
+            server.terminate()
+            server.wait()
+    assert answers[0][0] == answers[1][0] and np.array_equal(answers[0][1], answers[1][1])
+    assert len(np.unique(answers[0][1])) > len(JOINTS)
+    shutil.rmtree(tmp_path / "policy")
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2 and "no config.json there" in refused.stderr.splitlines()[-1]
+
+
+def test_serve_lerobot_needs_no_lerobot_to_say_so(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "serve_lerobot.py"), "--policy", str(tmp_path), "--port", "47999"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "run this in LeRobot's environment, see requirements-lerobot.txt" in done.stderr
