@@ -86,8 +86,8 @@ class EvalArgs:
     """with --record: standard deviation of noise on the residual, 1 being alpha * act_scale rad"""
     only_successes: bool = False
     """with --record: leave out episodes that fail"""
-    environment_state: bool | None = None
-    """with --record: also write what a real arm does not know, as where the sheet lies; default: not with --cameras"""
+    environment_state: bool = False
+    """with --record and --cameras: also write what a real arm does not know, as where the sheet lies"""
     render_mode: Literal["human"] | None = None
     """human: play the evaluated episodes in MuJoCo's viewer"""
     num_threads: int | None = None
@@ -206,7 +206,7 @@ def play(envs: SO101ResidualVectorEnv, episodes: list[dict[str, Any]]) -> None:
 def record(args: EvalArgs, envs: SO101ResidualVectorEnv, episodes: list[dict[str, Any]]) -> None:
     """Write traced episodes, and what the cameras of args see in them, as a dataset."""
     cameras, length = args.server.camera_map(), sum(len(episode["command"]) for episode in episodes)
-    privileged = not cameras if args.environment_state is None else args.environment_state
+    privileged = args.environment_state or not cameras
     demos = []
     for episode in episodes:
         state, environment = np.split(episode["obs"], [ACT_DIM], axis=1)

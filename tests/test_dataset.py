@@ -1,9 +1,12 @@
 """Recording, cloning and replaying demonstrations, and the dataset on disk."""
 
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
+import imageio.v2 as imageio
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -44,7 +47,7 @@ def test_dataset_has_the_schema_of_lerobot_v3(demos):
     info = json.loads((demos / "meta" / "info.json").read_text())
     assert info["codebase_version"] == "v3.0" and info["fps"] == 30 and info["robot_type"] == "so101_follower"
     assert info["data_path"] == "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-    assert info["features"]["action"]["unit"] == "rad" and len(info["features"]["action"]["names"]) == 6
+    assert info["features"]["action"]["unit"] == "deg" and len(info["features"]["action"]["names"]) == 6
     data = pq.read_table(demos / info["data_path"].format(chunk_index=0, file_index=0))
     kinds = {
         "observation.state": pa.list_(pa.float32(), 6),
@@ -68,27 +71,116 @@ def test_dataset_has_the_schema_of_lerobot_v3(demos):
     stats = json.loads((demos / "meta" / "stats.json").read_text())
     assert set(stats) == set(kinds) and stats["action"]["count"] == [len(data)]
     np.testing.assert_allclose(stats["action"]["std"], action.std(0), atol=1e-6)
+    modality = json.loads((demos / "meta" / "modality.json").read_text())
+    assert modality["action"] == modality["state"] == {
+        "single_arm": {"start": 0, "end": 5}, "gripper": {"start": 5, "end": 6}
+    }  # fmt: skip
     tasks = pq.read_table(demos / "meta" / "tasks.parquet")
     assert json.loads(tasks.schema.metadata[b"pandas"])["index_columns"] == ["task"]
     assert [row["tasks"] for row in episodes] == [tasks["task"].to_pylist()] * len(episodes)
 
 
-def test_dataset_is_read_by_lerobot(demos):
-    """Needs `pip install lerobot` in the test's environment; its version of torch is another than ours."""
-    lerobot = pytest.importorskip("lerobot.datasets.lerobot_dataset")
-    read = lerobot.LeRobotDataset("local/demos", root=demos)
-    episodes = dataset.read_dataset(demos, dataset.read_info(demos, KEYS), KEYS)
-    assert read.num_episodes == len(episodes) and read.fps == 30
-    first = len(episodes[0][ACTION])
-    torch.testing.assert_close(read[first]["action"], torch.from_numpy(episodes[1][ACTION][0]))
-    assert read[0]["task"] == dataset.TASK_TEXT
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> Path:
+    """Three episodes as two cameras see them, one by another name, beside the true state."""
+    path = tmp_path_factory.mktemp("seen") / "demos"
+    flags = f"--base-policy jacobian --record {path} --episodes 3 --environment-state --tape-margin 0.02"
+    done = run_script("eval_so101.py", *flags.split(), *"--cameras front=top wrist --image-size 64 96".split())
+    assert done.returncode == 0, done.stderr
+    assert "camera front: 100%" in done.stderr and "lerobot-train" in done.stdout
+    return path
+
+
+def test_recorded_videos_show_each_frame_as_policies_see_it(seen):
+    """Rendered again from the recorded state of its frame, every picture is the same but for compression."""
+    info = dataset.read_info(seen, KEYS)
+    (episodes, features), names = (dataset.read_dataset(seen, info, KEYS), info["features"]), ("front", "wrist")
+    rows = pq.read_table(seen / "meta" / "episodes" / "chunk-000" / "file-000.parquet").to_pylist()
+    stats = json.loads((seen / "meta" / "stats.json").read_text())
+    modality = json.loads((seen / "meta" / "modality.json").read_text())
+    assert modality["video"] == {name: {"original_key": f"observation.images.{name}"} for name in names}
+    qpos = np.concatenate([
+        np.column_stack([to_rad(state, "deg"), rest[:, 6:9], 2 * np.arctan2(*rest[:, [12, 9]].T)])
+        for state, rest in ((episode[STATE], episode[ENVIRONMENT]) for episode in episodes)
+    ])  # fmt: skip
+    envs = SO101ResidualVectorEnv(1, tape_margin=0.02)
+    for name, camera in zip(names, ("top", "wrist")):
+        key = f"observation.images.{name}"
+        path = seen / info["video_path"].format(video_key=key, chunk_index=0, file_index=0)
+        with imageio.get_reader(path) as reader:
+            meta, frames = reader.get_meta_data(), np.array([frame for frame in reader])
+        assert meta["fps"] == 30 and meta["codec"] == "h264" and meta["pix_fmt"].startswith("yuv420p")
+        assert features[key]["dtype"] == "video" and features[key]["shape"] == [64, 96, 3] == list(frames.shape[1:])
+        assert len(frames) == info["total_frames"] == len(qpos)
+        wanted = envs.camera_images(qpos, camera, (64, 96))
+        error = np.square(frames.astype(float) - wanted).mean((1, 2, 3))
+        assert (10 * np.log10(255**2 / error)).min() > 24  # dB; a neighbour's picture has less where the arm moves
+        later = np.square(frames[1:].astype(float) - wanted[:-1]).mean((1, 2, 3))
+        assert error[1:].mean() < later.mean()
+        np.testing.assert_allclose(np.ravel(stats[key]["mean"]), wanted.mean((0, 1, 2)) / 255, atol=0.01)
+        assert np.shape(stats[key]["q99"]) == (3, 1, 1) and stats[key]["count"] == [-(-len(qpos) // 10)]
+        for row in rows:
+            start, end = row["dataset_from_index"] / 30, row["dataset_to_index"] / 30
+            assert row[f"videos/{key}/from_timestamp"] == start and row[f"videos/{key}/to_timestamp"] == end
+
+
+def test_cameras_leave_the_true_state_out_unless_asked(tmp_path, monkeypatch):
+    """A policy for a real arm must not learn from what only the simulation knows."""
+    flags = ["--base-policy", "jacobian", "--episodes", "1", "--record", str(tmp_path / "demos")]
+    done = run_script("eval_so101.py", *flags, "--cameras", "wrist", "--image-size", "32")
+    assert done.returncode == 0, done.stderr
+    assert ENVIRONMENT not in json.loads((tmp_path / "demos" / "meta" / "info.json").read_text())["features"]
+    data = pq.read_table(tmp_path / "demos" / "data" / "chunk-000" / "file-000.parquet")
+    assert ENVIRONMENT not in data.schema.names and "bc_so101" not in done.stdout
+    flags[-1] = str(tmp_path / "other")
+    for extra, words in (
+        (["--cameras", "roof"], "--cameras roof: the scene has no such camera, it has top and wrist"),
+        (["--cameras", "a=top", "a=wrist"], "--cameras a=top a=wrist: give NAME or NAME=CAMERA, each name once"),
+        (["--cameras", "top", "--image-size", "33"], "--image-size 33: give one side or height and width"),
+    ):
+        assert words in refusal(monkeypatch, "eval_so101.py", *flags, *extra)
+    assert not (tmp_path / "other").exists()
+    unseen = run_script("eval_so101.py", *flags, "--cameras", "top", MUJOCO_GL="glfw", DISPLAY=None)
+    assert unseen.returncode == 2 and "off-screen rendering failed" in unseen.stderr and unseen.stdout == ""
+
+
+READ_WITH_LEROBOT = """
+import json, sys
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+read = LeRobotDataset("local/demos", root=sys.argv[1], delta_timestamps={"action": [0, 1 / 30]})
+frames = [read[int(i)] for i in sys.argv[2:]]
+result = {"episodes": read.num_episodes, "fps": read.fps, "task": frames[0]["task"], "keys": sorted(frames[0])}
+result |= {key: [frame[key].tolist() for frame in frames] for key in ("action", "observation.state")}
+pictures = [key for key in frames[0] if key.startswith("observation.images.") and not key.endswith("_is_pad")]
+print(json.dumps(result | {key: [frame[key].tolist() for frame in frames] for key in pictures}))
+"""
+
+
+def test_datasets_are_read_by_lerobot(demos, seen):
+    """With the Python of an environment that has LeRobot in LEROBOT_PYTHON."""
+    python = os.environ.get("LEROBOT_PYTHON") or pytest.skip("LEROBOT_PYTHON names no Python with LeRobot")
+    for path in (demos, seen):
+        info = dataset.read_info(path, KEYS)
+        episodes = dataset.read_dataset(path, info, KEYS)
+        first = len(episodes[0][ACTION])  # of the second episode
+        command = [python, "-c", READ_WITH_LEROBOT, str(path), "5", str(first)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        read = json.loads(done.stdout.splitlines()[-1])
+        assert (read["episodes"], read["fps"], read["task"]) == (len(episodes), 30, dataset.TASK_TEXT)
+        np.testing.assert_allclose(read["action"], [episodes[0][ACTION][5:7], episodes[1][ACTION][:2]], rtol=1e-6)
+        np.testing.assert_allclose(read[STATE], [episodes[0][STATE][5], episodes[1][STATE][0]], rtol=1e-6)
+        for key in (key for key in info["features"] if key.startswith("observation.images.")):
+            with imageio.get_reader(path / info["video_path"].format(video_key=key, **dataset.NO_INDEX)) as reader:
+                frames = np.array([frame for frame in reader])
+            for index, picture in zip((5, first), read[key]):  # two decoders round colours differently
+                assert np.abs(255 * np.transpose(picture, (1, 2, 0)) - frames[index]).mean() < 2
 
 
 def test_recorded_frames_are_what_the_policy_saw_and_did(demos):
     """The state follows the commanded targets, one control step later."""
     episodes = dataset.read_dataset(demos, dataset.read_info(demos, KEYS), KEYS)
     for episode in episodes:
-        state, action, rest = (episode[key] for key in KEYS[::2] + KEYS[1:2])
+        (state, action), rest = (to_rad(episode[key], "deg") for key in (STATE, ACTION)), episode[ENVIRONMENT]
         # a servo stays within the command window of its target, but for gravity and damping: 0.1 rad in all
         assert np.abs(action - state).max() < 0.1
         lag = np.abs(action[:-1] - state[1:])[:, 0].mean()  # pan carries no load
@@ -105,7 +197,11 @@ def test_written_is_read_over_several_files(tmp_path, monkeypatch):
     assert len(list((tmp_path / "many" / "data" / "chunk-000").iterdir())) == 4
     info = dataset.read_info(tmp_path / "many", KEYS)
     read = dataset.read_dataset(tmp_path / "many", info, KEYS)
-    assert info["total_episodes"] == 5 and all(np.array_equal(a[k], b[k]) for a, b in zip(written, read) for k in KEYS)
+    assert info["total_episodes"] == 5
+    for a, b in zip(written, read):
+        assert np.array_equal(a[ENVIRONMENT], b[ENVIRONMENT])
+        for key in (STATE, ACTION):
+            np.testing.assert_allclose(to_rad(b[key], "deg"), a[key], atol=1e-6)
     with pytest.raises(dataset.DatasetError, match="exists"):
         dataset.write_dataset(tmp_path / "many", written)
     with pytest.raises(dataset.DatasetError, match="episode 0: action"):
@@ -124,12 +220,7 @@ def test_replay_repeats_a_recording_and_reads_v21(demos, tmp_path, monkeypatch):
     # the same episode as v2.1 keeps it, in degrees, and without the unit
     info = dataset.read_info(demos, KEYS)
     episodes = dataset.read_dataset(demos, info, KEYS)
-    low, high = load_model().actuator_ctrlrange.T
-    joints = {}
-    for key in (STATE, ACTION):
-        degrees = np.rad2deg(episodes[2][key]).astype(np.float32)
-        degrees[:, 5] = 100 * (episodes[2][key][:, 5] - low[5]) / (high[5] - low[5])
-        joints[key] = degrees
+    joints = {key: episodes[2][key] for key in (STATE, ACTION)}
     old = tmp_path / "v21"
     (old / "meta").mkdir(parents=True)
     (old / "data" / "chunk-000").mkdir(parents=True)
@@ -163,7 +254,8 @@ def test_clone_acts_like_the_pusher_and_is_deterministic(demos, clone, tmp_path)
     for episode in dataset.read_dataset(demos, dataset.read_info(demos, KEYS), KEYS):
         pusher.reset(one)
         policy.reset(one)
-        for obs in np.concatenate([episode[STATE], episode[ENVIRONMENT]], 1)[:, None]:
+        state = to_rad(episode[STATE], "deg").astype(np.float32)
+        for obs in np.concatenate([state, episode[ENVIRONMENT]], 1)[:, None]:
             command = obs[:, :6].astype(np.float64)
             wanted.append(pusher.act(base_obs(obs, command), one)[0, :4])
             answers.append(policy.act(base_obs(obs, command), one)[0, :4])
@@ -291,13 +383,13 @@ def test_unreadable_datasets_end_with_one_line(demos, tmp_path, monkeypatch):
     assert str(path) in refusal(monkeypatch, "bc_so101.py", "--demos", str(path))
     file.unlink()
     assert "no parquet file" in refusal(monkeypatch, "replay_so101.py", "--dataset", str(path))
-    assert "--units deg" in refusal(monkeypatch, "bc_so101.py", "--demos", str(demos), "--units", "deg")
+    assert "--units rad" in refusal(monkeypatch, "bc_so101.py", "--demos", str(demos), "--units", "rad")
     assert "--episode 99" in refusal(monkeypatch, "replay_so101.py", "--dataset", str(demos), "--episode", "99")
 
 
 def test_replay_of_targets_out_of_reach_is_refused(demos, tmp_path, monkeypatch):
-    path = broken(demos, tmp_path / "far", action=lambda n: [[6.28] * 6] * n)
-    state = broken(path, tmp_path / "farther", state=lambda n: [[-6.0] * 6] * n)
+    path = broken(demos, tmp_path / "far", action=lambda n: [[359.0] * 5 + [330.0]] * n)
+    state = broken(path, tmp_path / "farther", state=lambda n: [[-350.0] * 5 + [-300.0]] * n)
     assert "Replay: asks for a joint to move by" in refusal(monkeypatch, "replay_so101.py", "--dataset", str(state))
 
 

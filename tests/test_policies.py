@@ -287,8 +287,8 @@ class Looker(BasePolicy):
 def test_images_are_rendered_only_of_who_looks_and_when(monkeypatch):
     policy = Looker()
     envs = SO101ResidualVectorEnv(3, policy)
-    rendered, render_state = [], envs.render_state
-    monkeypatch.setattr(envs, "render_state", lambda *a: (rendered.append(a[1]), render_state(*a))[1])
+    rendered, images = [], envs.camera_images
+    monkeypatch.setattr(envs, "camera_images", lambda *a: (rendered.extend([a[1]] * len(a[0])), images(*a))[1])
     envs.reset(seed=0)
     for _ in range(2):
         envs.step(np.zeros((3, ACT_DIM)))
