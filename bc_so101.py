@@ -16,7 +16,6 @@ if __name__ == "__main__":  # Ctrl+C while importing ends the program, without a
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,17 @@ import tyro
 from tqdm import tqdm
 
 from so101_dataset import read_dataset, read_info, unit_of
-from so101_env import ACT_DIM, ACTION, COMMAND, ENVIRONMENT, STATE, SO101Error, flat_observation, to_rad
-from so101_policies import CLONE, BasePolicy, Features, hash_weights, load_weights, restore_settings
+from so101_env import ACT_DIM, ACTION, ENVIRONMENT, STATE, BaseObservation, SO101Error, flat_observation, to_rad
+from so101_policies import (
+    CLONE,
+    BasePolicy,
+    Features,
+    follow_chunks,
+    hash_weights,
+    load_weights,
+    new_chunks,
+    restore_settings,
+)
 from so101_runs import check_flags, describe_run, make_run_dir, run_script, save_tensors, write_json
 
 SCRIPT = Path(__file__).name
@@ -113,19 +121,16 @@ class ClonePolicy(BasePolicy):
         """Look again before the next step."""
         n, chunk = len(mask), self.clone.chunk_size
         if not self.memory or len(self.memory["step"]) != n:
-            self.memory = {"step": np.zeros(n, np.int64), "targets": np.zeros((n, chunk, ACT_DIM), np.float32)}
+            self.memory = new_chunks(n, chunk)
         self.memory["step"][mask] = 0
 
-    def act(self, obs: Mapping[str, np.ndarray], mask: np.ndarray) -> np.ndarray:
+    def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
         """Joint deltas in rad (N, 6): from the last commanded targets to the clone's."""
-        step, targets = self.memory["step"], self.memory["targets"]
-        look = mask & (step == 0)
+        look = mask & (self.memory["step"] == 0)
         if look.any():
             with torch.inference_mode():
-                targets[look] = self.clone(flat_observation(obs)[look]).numpy()
-        delta = targets[np.arange(len(step)), step].astype(np.float64) - obs[COMMAND]
-        step[mask] = (step[mask] + 1) % self.clone.chunk_size
-        return delta
+                self.memory["targets"][look] = self.clone(flat_observation(obs)[look]).numpy()
+        return follow_chunks(self.memory, obs, mask)
 
 
 def check_args(args: Args) -> None:

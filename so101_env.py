@@ -207,7 +207,7 @@ OBS = slices(OBSERVATION)
 OBS_DIM = sum(len(part.names) for part in OBSERVATION.values())
 # the same numbers by LeRobot's names, as datasets, base policies and policy servers have them
 STATE, ENVIRONMENT, ACTION = "observation.state", "observation.environment_state", "action"
-COMMAND, IMAGES = "command", "observation.images."
+COMMAND, RESIDUAL, IMAGES = "command", "residual", "observation.images."
 STATE_NAMES = list(OBSERVATION["joint_pos"].names)
 ENVIRONMENT_NAMES = [name for part in list(OBSERVATION.values())[1:] for name in part.names]
 
@@ -248,8 +248,9 @@ class BaseObservation(Mapping):
     """What a base policy sees, by LeRobot's names, a row per environment.
 
     observation.state (n, 6), joint positions, rad; observation.environment_state (n, 19), the rest of the observation;
-    command (n, 6), last commanded joint targets, rad; and observation.images.CAMERA (n, H, W, 3) uint8 for the cameras
-    of the policy, rendered at the moment they are read: `obs.rows(mask)` first, and only those rows are rendered.
+    command (n, 6), last commanded joint targets, rad; residual (n, 6), by how much the residual moved them in the last
+    step, rad; and observation.images.CAMERA (n, H, W, 3) uint8 for the cameras of the policy, rendered at the moment
+    they are read: `obs.rows(mask)` first, and only those rows are rendered.
     """
 
     def __init__(
@@ -268,20 +269,27 @@ class BaseObservation(Mapping):
         return self._arrays[key]
 
     def __iter__(self) -> Iterator[str]:
-        yield from (STATE, ENVIRONMENT, COMMAND, *(IMAGES + camera for camera in self._cameras))
+        yield from (STATE, ENVIRONMENT, COMMAND, RESIDUAL, *(IMAGES + camera for camera in self._cameras))
 
     def __len__(self) -> int:
-        return 3 + len(self._cameras)
+        return 4 + len(self._cameras)
 
     def rows(self, mask: np.ndarray) -> BaseObservation:
         """The same of the environments in mask only, (N,) bool."""
         arrays = {key: array[mask] for key, array in self._arrays.items()}
         return BaseObservation(arrays, self._cameras, self._render, self._ids[mask])
 
+    def with_residual(self, residual: np.ndarray) -> BaseObservation:
+        """The same with another residual (n, 6), rad."""
+        return BaseObservation({**self._arrays, RESIDUAL: residual}, self._cameras, self._render, self._ids)
 
-def base_observation(obs: np.ndarray, command: np.ndarray, **cameras: Any) -> BaseObservation:
-    """Observations (N, 25 or more) and last commanded targets (N, 6), rad, as base policies get them: copies."""
+
+def base_observation(
+    obs: np.ndarray, command: np.ndarray, residual: np.ndarray | None = None, **cameras: Any
+) -> BaseObservation:
+    """Observations (N, 25 or more), last commanded targets and residuals (N, 6), rad, as base policies get them."""
     arrays = {STATE: obs[:, :ACT_DIM].copy(), ENVIRONMENT: obs[:, ACT_DIM:].copy(), COMMAND: command.copy()}
+    arrays[RESIDUAL] = np.zeros(command.shape) if residual is None else residual.copy()
     return BaseObservation(arrays, **cameras)
 
 
@@ -506,6 +514,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._residual_sum = np.zeros(n)
         self._done = np.ones(n, bool)
         self._obs = np.zeros(self.observation_space.shape, np.float32)
+        self._residual = np.zeros((n, ACT_DIM))  # of the last step, rad
         self._base = np.zeros((n, ACT_DIM))  # with observe_base: the base policy's deltas for self._obs, rad
         # made when first used, freed by close: None is the one for people, the others are the cameras' by image size
         self._renderers: dict[tuple[int, int] | None, mujoco.Renderer] = {}
@@ -680,6 +689,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         delta, base = (self.task.alpha * self.task.act_scale) * residual, None
         if self.base_policy is not None:
             base = self._base.copy() if self.observe_base else self._base_delta(active)
+            self._residual[active] = delta[active]
             delta += base  # here the residual corrects the base policy
 
         broken = self._simulate(self.command_targets(delta), active)
@@ -778,7 +788,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
     # -- saving and restoring
 
     _STATE = ("_command", "_delayed", "_latency", "_joint_offset", "_phi", "_steps", "_streak", "_return",
-              "_residual_sum", "_done", "_obs", "_base")  # fmt: skip
+              "_residual_sum", "_done", "_obs", "_residual", "_base")  # fmt: skip
 
     def get_state(self) -> dict[str, Any]:
         """All that the next steps depend on, a base policy's memory included: arrays, and the generators as dicts."""
@@ -869,7 +879,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         """The base policy's joint deltas (N, 6) in rad for the observations of the environments in mask, checked."""
         policy, name, expected = self.base_policy, type(self.base_policy).__name__, (self.num_envs, ACT_DIM)
         obs = self._obs[:, : self._obs.shape[1] - ACT_DIM * self.observe_base]
-        seen = base_observation(obs, self._command, cameras=policy.cameras, render=self._camera_images)
+        cameras = {"cameras": policy.cameras, "render": self._camera_images}
+        seen = base_observation(obs, self._command, self._residual, **cameras)
         base = np.asarray(policy.act(seen, mask), np.float64)
         if base.shape != expected or not np.isfinite(base).all():
             raise BasePolicyError(f"base policy {name}: act() must return finite {expected}, got {base.shape}")
@@ -920,7 +931,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._delayed[ids] = self._command[ids][:, None]
         self._steps[ids] = self._streak[ids] = 0
         self._return[ids] = self._residual_sum[ids] = 0.0
-        self._done[ids] = False
+        self._done[ids], self._residual[ids] = False, 0.0
         scene = self._scene()
         self._phi[ids] = self.potential(scene)[ids]
         mask = np.zeros(self.num_envs, bool)

@@ -41,6 +41,7 @@ from so101_env import (
     JOINT_MIRROR,
     OBS,
     OBSERVATION,
+    RESIDUAL,
     STATE,
     TASK_TEXT,
     BaseObservation,
@@ -85,7 +86,8 @@ class BasePolicy:
         Args:
             obs: so101_env.BaseObservation: observation.state (N, 6), joint positions, rad;
                 observation.environment_state (N, 19), see so101_env.ENVIRONMENT_NAMES; command (N, 6), the last
-                commanded joint targets, rad; observation.images.CAMERA (N, H, W, 3) uint8 for each of `cameras`.
+                commanded joint targets, rad; residual (N, 6), by how much the residual moved these in the last step,
+                rad; observation.images.CAMERA (N, H, W, 3) uint8 for each of `cameras`.
         """
         raise NotImplementedError
 
@@ -481,33 +483,44 @@ class CheckpointPolicy(BasePolicy):
         self.agent = checkpoint.agent(path)
         checkpoint.check_base(self.base, path)
         self.observe_base, self.scale_rad = args.base.observe_base, args.task.alpha * args.task.act_scale
+        self.residual = np.zeros((0, ACT_DIM))  # its own, of the last step, rad
         also = f"{checkpoint.saved['base_fingerprint']} {self.scale_rad}"
         self.fingerprint = hash_weights(checkpoint.saved["agent"], also)
         if self.base is not None:
             self.cameras, self.image_size = self.base.cameras, self.base.image_size
 
     def reset(self, mask: np.ndarray) -> None:
-        """Passed on to its own base policy."""
+        """Forget the last residual; passed on to its own base policy."""
+        if len(self.residual) != len(mask):
+            self.residual = np.zeros((len(mask), ACT_DIM))
+        self.residual[mask] = 0.0
         if self.base is not None:
             self.base.reset(mask)
 
     @property
     def memory(self) -> Mapping[str, np.ndarray]:
-        """That of its own base policy."""
-        return {} if self.base is None else self.base.memory
+        """Its own last residual, and what its own base policy remembers."""
+        base = {} if self.base is None else self.base.memory
+        return {"residual": self.residual, **{f"base.{name}": array for name, array in base.items()}}
 
     @memory.setter
     def memory(self, memory: Mapping[str, np.ndarray]) -> None:
+        self.residual = memory["residual"]
         if self.base is not None:
-            self.base.memory = memory
+            base = {name: array for name, array in memory.items() if name != "residual"}
+            self.base.memory = {name.removeprefix("base."): array for name, array in base.items()}
 
-    def act(self, obs: Mapping[str, np.ndarray], mask: np.ndarray) -> np.ndarray:
+    def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
         """Joint deltas in rad (N, 6): what its own base policy and its residual ask for together."""
         flat = flat_observation(obs)
-        base = np.zeros((len(flat), ACT_DIM)) if self.base is None else self.base.act(obs, mask)
+        base = np.zeros((len(flat), ACT_DIM))
+        if self.base is not None:  # which is corrected twice
+            base = self.base.act(obs.with_residual(obs[RESIDUAL] + self.residual), mask)
         if self.observe_base:
             flat = np.concatenate([flat, base.astype(np.float32)], axis=1)
-        return base + self.scale_rad * self.agent.act(flat).astype(np.float64)
+        residual = self.scale_rad * self.agent.act(flat).astype(np.float64)
+        self.residual[mask] = residual[mask]
+        return base + residual
 
     def close(self) -> None:
         """Release what its own base policy holds."""
@@ -515,11 +528,37 @@ class CheckpointPolicy(BasePolicy):
             self.base.close()
 
 
+def new_chunks(num_envs: int, steps: int) -> dict[str, np.ndarray]:
+    """Memory of a base policy that plans `steps` joint targets at once: see follow_chunks."""
+    targets = np.zeros((num_envs, steps, ACT_DIM))
+    return {"step": np.zeros(num_envs, np.int64), "targets": targets, "moved": np.zeros((num_envs, ACT_DIM))}
+
+
+def follow_chunks(memory: dict[str, np.ndarray], obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
+    """Joint deltas in rad (N, 6) that follow planned targets, and on to the next step for the environments in mask.
+
+    By what the residual has moved the arm since a plan was made, the rest of the plan is moved, too: a correction lasts
+    until the base looks again. Otherwise the plan would undo it one step later, noise would hardly move the arm, and
+    PPO would learn less: see benchmark/README.md.
+
+    Args:
+        memory: step (N,), how far each plan has been followed, 0 where it is new; targets (N, steps, 6), rad, the
+            plans; moved (N, 6), rad.
+        obs: with residual and command.
+    """
+    step, targets, moved = (memory[name] for name in ("step", "targets", "moved"))
+    moved[mask] = (moved + obs[RESIDUAL])[mask] * (step[mask] > 0)[:, None]
+    delta = targets[np.arange(len(step)), step] + moved - obs[COMMAND]
+    step[mask] = (step[mask] + 1) % targets.shape[1]
+    return delta
+
+
 class ServerPolicy(BasePolicy):
     """A policy behind a server, as of LeRobot or GR00T, that sees through cameras: `server:HOST:PORT`.
 
     All environments that look in a step are one request. Of every predicted chunk the first chunk_steps absolute joint
-    targets are carried out. Raises BasePolicyError for a server that is not there, is no such policy's, or fails.
+    targets are carried out, see follow_chunks. Raises BasePolicyError for a server that is not there, that is no such
+    policy's, or that fails.
     """
 
     GROUPS: ClassVar[dict[str, slice]] = {"single_arm": slice(0, 5), "gripper": slice(5, 6)}  # of state and action
@@ -605,7 +644,7 @@ class ServerPolicy(BasePolicy):
         """Look again before the next step."""
         n, steps = len(mask), self.options.chunk_steps
         if not self.memory or len(self.memory["step"]) != n:
-            self.memory = {"step": np.zeros(n, np.int64), "targets": np.zeros((n, steps, ACT_DIM))}
+            self.memory = new_chunks(n, steps)
             for back in self.past:  # what was seen then
                 self.memory[f"joints{back}"] = np.zeros((n, ACT_DIM), np.float32)
                 for camera in self.cameras:
@@ -626,9 +665,7 @@ class ServerPolicy(BasePolicy):
                 memory[f"joints{back}"][rows] = seen[STATE]
                 for camera in self.cameras:
                     memory[f"{camera}{back}"][rows] = seen[IMAGES + camera]
-        delta = memory["targets"][np.arange(len(mask)), memory["step"]] - obs[COMMAND]
-        memory["step"][mask] = (memory["step"][mask] + 1) % steps
-        return delta
+        return follow_chunks(memory, obs, mask)
 
     def _look(self, seen: BaseObservation, look: np.ndarray) -> np.ndarray:
         """The next joint targets (n, chunk_steps, 6), rad, of the n environments in look, (N,) bool."""

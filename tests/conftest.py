@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; for the trainings they start, too
 
@@ -13,7 +12,7 @@ import mujoco
 import numpy as np
 import pytest
 
-from so101_env import COMMAND, ENVIRONMENT, STATE, SO101Error
+from so101_env import SO101Error
 from so101_policies import load_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,11 +57,6 @@ def refusal(monkeypatch: pytest.MonkeyPatch, name: str, *flags: str) -> str:
     with pytest.raises(SO101Error) as error:
         load_script(name).main()
     return str(error.value)
-
-
-def base_obs(obs: np.ndarray, command: np.ndarray) -> dict[str, Any]:
-    """What a base policy sees, as a plain dict."""
-    return {STATE: obs[:, :6], ENVIRONMENT: obs[:, 6:25], COMMAND: command}
 
 
 def press_force_n(model: mujoco.MjModel, data: mujoco.MjData) -> float:

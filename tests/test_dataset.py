@@ -12,10 +12,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import base_obs, refusal, run_script
+from conftest import refusal, run_script
 
 import so101_dataset as dataset
-from so101_env import ACTION, ENVIRONMENT, STATE, SO101Error, SO101ResidualVectorEnv, load_model, to_rad
+from so101_env import (
+    ACTION,
+    ENVIRONMENT,
+    STATE,
+    SO101Error,
+    SO101ResidualVectorEnv,
+    base_observation,
+    load_model,
+    to_rad,
+)
 from so101_policies import load_policy
 
 KEYS = (STATE, ENVIRONMENT, ACTION)
@@ -257,8 +266,8 @@ def test_clone_acts_like_the_pusher_and_is_deterministic(demos, clone, tmp_path)
         state = to_rad(episode[STATE], "deg").astype(np.float32)
         for obs in np.concatenate([state, episode[ENVIRONMENT]], 1)[:, None]:
             command = obs[:, :6].astype(np.float64)
-            wanted.append(pusher.act(base_obs(obs, command), one)[0, :4])
-            answers.append(policy.act(base_obs(obs, command), one)[0, :4])
+            wanted.append(pusher.act(base_observation(obs, command), one)[0, :4])
+            answers.append(policy.act(base_observation(obs, command), one)[0, :4])
     error = np.array(answers) - np.array(wanted)
     assert np.sqrt(np.mean(error**2)) < 0.2 * np.std(wanted)
     again = tmp_path / "again"
@@ -275,13 +284,15 @@ def test_clone_carries_out_a_chunk_before_it_looks_again(clone):
     policy.reset(both)
     for step in range(6):
         np.testing.assert_allclose(
-            policy.act(base_obs(obs[step], np.zeros((2, 6))), both), planned[step // 4 * 4][:, step % 4], atol=1e-6
+            policy.act(base_observation(obs[step], np.zeros((2, 6))), both),
+            planned[step // 4 * 4][:, step % 4],
+            atol=1e-6,
         )
     policy.reset(second)  # the first goes on with step 2 of its chunk
-    answer = policy.act(base_obs(obs[6], np.zeros((2, 6))), both)
+    answer = policy.act(base_observation(obs[6], np.zeros((2, 6))), both)
     np.testing.assert_allclose(answer, [planned[4][0, 2], planned[6][1, 0]], atol=1e-6)
-    policy.act(base_obs(obs[7], np.zeros((2, 6))), second)  # a step of the second alone
-    answer = policy.act(base_obs(obs[8], np.zeros((2, 6))), both)
+    policy.act(base_observation(obs[7], np.zeros((2, 6))), second)  # a step of the second alone
+    answer = policy.act(base_observation(obs[8], np.zeros((2, 6))), both)
     np.testing.assert_allclose(answer, [planned[4][0, 3], planned[6][1, 2]], atol=1e-6)
 
 

@@ -9,11 +9,11 @@ import mujoco
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, base_obs, press_force_n, refusal, run_script, train
+from conftest import SMALL, press_force_n, refusal, run_script, train
 from gymnasium.vector import AutoresetMode
 
 import ppo_residual_so101 as ppo
-from so101_env import ACT_DIM, TAPE_CENTER_M, BasePolicyError, SO101Error, SO101ResidualVectorEnv
+from so101_env import ACT_DIM, TAPE_CENTER_M, BasePolicyError, SO101Error, SO101ResidualVectorEnv, base_observation
 from so101_policies import BasePolicy, JacobianPolicy, load_checkpoint, load_policy
 from so101_runs import VALIDATION_SEED, evaluate, no_residual
 
@@ -150,7 +150,7 @@ def test_base_success_and_residual_per_joint_are_reported(tmp_path):
         pusher, one = JacobianPolicy(), np.ones(1, bool)
         pusher.reset(one)
         while not done:
-            base.append(abs(pusher.act(base_obs(obs, envs.command), one)[0, 1]))
+            base.append(abs(pusher.act(base_observation(obs, envs.command), one)[0, 1]))
             residual.append(0.7 * 0.02 * abs(act(obs)[0, 1]))
             obs, _, terminated, truncated, _ = envs.step(act(obs))
             done = terminated[0] or truncated[0]
@@ -188,7 +188,7 @@ def test_observed_base_action_is_the_one_that_acts():
     pusher.reset(everyone)
     envs._steps[:3] = 20  # so that half of them is reset while the others go on
     for _ in range(70):
-        np.testing.assert_allclose(obs[:, 25:], pusher.act(base_obs(obs, envs.command), everyone), atol=1e-6)
+        np.testing.assert_allclose(obs[:, 25:], pusher.act(base_observation(obs, envs.command), everyone), atol=1e-6)
         shown = obs[:, 25:].copy()
         obs, _, terminated, truncated, info = envs.step(np.zeros((6, ACT_DIM)))
         np.testing.assert_allclose(info["base_delta_rad"], shown, atol=1e-6)
@@ -298,7 +298,7 @@ def test_images_are_rendered_only_of_who_looks_and_when(monkeypatch):
     looks = [look.tolist() for look, _ in policy.seen]
     assert looks == [[True] * 3, [False, True, False], [True, False, True]]
     assert rendered == ["top"] * 3 + ["wrist"] * 3 + ["top", "wrist"] + ["top"] * 2 + ["wrist"] * 2
-    keys = {"observation.state", "observation.environment_state", "command"}
+    keys = {"observation.state", "observation.environment_state", "command", "residual"}
     for look, seen in policy.seen:
         assert set(seen) == keys | {"observation.images.top", "observation.images.wrist"}
         assert all(len(array) == look.sum() for array in seen.values())

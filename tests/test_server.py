@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from conftest import ROOT, SMALL, refusal, run_script, train
 from fake_server import HORIZON, FakeServer
 from gymnasium.vector import AutoresetMode
 
-from so101_env import JOINTS, SO101Error, SO101ResidualVectorEnv, load_model
+from so101_env import JOINTS, SO101Error, SO101ResidualVectorEnv, base_observation, load_model
 from so101_policies import Server, load_policy
 
 DIALECTS = ("n1.5", "n1.6", "main")
@@ -80,6 +81,23 @@ def test_only_arms_that_look_are_asked_about_and_the_past_is_shown():
         assert np.array_equal(third["video"]["top"][:, 0], seen[3][[0, 2]])
         assert np.array_equal(third["video"]["top"][:, 1], seen[4][[0, 2]])
         assert np.array_equal(fourth["video"]["top"][:, 0], seen[5][[1]]) and not server.failed
+        envs.close()
+
+
+def test_a_correction_lasts_until_the_base_looks_again():
+    """What the residual has added up to since the plan was made moves the rest of it; a new plan starts afresh."""
+    with FakeServer(gain=0.0) as server:
+        envs = make_envs(server.spec, Server((), (16,), "deg", chunk_steps=4), num_envs=2)
+        envs.reset(seed=3)
+        rng, moved, full = np.random.default_rng(0), np.zeros((2, 6)), 0.7 * 0.02
+        for step in range(9):
+            if step % 4 == 0:
+                start, moved = envs.qpos[:, :6], np.zeros((2, 6))
+            later = np.append(np.full(5, np.deg2rad(0.1)), 0.001 * np.ptp(load_model().actuator_ctrlrange[5]))
+            before, action = envs.command, rng.uniform(-1.5, 1.5, (2, 6))
+            infos = envs.step(action)[-1]
+            np.testing.assert_allclose(before + infos["base_delta_rad"], start + later * (step % 4) + moved, atol=1e-6)
+            moved += full * np.clip(action, -1, 1)
         envs.close()
 
 
@@ -232,7 +250,17 @@ def test_evaluation_and_stacking_find_the_server_again(tmp_path):
         model = str(run / "final_model.pt")
         stacked = load_policy(f"checkpoint:{model}")
         assert stacked.cameras == ("top", "wrist") and stacked.image_size == (16, 16)
-        stacked.close()
+        stacked.base.close()
+        asked = []
+        stacked.base = SimpleNamespace(act=lambda obs, mask: asked.append(obs["residual"]) or np.zeros((2, 6)))
+        both, obs, own = np.ones(2, bool), base_observation(np.zeros((2, 25), np.float32), np.zeros((2, 6))), []
+        stacked.base.reset, stacked.base.memory = lambda mask: None, {"step": np.arange(2)}
+        stacked.reset(both)
+        for _ in range(2):
+            own.append(stacked.act(obs.with_residual(np.full((2, 6), 0.1)), both))
+        np.testing.assert_allclose(asked, [np.full((2, 6), 0.1), 0.1 + own[0]])
+        stacked.memory = {name: array.copy() for name, array in stacked.memory.items()}
+        assert np.array_equal(stacked.residual, own[1]) and np.array_equal(stacked.base.memory["step"], np.arange(2))
     with FakeServer() as server:
         flags = ["--model", model, "--episodes", "2", "--json", str(tmp_path / "r.json")]
         done = run_script("eval_so101.py", *flags, "--base-policy", server.spec)

@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# A camera policy trained by LeRobot as base, end to end: record demonstrations, train a small ACT on their videos with
+# lerobot-train, serve it, train residuals on it, and lead the best of them back into another ACT.
+#
+#   bash benchmark/lerobot_base.sh        # about 100 minutes on two cores, no GPU
+#
+# LEROBOT  LeRobot's environment; is made if it is not there (.venv-lerobot)
+# RUNS     directory of all that is made (logs/benchmark/lerobot); what is finished in it is not done again
+# PORT     of the policy server (5555)
+#
+# Needs Python 3.11 as python3, and FFmpeg's libraries, with which LeRobot reads videos (Debian: apt-get install ffmpeg).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+LEROBOT=${LEROBOT:-.venv-lerobot} RUNS=${RUNS:-logs/benchmark/lerobot} PORT=${PORT:-5555}
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+mkdir -p "$RUNS"
+
+# -- LeRobot's environment
+
+if [ ! -x "$LEROBOT/bin/lerobot-train" ]; then
+  python3 -m venv "$LEROBOT"
+  "$LEROBOT/bin/pip" install -q -r requirements-lerobot.txt
+  "$LEROBOT/bin/pip" install -q --no-deps lerobot==0.4.4 torchcodec==0.13.0
+fi
+if ! "$LEROBOT/bin/python" -c "import torchvision" 2> /dev/null; then
+  # PyTorch for the CPU beside a torchvision for CUDA, whose operators it cannot load: ACT uses none of them
+  site=$("$LEROBOT/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+  echo "import sys, types; sys.modules['torchvision._meta_registrations'] = types.ModuleType('none')" > "$site/torchvision_cpu.pth"
+fi
+"$LEROBOT/bin/python" -c "import torchcodec" || { echo "FFmpeg's libraries are missing: apt-get install ffmpeg" >&2; exit 1; }
+
+# -- what is done more than once
+
+# record DIRECTORY FLAGS: demonstrations as both cameras see them, without the sheet's pose
+record() {
+  [ -d "$1" ] || python eval_so101.py --record "$1" --cameras top wrist --image-size 96 --episodes 200 --only-successes "${@:2}"
+}
+
+# train_act DATASET DIRECTORY: 2,000 steps of a small ACT from scratch
+train_act() {
+  [ ! -d "$2/checkpoints/last" ] || return 0
+  rm -rf "$2"
+  OMP_NUM_THREADS=2 "$LEROBOT/bin/lerobot-train" --dataset.repo_id=local/demos --dataset.root="$1" --output_dir="$2" \
+    --steps=2000 --save_freq=2000 --log_freq=200 --eval_freq=0 --batch_size=8 --num_workers=0 --seed=1 \
+    --wandb.enable=false --policy.push_to_hub=false --policy.device=cpu --policy.type=act \
+    --policy.pretrained_backbone_weights=null --policy.optimizer_lr=1e-4 --policy.optimizer_lr_backbone=1e-4 \
+    --policy.chunk_size=16 --policy.n_action_steps=16 --policy.use_vae=false --policy.n_encoder_layers=2 \
+    --policy.dim_model=128 --policy.n_heads=4 --policy.dim_feedforward=512 2>&1 | tee "$2.log" | grep --line-buffered loss:
+}
+
+# serve DIRECTORY: until this script ends, or serves another one
+serve() {
+  [ -z "${server:-}" ] || { kill "$server"; wait "$server" || true; }
+  "$LEROBOT/bin/python" serve_lerobot.py --policy "$1/checkpoints/last/pretrained_model" --port "$PORT" --num-threads 1 \
+    > "$RUNS/server.log" 2>&1 &
+  server=$!
+  for _ in $(seq 120); do
+    ! grep -q "steps a chunk" "$RUNS/server.log" || return 0
+    kill -0 "$server" 2> /dev/null || break
+    sleep 1
+  done
+  cat "$RUNS/server.log" >&2
+  return 1
+}
+trap '[ -z "${server:-}" ] || kill "$server"' EXIT
+
+# -- the base, the residuals, and the way back
+
+record "$RUNS/demos" --base-policy jacobian --action-noise 0.25
+train_act "$RUNS/demos" "$RUNS/act"
+serve "$RUNS/act"
+base=(--base-policy "server:127.0.0.1:$PORT" --units deg)
+[ -e "$RUNS/base_alone.json" ] || python eval_so101.py "${base[@]}" --episodes 100 --json "$RUNS/base_alone.json"
+
+residual=("${base[@]}" RESIDUAL_FLAGS)
+NAME=lerobot_act_50k SEEDS="1 2 3 4 5" RUNS="$RUNS/50k" bash benchmark/ppo_residual_so101.sh "${residual[@]}"
+NAME=lerobot_act_200k SEEDS="1 2 3" RUNS="$RUNS/200k" bash benchmark/ppo_residual_so101.sh "${residual[@]}" --total-timesteps 200000 --eval-every 50000
+
+best=$(ls "$RUNS"/200k/seed_1/*/final_model.pt)
+record "$RUNS/corrected_demos" --model "$best" --no-base
+train_act "$RUNS/corrected_demos" "$RUNS/corrected_act"
+serve "$RUNS/corrected_act"
+python eval_so101.py "${base[@]}" --episodes 100 --json "$RUNS/corrected_act_alone.json"
