@@ -75,7 +75,7 @@ class EvalArgs:
     json: str | None = None
     """write the results and the list of episodes to this file"""
     video: str | None = None
-    """film the first episodes into this MP4 file, or GIF"""
+    """film the first episodes into this MP4 file, or GIF; with a base policy that moves, it alone beside them"""
     video_episodes: int = 5
     """episodes in --video"""
     plot: str | None = None
@@ -265,9 +265,13 @@ def main() -> int:
     episodes = evaluate(act, envs, seeds, trace=traced)
     summary, base = summarize(episodes), None
     columns = {"agent" if args.model else "base alone": summary}
+    films = {"base and residual" if args.model else "base alone": episodes[: args.video_episodes]}
     if args.model and args.base:
-        base = summarize(evaluate(no_residual, envs, seeds))
+        alone = evaluate(no_residual, envs, seeds, trace=bool(args.video))
+        base = summarize(alone)
         columns[f"base alone ({base_policy.partition(':')[0]})"] = base
+        if base_policy != "zero":  # which does not move
+            films = {"base alone": alone[: args.video_episodes], **films}
     physics = "full" if envs.task.full_randomization else "default" if envs.task.randomize else "no"
     print(
         (f"{args.model} ({steps} steps)" if args.model else f"base policy {base_policy}")
@@ -301,7 +305,7 @@ def main() -> int:
     if args.plot:
         plot(episodes, envs.task.tape_margin, Path(args.plot))
     if args.video:
-        write_video(envs, episodes[: args.video_episodes], Path(args.video))
+        write_video(envs, films, Path(args.video))
     if args.render_mode:
         play(envs, episodes)
     envs.close()

@@ -424,7 +424,7 @@ def evaluate_agent(
         base_success = episode_mean(evaluate(no_residual, eval_envs, seeds), "success")
     episodes = evaluate(agent.act, eval_envs, seeds, trace=film is not None)
     if film:
-        write_video(eval_envs, episodes[:1], film)
+        write_video(eval_envs, {"agent": episodes[:1]}, film)
     return {
         "success_rate": episode_mean(episodes, "success"),
         "mean_return": episode_mean(episodes, "return"),
@@ -677,6 +677,7 @@ def main() -> int:
         "cpu_time_s": time.process_time() - start_cpu,
         "steps_per_second": (global_step - first_step) / wall_time,
         "eval_time_s": eval_time,
+        "base_time_s": envs.base_time_s + eval_envs.base_time_s,
         "interrupted": bool(interrupts.signum),
         "success_rate_100": means.get("success"),
         "mean_return_100": means.get("return"),
@@ -690,7 +691,10 @@ def main() -> int:
         "best_checkpoint": str(best_model),
     }
     write_json(run_dir / "training_summary.json", summary)
-    print(f"{global_step} steps in {wall_time:.1f} s ({summary['steps_per_second']:.0f} steps/s), saved in {run_dir}")
+    speed = f"{summary['steps_per_second']:.0f} steps/s"
+    if envs.base_policy is not None:
+        speed += f", {summary['base_time_s'] / wall_time:.0%} of the time for the base policy"
+    print(f"{global_step} steps in {wall_time:.1f} s ({speed}), saved in {run_dir}")
     if interrupts.signum:
         print(f"resume:   python {SCRIPT} --resume {model}")
         return 128 + interrupts.signum

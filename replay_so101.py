@@ -146,7 +146,7 @@ def main() -> int:
     if args.video:
         envs = SO101ResidualVectorEnv(1, tape_margin=args.tape_margin, num_threads=1)
         check_rendering(envs, "--video")
-        write_video(envs, [replayed], Path(args.video))
+        write_video(envs, {"replay": [replayed]}, Path(args.video))
         envs.close()
     return 0
 

@@ -515,6 +515,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._done = np.ones(n, bool)
         self._obs = np.zeros(self.observation_space.shape, np.float32)
         self._residual = np.zeros((n, ACT_DIM))  # of the last step, rad
+        self.base_time_s = 0.0  # wall time that the base policy has taken, its pictures included
         self._base = np.zeros((n, ACT_DIM))  # with observe_base: the base policy's deltas for self._obs, rad
         # made when first used, freed by close: None is the one for people, the others are the cameras' by image size
         self._renderers: dict[tuple[int, int] | None, mujoco.Renderer] = {}
@@ -879,9 +880,10 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         """The base policy's joint deltas (N, 6) in rad for the observations of the environments in mask, checked."""
         policy, name, expected = self.base_policy, type(self.base_policy).__name__, (self.num_envs, ACT_DIM)
         obs = self._obs[:, : self._obs.shape[1] - ACT_DIM * self.observe_base]
-        cameras = {"cameras": policy.cameras, "render": self._camera_images}
+        cameras, start = {"cameras": policy.cameras, "render": self._camera_images}, time.perf_counter()
         seen = base_observation(obs, self._command, self._residual, **cameras)
         base = np.asarray(policy.act(seen, mask), np.float64)
+        self.base_time_s += time.perf_counter() - start
         if base.shape != expected or not np.isfinite(base).all():
             raise BasePolicyError(f"base policy {name}: act() must return finite {expected}, got {base.shape}")
         largest = float(np.abs(base[mask]).max())

@@ -308,17 +308,36 @@ def residual_to_base(episodes: list[dict[str, Any]]) -> dict[str, float]:
     return {joint: float(r / b) for joint, b, r in zip(JOINTS, base, residual) if b > 1e-9}
 
 
-def write_video(envs: SO101ResidualVectorEnv, episodes: list[dict[str, Any]], path: Path) -> None:
-    """Film traced episodes, one after the other: MP4 in real time, or a small GIF of every third frame."""
-    import imageio.v2 as imageio
+def write_video(envs: SO101ResidualVectorEnv, columns: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+    """Film traced episodes, one after the other: MP4 in real time, or a small GIF of every third frame.
 
-    qpos, fps, gif = np.concatenate([e["qpos"] for e in episodes]), envs.metadata["render_fps"], path.suffix == ".gif"
+    Args:
+        columns: the episodes by what is written above them; several columns are shown side by side, each episode until
+            it has ended in all of them.
+        path: ends in .mp4 or .gif.
+    """
+    import imageio.v2 as imageio
+    from PIL import Image, ImageDraw
+
+    fps, gif = envs.metadata["render_fps"], path.suffix == ".gif"
     options = {"duration": 3000 / fps, "loop": 0} if gif else {"fps": fps, "macro_block_size": 1}
+
+    def picture(title: str, qpos: np.ndarray) -> np.ndarray:
+        frame = envs.render_state(qpos)
+        if gif:
+            frame = frame[::2, ::2]
+        if len(columns) == 1:
+            return frame
+        image = Image.fromarray(frame)
+        ImageDraw.Draw(image).text((10, 8), title, fill="black", font_size=len(frame) // 18)
+        return np.asarray(image)
 
     def write(temporary: Path) -> None:
         with imageio.get_writer(temporary, **options) as writer:
-            for state in qpos[:: 3 if gif else 1]:
-                frame = envs.render_state(state)
-                writer.append_data(frame[::2, ::2] if gif else frame)
+            for episodes in zip(*columns.values()):
+                states = [episode["qpos"] for episode in episodes]
+                for t in range(0, max(map(len, states)), 3 if gif else 1):
+                    shown = [picture(title, qpos[min(t, len(qpos) - 1)]) for title, qpos in zip(columns, states)]
+                    writer.append_data(np.hstack(shown))
 
     write_atomically(path, write)

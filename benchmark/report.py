@@ -162,11 +162,13 @@ def describe(script: str, args: dict[str, Any]) -> str:
     """The script's command line for these arguments, without what is at its default."""
     words = [f"python {script}"]
     for name, default in flat_settings(dataclasses.asdict(load_script(script).Args())).items():
-        if name in args and args[name] != default:
-            value = args[name]
-            words.append(
-                flag_of(name if value else f"no_{name}") if isinstance(value, bool) else f"{flag_of(name)} {value}"
-            )
+        default, value = list(default) if isinstance(default, tuple) else default, args.get(name, default)
+        if value == default:
+            continue
+        if isinstance(value, bool):
+            words.append(flag_of(name if value else f"no_{name}"))
+        else:
+            words += [flag_of(name), *map(str, value if isinstance(value, list) else [value])]
     return " ".join(words)
 
 
@@ -180,6 +182,7 @@ def summarize(seeds: list[dict[str, Any]], name: str) -> dict[str, Any]:
         row["final_length"] = seed["final"]["mean_length"]
         if base := seed["final"]["base"]:
             row |= {"base_success": base["success_rate"], "base_length": base["mean_length"]}
+            row["base_time_s"] = seed["summary"]["base_time_s"]
         for percent in (50, 85):
             row[f"steps_to_{percent}"] = steps_to(seed["rollout/success_rate_100"], percent / 100)
         row |= {"wall_time_s": seed["summary"]["wall_time_s"], "cpu_time_s": seed["summary"]["cpu_time_s"]}
@@ -219,7 +222,8 @@ def markdown(results: dict[str, Any]) -> str:
         "seed": "seed", "final_success": "final model: success", "final_return": "return", "final_length": "length",
         "base_success": "base alone: success", "base_length": "length",
         "best_success": "best model: success", "best_return": "return", "steps_to_50": "steps to 50 %",
-        "steps_to_85": "steps to 85 %", "wall_time_s": "wall s", "cpu_time_s": "CPU s",
+        "steps_to_85": "steps to 85 %",
+        "wall_time_s": "wall s", "base_time_s": "of it the base's", "cpu_time_s": "CPU s",
     }  # fmt: skip
     columns = {key: title for key, title in columns.items() if key in rows[0]}
 
