@@ -313,9 +313,11 @@ def test_serve_lerobot(tmp_path, module, name, options, horizon, steps):
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             assert "cameras top" in next(line for line in server.stdout if "steps a chunk" in line)
+            envs = make_envs(f"server:127.0.0.1:{port}", Server(units="rad", image_size=(32,)))
+            envs.reset(seed=1)
             with pytest.raises(SO101Error, match=r"video top must be .*--image-size 64 64"):
-                make_envs(f"server:127.0.0.1:{port}", Server(units="rad", image_size=(32,))).reset(seed=1)[0]
-                make_envs(f"server:127.0.0.1:{port}", Server(units="rad", image_size=(32,))).step(np.zeros((3, 6)))
+                envs.step(np.zeros((3, 6)))
+            envs.close()
             envs = make_envs(f"server:127.0.0.1:{port}", Server(units="rad", image_size=(64,), chunk_steps=8))
             policy = envs.base_policy
             assert len(policy.client.modalities["action"].deltas) == horizon and len(policy.past) == steps - 1
