@@ -25,15 +25,20 @@ fi
 if ! "$LEROBOT/bin/python" -c "import torchvision" 2> /dev/null; then
   # PyTorch for the CPU beside a torchvision for CUDA, whose operators it cannot load: ACT uses none of them
   site=$("$LEROBOT/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
-  echo "import sys, types; sys.modules['torchvision._meta_registrations'] = types.ModuleType('none')" > "$site/torchvision_cpu.pth"
+  echo "import sys, types; sys.modules['torchvision._meta_registrations'] = types.ModuleType('none')" \
+    > "$site/torchvision_cpu.pth"
 fi
-"$LEROBOT/bin/python" -c "import torchcodec" || { echo "FFmpeg's libraries are missing: apt-get install ffmpeg" >&2; exit 1; }
+if ! "$LEROBOT/bin/python" -c "import torchcodec" 2> /dev/null; then
+  echo "LeRobot cannot read videos: FFmpeg's libraries are missing (Debian: apt-get install ffmpeg)" >&2
+  exit 1
+fi
 
 # -- what is done more than once
 
 # record DIRECTORY FLAGS: demonstrations as both cameras see them, without the sheet's pose
 record() {
-  [ -d "$1" ] || python eval_so101.py --record "$1" --cameras top wrist --image-size 96 --episodes 200 --only-successes "${@:2}"
+  [ -d "$1" ] || python eval_so101.py --record "$1" --cameras top wrist --image-size 96 --episodes 200 \
+    --only-successes "${@:2}"
 }
 
 # train_act DATASET DIRECTORY: 2,000 steps of a small ACT from scratch
@@ -48,9 +53,15 @@ train_act() {
     --policy.dim_model=128 --policy.n_heads=4 --policy.dim_feedforward=512 2>&1 | tee "$2.log" | grep --line-buffered loss:
 }
 
+# evaluate FILE: what is served, alone
+evaluate() {
+  [ -e "$1" ] || python eval_so101.py "${base[@]}" --chunk-steps 16 --episodes 100 --json "$1"
+}
+
 # serve DIRECTORY: until this script ends, or serves another one
 serve() {
   [ -z "${server:-}" ] || { kill "$server"; wait "$server" || true; }
+  : > "$RUNS/server.log"
   "$LEROBOT/bin/python" serve_lerobot.py --policy "$1/checkpoints/last/pretrained_model" --port "$PORT" --num-threads 1 \
     > "$RUNS/server.log" 2>&1 &
   server=$!
@@ -70,14 +81,16 @@ record "$RUNS/demos" --base-policy jacobian --action-noise 0.25
 train_act "$RUNS/demos" "$RUNS/act"
 serve "$RUNS/act"
 base=(--base-policy "server:127.0.0.1:$PORT" --units deg)
-[ -e "$RUNS/base_alone.json" ] || python eval_so101.py "${base[@]}" --episodes 100 --json "$RUNS/base_alone.json"
+evaluate "$RUNS/act_alone.json"
 
-residual=("${base[@]}" RESIDUAL_FLAGS)
-NAME=lerobot_act_50k SEEDS="1 2 3 4 5" RUNS="$RUNS/50k" bash benchmark/ppo_residual_so101.sh "${residual[@]}"
-NAME=lerobot_act_200k SEEDS="1 2 3" RUNS="$RUNS/200k" bash benchmark/ppo_residual_so101.sh "${residual[@]}" --total-timesteps 200000 --eval-every 50000
+# seed 1 served to choose these flags
+residual=("${base[@]}" --chunk-steps 16 --observe-base --hidden-size 128 --act-scale 0.04 --log-std-init -1
+  --update-epochs 8 --gae-lambda 0.95 --residual-penalty 0.01)
+NAME=lerobot_act_50k SEEDS="2 3 4 5 6" RUNS="$RUNS/50k" bash benchmark/ppo_residual_so101.sh "${residual[@]}"
+NAME=lerobot_act_200k SEEDS="2 3 4" RUNS="$RUNS/200k" bash benchmark/ppo_residual_so101.sh "${residual[@]}" \
+  --total-timesteps 200000 --eval-every 50000
 
-best=$(ls "$RUNS"/200k/seed_1/*/final_model.pt)
-record "$RUNS/corrected_demos" --model "$best" --no-base
+record "$RUNS/corrected_demos" --no-base --model "$(echo "$RUNS"/200k/seed_2/*/final_model.pt)"
 train_act "$RUNS/corrected_demos" "$RUNS/corrected_act"
 serve "$RUNS/corrected_act"
-python eval_so101.py "${base[@]}" --episodes 100 --json "$RUNS/corrected_act_alone.json"
+evaluate "$RUNS/corrected_act_alone.json"

@@ -27,7 +27,7 @@ export BASE RUNS=${RUNS:-logs/benchmark/$NAME} OUT=${OUT-benchmark/results/$NAME
 mkdir -p "$RUNS"
 
 run_seed() {
-  local seed=$1 dir=$RUNS/seed_$1 run model
+  local seed=$1 dir=$RUNS/seed_$1 run
   shift
   if [ ! -e "$dir/best_model.json" ]; then # the last file to be written
     rm -rf "$dir"
@@ -35,10 +35,10 @@ run_seed() {
     if ! {
       python "$SCRIPT" --seed "$seed" --log-dir "$dir" --num-threads 1 "$@" &&
         run=$(dirname "$dir"/*/final_model.pt) &&
-        for model in final_model best_model/best_model; do
-          python eval_so101.py --model "$run/$model.pt" --episodes "$EPISODES" "$BASE" --num-threads 1 \
-            --json "$dir/$(basename $model).json" || return 1
-        done
+        python eval_so101.py --model "$run/final_model.pt" --episodes "$EPISODES" "$BASE" --num-threads 1 \
+          --json "$dir/final_model.json" &&
+        python eval_so101.py --model "$run/best_model/best_model.pt" --episodes "$EPISODES" --no-base --num-threads 1 \
+          --json "$dir/best_model.json"
     } > "$dir/log.txt" 2>&1; then
       echo "$NAME: seed $seed FAILED, see $dir/log.txt"
       tail -n 1 "$dir/log.txt"
