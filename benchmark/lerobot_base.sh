@@ -50,7 +50,8 @@ train_act() {
     --wandb.enable=false --policy.push_to_hub=false --policy.device=cpu --policy.type=act \
     --policy.pretrained_backbone_weights=null --policy.optimizer_lr=1e-4 --policy.optimizer_lr_backbone=1e-4 \
     --policy.chunk_size=16 --policy.n_action_steps=16 --policy.use_vae=false --policy.n_encoder_layers=2 \
-    --policy.dim_model=128 --policy.n_heads=4 --policy.dim_feedforward=512 2>&1 | tee "$2.log" | grep --line-buffered loss:
+    --policy.dim_model=128 --policy.n_heads=4 --policy.dim_feedforward=512 > "$2.log" 2>&1 ||
+    { tail -n 3 "$2.log" >&2 && return 1; }
 }
 
 # evaluate FILE: what is served, alone
