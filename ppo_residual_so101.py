@@ -612,6 +612,7 @@ def main() -> int:
     first_step, eval_time, result, metrics, means = global_step, 0.0, None, {}, {}
     # an arm that rests moves nothing, and no sheet starts inside the tape
     base_success = 0.0 if envs.base_policy is None else None
+    before_failure = copy.deepcopy(checkpoint())
     interrupts = Interrupts()
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
     try:

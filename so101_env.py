@@ -896,7 +896,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
     def _camera_images(self, camera: str, ids: np.ndarray) -> np.ndarray:
         """What a camera of the base policy sees now in the environments ids, (n, H, W, 3) uint8."""
-        return self.camera_images(self._qpos[ids], camera, self.base_policy.image_size)
+        return self.camera_images(self._qpos[ids], camera, tuple(self.base_policy.image_size))
 
     def _home_state(self) -> dict[str, np.ndarray]:
         """Nominal resting state: joints at home, servo targets raised by gravity sag, sheet settled on the table."""

@@ -111,7 +111,7 @@ class PolicyClient:
     ):
         self.host, self.port, self.api_token = host, port, api_token
         self.timeout_s, self.first_timeout_s = timeout_s, max(first_timeout_s, timeout_s)
-        self._socket = None
+        self._socket, self.dialect, self._checking = None, "", False
         self._warm = False  # whether it has given an action
         self._probe: dict[str, Any] | None = None
         try:
@@ -131,7 +131,7 @@ class PolicyClient:
             state: (B, T, D) by key.
             text: what to do.
         """
-        batch = len(next(iter(state.values())))
+        batch = len(next(iter([*state.values(), *video.values()])))
         languages = {key: [[text]] * batch for key in self.modalities["language"].keys}
         if self.dialect == "n1.5":
             data: dict[str, Any] = {f"video.{key}": frames for key, frames in video.items()}
@@ -245,7 +245,7 @@ class PolicyClient:
         message = {"endpoint": endpoint} | ({} if data is None else {"data": data})
         if self.api_token is not None:
             message["api_token"] = self.api_token
-        body, timeout_s = pack(message, getattr(self, "dialect", "n1.6")), timeout_s or self.timeout_s
+        body, timeout_s = pack(message, self.dialect), timeout_s or self.timeout_s
         for _ in range(2):
             if self._went_away():
                 self._reconnect(endpoint)
@@ -300,15 +300,20 @@ class PolicyClient:
 
     def _reconnect(self, endpoint: str) -> None:
         """Connect again to the same policy."""
+        if self._checking:
+            raise WireError(f"{endpoint}: closes the connection instead of answering")
         if self._socket is not None:
             self._disconnect()
         try:
             self._connect(self.timeout_s)
         except WireError as error:
             raise WireError(f"{endpoint}: the server has gone away; {error}") from error
-        if hasattr(self, "dialect"):
-            self._warm = False  # it may be loading
-            self._check_identity()
+        if self.dialect:  # it has been met before
+            self._warm, self._checking = False, True  # it may be loading
+            try:
+                self._check_identity()
+            finally:
+                self._checking = False
 
 
 def check_action(action: Mapping[str, Any], key: str, batch: int, steps: int, width: int) -> np.ndarray:

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,6 +174,24 @@ def test_addresses(monkeypatch):
     with pytest.raises(SO101Error, match=f"{server.spec}: nothing answers there .*start the server first"):
         load_policy(server.spec, DEG)  # now closed
     assert time.monotonic() - started < 5
+
+
+def test_what_is_no_policy_server_is_refused():
+    """Something else listens there, and closes the connection on what it does not understand, again and again."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def refuse() -> None:
+            for _ in range(100):
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                connection.close()
+
+        threading.Thread(target=refuse, daemon=True).start()
+        with pytest.raises(SO101Error, match="ping: closes the connection instead of answering"):
+            load_policy(f"server:127.0.0.1:{listener.getsockname()[1]}", DEG)
 
 
 def test_fingerprint_follows_the_policy_and_not_its_address():
