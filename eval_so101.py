@@ -217,7 +217,12 @@ def record(args: EvalArgs, envs: SO101ResidualVectorEnv, episodes: list[dict[str
         for qpos in tqdm(states, f"camera {name}", length, unit="frame", dynamic_ncols=True):
             yield envs.camera_images(qpos[None], camera, args.server.size)[0]
 
-    write_dataset(Path(args.record), demos, {name: pictures(name, camera) for name, camera in cameras.items()})
+    frames = {name: pictures(name, camera) for name, camera in cameras.items()}
+    try:
+        write_dataset(Path(args.record), demos, frames)
+    finally:
+        for each in frames.values():
+            each.close()  # ends its progress bar's line before an error is printed
     print(f"{len(demos)} episodes, {length} frames in {args.record}")
     if privileged:
         print(f"clone: python bc_so101.py --demos {args.record}")

@@ -76,7 +76,8 @@ def write_dataset(
         _write_files(temporary, episodes, cameras or {})
         os.replace(temporary, path)
     except OSError as error:
-        raise DatasetError(f"{path}: cannot be written ({error.strerror or error}); free the disk") from error
+        reason = error.strerror or str(error).splitlines()[0]  # FFmpeg's own words are many lines
+        raise DatasetError(f"{path}: cannot be written ({reason}); free the disk") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -186,9 +187,9 @@ def _write_video(path: Path, frames: Iterable[np.ndarray], length: int) -> tuple
 
     path.parent.mkdir(parents=True)
     sample, count, shape = [], 0, (0, 0, 3)
-    # yuv420p keeps colours at half the resolution, so sides must be even: macro_block_size 2 would pad odd ones
+    # yuv420p keeps colours at half the resolution, so sides must be even
     options = {"codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 1, "output_params": VIDEO_OPTIONS}
-    with imageio.get_writer(path, fps=CONTROL_HZ, **options) as writer:
+    with imageio.get_writer(path, fps=CONTROL_HZ, ffmpeg_log_level="quiet", **options) as writer:
         for frame in frames:
             if count % FRAMES_PER_SAMPLE == 0:
                 sample.append(frame)

@@ -55,7 +55,8 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, 
 
 def disk_error(path: str | Path, error: OSError) -> SO101Error:
     """What to tell the user of a file that cannot be written."""
-    return SO101Error(f"{path}: cannot be written ({error.strerror}); free the disk, or name another place")
+    reason = error.strerror or str(error).splitlines()[0]  # FFmpeg's own words are many lines
+    return SO101Error(f"{path}: cannot be written ({reason}); free the disk, or name another place")
 
 
 def silence_output() -> None:
@@ -320,7 +321,8 @@ def write_video(envs: SO101ResidualVectorEnv, columns: Mapping[str, list[dict[st
     from PIL import Image, ImageDraw
 
     fps, gif = envs.metadata["render_fps"], path.suffix == ".gif"
-    options = {"duration": 3000 / fps, "loop": 0} if gif else {"fps": fps, "macro_block_size": 1}
+    mp4 = {"fps": fps, "macro_block_size": 1, "ffmpeg_log_level": "quiet"}
+    options = {"duration": 3000 / fps, "loop": 0} if gif else mp4
 
     def picture(title: str, qpos: np.ndarray) -> np.ndarray:
         frame = envs.render_state(qpos)
