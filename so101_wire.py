@@ -99,7 +99,7 @@ class PolicyClient:
     Args:
         host, port: its address.
         timeout_s: how long to wait for an answer, and for a server that went away.
-        first_timeout_s: the same for the first action, when a server may still be loading.
+        first_timeout_s: the same for its first answer and first action, when it may still be loading.
         api_token: sent with each request, in clear text.
 
     Raises:
@@ -168,7 +168,7 @@ class PolicyClient:
 
     def _read_identity(self) -> None:
         """Find out dialect, modalities, and the weights' hash if it is given. Neither endpoint needs an array."""
-        body = self._request("ping", None)
+        body = self._request("ping", None, self.timeout_s if self._warm else self.first_timeout_s)
         if body[:2] == b"PK":
             raise WireError("speaks the pickles of GR00T N1, which can run any code here; use N1.5 or later")
         reply = self._reply("ping", body)
@@ -180,8 +180,8 @@ class PolicyClient:
         if b"__ModalityConfig__" in body:
             dialect = "main"
         elif b"__ModalityConfig_class__" in body:
-            raw = msgpack.unpackb(body)
-            dialect = "n1.5" if isinstance(next(iter(raw.values())).get("as_json"), str) else "n1.6"
+            first = next(iter(msgpack.unpackb(body).values()))
+            dialect = "n1.5" if isinstance(first, dict) and isinstance(first.get("as_json"), str) else "n1.6"
         else:
             raise WireError("describes its policy in a way that no known release of GR00T does")
         self.modalities = {}
