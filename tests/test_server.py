@@ -161,6 +161,13 @@ def test_a_server_that_cannot_be_used_is_refused_at_the_start(server, options, m
     assert message in str(error.value) and "get_action" not in fake.endpoints
 
 
+def test_a_server_that_announces_another_dialect_than_it_speaks():
+    """Arrays in a form that it does not know arrive as maps: its policy's own words say so, and no arm moves."""
+    with FakeServer("main") as other, FakeServer("n1.6", config=other.config) as server:
+        with pytest.raises(SO101Error, match="get_action: the server says .*AttributeError"):
+            load_policy(server.spec, DEG)
+
+
 def test_addresses(monkeypatch):
     for spec in ("server:", "server:5555", "server:localhost:x", "server:localhost:70000"):
         with pytest.raises(SO101Error, match="give server:HOST:PORT"):
