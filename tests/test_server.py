@@ -300,7 +300,7 @@ def test_evaluation_and_stacking_find_the_server_again(tmp_path):
     assert done.returncode == 2 and "--base-policy jacobian: the checkpoint of --model has its own" in done.stderr
 
 
-TINY_ACT = """
+TINY_POLICY = """
 import sys, torch
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.{module} import {name}Config
@@ -322,17 +322,50 @@ ACT = (
     "dim_model=32, n_heads=2, dim_feedforward=64, n_encoder_layers=1, chunk_size=12, n_action_steps=12, use_vae=False, "
 )
 DIFFUSION = "n_obs_steps=2, horizon=16, n_action_steps=8, down_dims=(32, 64), num_inference_steps=2, crop_shape=None, "
+SMOLVLA = "vlm_model_name=sys.argv[2], load_vlm_weights=False, resize_imgs_with_padding=(64, 64), num_vlm_layers=2, "
+# SmolVLA looks for a vision-language model by name: one of a quarter of a million random weights
+TINY_VLM = """
+import sys
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, SmolVLMConfig, SmolVLMImageProcessor, SmolVLMProcessor
+from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
+special = ["<unk>", "<pad>", "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+words = special + list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,\\n")
+model = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+model.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+names = dict(zip(("image_token", "fake_image_token", "global_image_token", "end_of_utterance_token"), special[2:]))
+tokenizer = PreTrainedTokenizerFast(
+    tokenizer_object=model, unk_token="<unk>", pad_token="<pad>", extra_special_tokens=names
+)
+layers = {"num_attention_heads": 2, "hidden_size": 64, "intermediate_size": 128}
+text = {"num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 32, "vocab_size": len(words), "pad_token_id": 1}
+vision = {"num_hidden_layers": 1, "image_size": 64, "patch_size": 16}
+config = SmolVLMConfig(
+    text_config={"model_type": "llama", **layers, **text}, vision_config={**layers, **vision}, image_token_id=2,
+    scale_factor=2,
+)
+config.save_pretrained(sys.argv[1])
+parts = {"image_processor": SmolVLMImageProcessor(), "video_processor": SmolVLMVideoProcessor()}
+SmolVLMProcessor(tokenizer=tokenizer, chat_template="{{ messages }}", **parts).save_pretrained(sys.argv[1])
+"""
 TINY_POLICIES = [
+    ("smolvla.configuration_smolvla", "SmolVLA", SMOLVLA + "chunk_size=16, n_action_steps=16, num_steps=4", 16, 1),
     ("act.configuration_act", "ACT", ACT + "pretrained_backbone_weights=None", 12, 1),
     ("diffusion.configuration_diffusion", "Diffusion", DIFFUSION + "pretrained_backbone_weights=None", 8, 2),
 ]
 
 
 @pytest.mark.parametrize("module, name, options, horizon, steps", TINY_POLICIES)
-def test_serve_lerobot(tmp_path, module, name, options, horizon, steps):
+def test_serve_lerobot(tmp_path, monkeypatch, module, name, options, horizon, steps):
     """With the Python of an environment that has LeRobot, pyzmq and msgpack in LEROBOT_PYTHON."""
     python = os.environ.get("LEROBOT_PYTHON") or pytest.skip("LEROBOT_PYTHON names no Python with LeRobot")
-    made = [python, "-c", TINY_ACT.format(module=module, name=name, options=options), str(tmp_path / "policy")]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    made = [python, "-c", TINY_POLICY.format(module=module, name=name, options=options), str(tmp_path / "policy")]
+    if name == "SmolVLA":
+        if subprocess.run([python, "-c", "import transformers, num2words"], capture_output=True).returncode:
+            pytest.skip("LEROBOT_PYTHON has no transformers and num2words")
+        subprocess.run([python, "-c", TINY_VLM, str(tmp_path / "vlm")], check=True, capture_output=True)
+        made.append(str(tmp_path / "vlm"))
     subprocess.run(made, check=True, capture_output=True)
     port, answers = 47000 + os.getpid() % 1000, []
     for _ in range(2):  # the second time after a restart
