@@ -335,11 +335,16 @@ def write_video(envs: SO101ResidualVectorEnv, columns: Mapping[str, list[dict[st
         return np.asarray(image)
 
     def write(temporary: Path) -> None:
+        palette = None  # of the first frame, for all, without dithering: what rests is then stored once
         with imageio.get_writer(temporary, **options) as writer:
             for episodes in zip(*columns.values()):
                 states = [episode["qpos"] for episode in episodes]
                 for t in range(0, max(map(len, states)), 3 if gif else 1):
                     shown = [picture(title, qpos[min(t, len(qpos) - 1)]) for title, qpos in zip(columns, states)]
-                    writer.append_data(np.hstack(shown))
+                    image = Image.fromarray(np.hstack(shown))
+                    if gif:
+                        palette = palette or image.quantize(128)
+                        image = image.quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB")
+                    writer.append_data(np.asarray(image))
 
     write_atomically(path, write)

@@ -246,14 +246,17 @@ def test_kill_leaves_only_loadable_checkpoints(tmp_path):
     flags += "--update-epochs 1 --eval-every 0"
     command = [sys.executable, str(ROOT / "ppo_residual_so101.py"), "--log-dir", str(tmp_path), *flags.split()]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while len(list(tmp_path.glob("*/checkpoints/*.pt"))) < 20:
+
+    def complete() -> list[Path]:
+        return [path for path in tmp_path.rglob("*.pt") if ".tmp" not in path.name]
+
+    while len(complete()) < 20:
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
     process.wait()
-    files = [path for path in tmp_path.rglob("*.pt") if ".tmp" not in path.name]
-    assert len(files) >= 20
-    assert all(load(file)["global_step"] > 0 for file in files)
+    assert len(complete()) >= 20
+    assert all(load(file)["global_step"] > 0 for file in complete())
 
 
 # -- evaluation
