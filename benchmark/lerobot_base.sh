@@ -2,7 +2,7 @@
 # A camera policy trained by LeRobot as base, end to end: record demonstrations, train a small ACT on their videos with
 # lerobot-train, serve it, train residuals on it, and lead the best of them back into another ACT.
 #
-#   bash benchmark/lerobot_base.sh        # about 100 minutes on two cores, no GPU
+#   bash benchmark/lerobot_base.sh        # about 70 minutes on two cores, no GPU
 #
 # LEROBOT  LeRobot's environment; is made if it is not there (.venv-lerobot)
 # RUNS     directory of all that is made (logs/benchmark/lerobot); what is finished in it is not done again
