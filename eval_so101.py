@@ -99,8 +99,12 @@ def check_eval_args(args: EvalArgs) -> None:
     """Raise SO101Error for what cannot work, before any work is done."""
     if args.model is None and args.base_policy is None:
         raise SO101Error("name a checkpoint with --model, or a base policy with --base-policy")
-    if args.model is not None and args.tape_margin is not None:
-        raise SO101Error(f"--tape-margin {args.tape_margin}: the checkpoint of --model has its own; drop it")
+    own = {"tape_margin": args.tape_margin is not None}
+    names = ["units", "chunk_steps", "instruction"] + ["cameras", "image_size"] * (args.record is None)
+    own |= {name: getattr(args.server, name) != getattr(Server(), name) for name in names}
+    if args.model is not None and any(own.values()):
+        given = next(name for name in own if own[name])
+        raise SO101Error(f"{flag_of(given)}: the checkpoint of --model has its own; drop it")
     ranges = {"episodes": (1, 100_000), "video_episodes": (1, 100_000), "num_threads": (1, 1024)}
     check_flags(args.server, Server.RANGES)
     check_flags(args, ranges | {"action_noise": (0, 100), "tape_margin": Task.RANGES["tape_margin"]})

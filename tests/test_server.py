@@ -268,7 +268,7 @@ def test_a_run_whose_server_dies_goes_on_as_if_it_had_not(tmp_path, monkeypatch)
             assert all(torch.equal(memories[0][key], memories[1][key]) for key in ("step", "targets"))
 
 
-def test_evaluation_and_stacking_find_the_server_again(tmp_path):
+def test_evaluation_and_stacking_find_the_server_again(tmp_path, monkeypatch):
     """The checkpoint keeps all that the server needs but the address, which may be another one by then."""
     with FakeServer() as server:
         run = train(
@@ -298,6 +298,10 @@ def test_evaluation_and_stacking_find_the_server_again(tmp_path):
     assert done.returncode == 2 and "put the old one back" in done.stderr and done.stderr.count("\n") == 1
     done = run_script("eval_so101.py", *flags, "--base-policy", "jacobian")
     assert done.returncode == 2 and "--base-policy jacobian: the checkpoint of --model has its own" in done.stderr
+    for given in (["--units", "norm"], ["--chunk-steps", "4"], ["--cameras", "top"]):
+        assert f"{given[0]}: the checkpoint of --model has its own" in refusal(
+            monkeypatch, "eval_so101.py", *flags, *given
+        )
 
 
 TINY_POLICY = """
