@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A camera policy trained by LeRobot as base, end to end: record demonstrations, train a small ACT on their videos with
-# lerobot-train, serve it, train residuals on it, and lead the best of them back into another ACT.
+# lerobot-train, serve it, train residuals on it, and lead one of them back into another ACT.
 #
 #   bash benchmark/lerobot_base.sh        # about 70 minutes on two cores, no GPU
 #
