@@ -249,7 +249,11 @@ class PolicyClient:
         for _ in range(2):
             if self._went_away():
                 self._reconnect(endpoint)
-            self._socket.send(body)
+            try:
+                self._socket.send(body, zmq.NOBLOCK)
+            except zmq.Again:  # the connection was refused meanwhile: a send would wait for ever
+                self._reconnect(endpoint)
+                continue
             deadline = time.monotonic() + timeout_s
             while not (answered := self._socket.poll(int(1000 * PIECE_S))):
                 if self._went_away():
