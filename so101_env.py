@@ -16,6 +16,7 @@ import functools
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -24,10 +25,13 @@ import gymnasium as gym
 import mujoco
 import mujoco.batch
 import numpy as np
+from gymnasium.envs.registration import load_env_creator
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 
-ASSET = Path(__file__).resolve().parent / "assets" / "paper_in_square.xml"
+_HERE = Path(__file__).resolve().parent
+# in a clone, or beside this file where it has been installed
+ASSETS = next((path for path in (_HERE / "assets", _HERE / "so101_assets") if (path / "so101.xml").is_file()), _HERE)
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 ACT_DIM = len(JOINTS)
 TASK_TEXT = (
@@ -47,6 +51,8 @@ HOME_RAD = np.array([0.0, 0.4759, -0.2335, 1.3284, 0.0470, 0.0])
 # A target stays this close to the one a free arm would need for the same motion. Times the servo gain it bounds the
 # torque against an obstacle to 0.21 N m, and so the press of a fingertip to about 1 N: light enough to drag a sheet.
 COMMAND_WINDOW_RAD = 0.012
+# makes a base policy of a spec string; by name, as Gymnasium names entry points: most users of this file need no torch
+POLICY_LOADER = "so101_policies:load_policy"
 BASE_POLICY_NAMES = ("reset", "act", "close", "memory", "fingerprint", "cameras", "image_size")  # what is used of one
 MAX_DELTA_RAD = 6.3  # no joint's range is wider: a base policy that asks for more is wrong about its units
 SHEET_REACH_M = 0.42  # stretched arm, tip on the table, from the shoulder_pan axis
@@ -416,20 +422,24 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
     position (3, m), sheet quaternion (4, wxyz), tape centre - sheet centre (3, m), gripper tip position (3, m).
     Action (N, 6) float32 in [-1, 1], the residual: `delta = base + alpha * act_scale * clip(action, -1, 1)` rad is
     added to the last commanded joint targets (JOINTS order).
-    Reward: see `info["reward_terms"]`, a dict of (N,) arrays that add up to it; all but "shaping" make up the return in
-    `info["final_info"]["episode_summary"]["return"]`.
+    Reward: the task's, see `info["reward_terms"]`, a dict of (N,) arrays that add up to it. With shaping_gamma, without
+    which PPO takes far longer to learn, they have "shaping", too, which no return in `info["episode_summary"]` counts.
 
     Args:
         num_envs: number of environments N.
-        base_policy: the policy to correct, an instance of so101_policies.BasePolicy; None is zero.
+        base_policy: the policy to correct: an instance of so101_policies.BasePolicy, or its spec string, as "jacobian";
+            None is zero. It is closed with the environment.
         task: settings of the task; any of Task's fields can also be given by name, which wins: `tape_margin=0.02`.
         randomization: ranges to use instead of those that the task's flags stand for.
         max_episode_steps: control steps until truncation.
-        shaping_gamma: discount of the potential-based shaping; None switches the shaping off.
+        shaping_gamma: discount of the potential-based shaping: the learner's own; None: no shaping.
         observe_base: append the base policy's joint deltas (6, rad) to the observation, which then has 31 numbers.
         render_mode: None or "rgb_array".
+        width, height: of rendered frames, pixels.
+        camera_name: "top" or "wrist" to render what that camera sees; None looks from the side.
         num_threads: physics threads; None uses every core, at most one per environment. No result depends on it.
-        autoreset_mode: SAME_STEP, or DISABLED: then a finished environment rests, unsimulated, until it is reset.
+        autoreset_mode: SAME_STEP, NEXT_STEP, or DISABLED: then a finished environment rests, unsimulated, until it is
+            reset.
 
     Raises:
         ValueError: an argument outside its range; TypeError: one of an unknown name.
@@ -445,9 +455,12 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         task: Task | None = None,
         randomization: DomainRandomization | None = None,
         max_episode_steps: int = MAX_EPISODE_STEPS,
-        shaping_gamma: float | None = 1.0,
+        shaping_gamma: float | None = None,
         observe_base: bool = False,
         render_mode: str | None = None,
+        width: int = 640,
+        height: int = 480,
+        camera_name: str | None = None,
         num_threads: int | None = None,
         autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
         **settings: Any,
@@ -458,14 +471,19 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         _check(max_episode_steps >= 1, "max_episode_steps", max_episode_steps, "at least 1")
         _check(num_threads is None or num_threads >= 1, "num_threads", num_threads, "at least 1")
         _check(render_mode in (None, "rgb_array"), "render_mode", render_mode, "None or 'rgb_array'")
-        _check(autoreset_mode != AutoresetMode.NEXT_STEP, "autoreset_mode", autoreset_mode, "SAME_STEP or DISABLED")
+        _check(shaping_gamma is None or 0 <= shaping_gamma <= 1, "shaping_gamma", shaping_gamma, "in [0, 1], or None")
+        _check(all(8 <= side <= 4096 for side in (width, height)), "width, height", (width, height), "in [8, 4096]")
+        _check(camera_name in (None, *camera_names()), "camera_name", camera_name, " or ".join(camera_names()))
+        if isinstance(base_policy, str):
+            base_policy = load_env_creator(POLICY_LOADER)(base_policy)
         _check(base_policy is not None or not observe_base, "observe_base", observe_base, "False without a base policy")
         missing = [name for name in BASE_POLICY_NAMES if base_policy is not None and not hasattr(base_policy, name)]
         if missing:
             name = type(base_policy).__name__
             raise BasePolicyError(f"base policy {name} has no {missing[0]}: derive it from so101_policies.BasePolicy")
         self.num_envs, self.render_mode = num_envs, render_mode
-        self.metadata = {**self.metadata, "autoreset_mode": autoreset_mode}
+        self.width, self.height, self.camera_name = width, height, camera_name
+        self.metadata = {**self.metadata, "autoreset_mode": AutoresetMode(autoreset_mode)}
         self.max_episode_steps, self.shaping_gamma = max_episode_steps, shaping_gamma
         self.base_policy, self.observe_base = base_policy, observe_base
         self.randomization = randomization or self.task.randomization()
@@ -517,8 +535,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._residual = np.zeros((n, ACT_DIM))  # of the last step, rad
         self.base_time_s = 0.0  # wall time that the base policy has taken, its pictures included
         self._base = np.zeros((n, ACT_DIM))  # with observe_base: the base policy's deltas for self._obs, rad
-        # made when first used, freed by close: None is the one for people, the others are the cameras' by image size
-        self._renderers: dict[tuple[int, int] | None, mujoco.Renderer] = {}
+        # made when first used, freed by close, by who looks, people or policies, and the picture's size
+        self._renderers: dict[tuple[Callable, tuple[int, int]], mujoco.Renderer] = {}
         self._render_data = mujoco.MjData(self.model)
 
     # -- the task: what a subclass overrides
@@ -642,7 +660,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
                 these positions instead of drawing the sheet's pose.
 
         Returns:
-            Observations (N, 25) and an empty dict.
+            Observations (N, 25) and info as from step, of episodes that have no steps yet.
         """
         mask = np.ones(self.num_envs, bool)
         if options and "reset_mask" in options:
@@ -659,7 +677,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             if seeds[i] is not None or self._rngs[i] is None:
                 self._rngs[i] = seeding.np_random(seeds[i])[0]
         self._start_episodes(np.flatnonzero(mask), options.get("qpos") if options else None)
-        return self._obs.copy(), {}
+        return self._obs.copy(), self._info(self._scene())
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One control step, 1/30 s.
@@ -669,19 +687,21 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
         Returns:
             obs (N, 25), reward (N,), terminated (N,), truncated (N,) and info: is_success, distance_m, yaw_error_rad,
-            non_finite, out_of_reach, residual_magnitude (N,) each, reward_terms, and with a base policy base_delta_rad
-            (N, 6). When episodes end, info also has episode_summary: return (unshaped), length, residual_magnitude
-            (the mean), (N,) each, valid where _episode_summary is True. With SAME_STEP autoreset, obs of a finished
-            environment is the next episode's first, and info has final_obs (N, 25) and final_info (all of the above),
-            valid where _final_obs and _final_info are True.
+            non_finite, out_of_reach, residual_magnitude (N,) each, reward_terms, episode_summary of the episode so far:
+            return (unshaped), length, residual_magnitude (the mean), (N,) each, and with a base policy base_delta_rad
+            (N, 6). With SAME_STEP autoreset, obs and info of a finished environment are the next episode's first, and
+            info has final_obs (N, 25) and final_info (all of the above), valid where _final_obs and _final_info are
+            True. With NEXT_STEP, they are the next episode's in the step after, whose action counts for nothing.
 
         Raises:
             ValueError: actions of another shape, or not finite.
             BasePolicyError: a base policy's joint deltas of another shape, not finite, or beyond every joint's range.
             RuntimeError: DISABLED autoreset and every environment has finished, or step before reset.
         """
-        active = ~self._done
-        if not active.any():
+        active, restarting = ~self._done, np.zeros(self.num_envs, bool)
+        if self.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP and None not in self._rngs:
+            restarting = ~active
+        elif not active.any():
             raise RuntimeError("step() needs a running episode: call reset() first")
         residual = np.asarray(actions, np.float64)
         if residual.shape != (self.num_envs, ACT_DIM) or not np.isfinite(residual).all():
@@ -714,18 +734,22 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._return += unshaped * active
         self._residual_sum += magnitude * active
 
-        info: dict[str, Any] = {
+        results = {
             "is_success": success,
-            "distance_m": scene.sheet_distance_m,
-            "yaw_error_rad": np.abs(scene.sheet_yaw_rad),
             "non_finite": broken,
             "out_of_reach": failure & ~broken,
             "residual_magnitude": magnitude,
             "reward_terms": terms,
         }
         if base is not None:
-            info["base_delta_rad"] = base
-        self._finish_episodes(terminated | truncated, info)
+            results["base_delta_rad"] = base
+        info = self._info(scene, results)
+        self._done |= terminated | truncated
+        if self.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP and (finished := terminated | truncated).any():
+            final = {"final_obs": self._obs.copy(), "final_info": info}
+            info = self._restart(finished, info) | final | {f"_{name}": finished for name in final}
+        if restarting.any():
+            info = self._restart(restarting, info)
         return self._obs.copy(), reward, terminated, truncated, info
 
     @property
@@ -739,19 +763,21 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         return self._qpos.copy()
 
     def render(self) -> tuple[np.ndarray, ...] | None:
-        """RGB frames (480, 640, 3) uint8 of all environments; None without a render mode."""
+        """RGB frames (height, width, 3) uint8 of all environments; None without a render mode."""
         if self.render_mode is None:
             return None
         return tuple(self.render_state(qpos) for qpos in self._qpos)
 
-    def render_state(self, qpos: np.ndarray, camera: str | int = -1) -> np.ndarray:
-        """The RGB frame (480, 640, 3) uint8 of positions (10,), for people; camera -1 is the free one.
+    def render_state(self, qpos: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
+        """The RGB frame (H, W, 3) uint8 of positions (10,), for people.
 
-        Raises SO101Error where the machine cannot render off screen.
+        Args:
+            size: height and width, pixels; None: those of the environment.
+
+        Raises:
+            SO101Error: the machine cannot render off screen.
         """
-        if None not in self._renderers:
-            self._renderers[None] = offscreen_renderer(self.model, 480, 640)
-        return self._render(self._renderers[None], qpos, camera)
+        return self._render(offscreen_renderer, size or (self.height, self.width), qpos, self.camera_name)
 
     def camera_images(self, qpos: np.ndarray, camera: str, size: tuple[int, int]) -> np.ndarray:
         """What a camera of the model, "top" or "wrist", sees of positions (n, 10): (n, H, W, 3) uint8, for policies.
@@ -767,15 +793,15 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         """
         if camera not in camera_names():
             raise SO101Error(f"camera {camera}: the scene has no such camera, it has {' and '.join(camera_names())}")
-        if size not in self._renderers:
-            self._renderers[size] = camera_renderer(self.model, *size)
-        frames = [self._render(self._renderers[size], row, camera) for row in qpos]
+        frames = [self._render(camera_renderer, size, row, camera) for row in qpos]
         return np.array(frames, np.uint8).reshape(len(qpos), *size, 3)
 
-    def _render(self, renderer: mujoco.Renderer, qpos: np.ndarray, camera: str | int) -> np.ndarray:
-        self._render_data.qpos[:] = qpos
+    def _render(self, make: Callable, size: tuple[int, int], qpos: np.ndarray, camera: str | None) -> np.ndarray:
+        if (make, size) not in self._renderers:
+            self._renderers[make, size] = make(self.model, *size)
+        renderer, self._render_data.qpos[:] = self._renderers[make, size], qpos
         mujoco.mj_forward(self.model, self._render_data)
-        renderer.update_scene(self._render_data, camera)
+        renderer.update_scene(self._render_data, -1 if camera is None else camera)  # -1 is the free camera
         return renderer.render()
 
     def close_extras(self, **kwargs: Any) -> None:
@@ -879,6 +905,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
     def _base_delta(self, mask: np.ndarray) -> np.ndarray:
         """The base policy's joint deltas (N, 6) in rad for the observations of the environments in mask, checked."""
         policy, name, expected = self.base_policy, type(self.base_policy).__name__, (self.num_envs, ACT_DIM)
+        if not mask.any():
+            return np.zeros(expected)
         obs = self._obs[:, : self._obs.shape[1] - ACT_DIM * self.observe_base]
         cameras, start = {"cameras": policy.cameras, "render": self._camera_images}, time.perf_counter()
         seen = base_observation(obs, self._command, self._residual, **cameras)
@@ -966,27 +994,44 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         if ranges.joint_offset_rad:
             self._joint_offset[i] = ranges.joint_offset_rad * rng.uniform(-1.0, 1.0, ACT_DIM)
 
-    def _finish_episodes(self, finished: np.ndarray, info: dict[str, Any]) -> None:
-        """Add the summaries of episodes that ended to info, and start the next ones where autoreset says so."""
-        self._done |= finished
-        if not finished.any():
-            return
-        info["episode_summary"] = {
-            "return": self._return.copy(), "length": self._steps.copy(),
-            "residual_magnitude": self._residual_sum / np.maximum(self._steps, 1),
-        }  # fmt: skip
-        info["_episode_summary"] = finished
-        if self.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP:
-            info["final_info"], info["_final_info"] = {**info}, finished
-            info["final_obs"], info["_final_obs"] = self._obs.copy(), finished
-            self._start_episodes(np.flatnonzero(finished))
+    def _info(self, scene: Scene, results: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The info of a step with these results, see `step`; without results, of episodes that have just begun."""
+        if results is None:
+            n, kinds = self.num_envs, ("is_success", "non_finite", "out_of_reach")
+            residual, nobody = np.zeros((n, ACT_DIM)), np.zeros(n, bool)
+            terms = [*self.reward_terms(scene, residual, nobody, nobody), "shaping"]
+            results = {kind: np.zeros(n, bool) for kind in kinds} | {"residual_magnitude": np.zeros(n)}
+            results["reward_terms"] = {name: np.zeros(n) for name in terms}
+            if self.base_policy is not None:
+                results["base_delta_rad"] = residual
+        return {
+            "distance_m": scene.sheet_distance_m,
+            "yaw_error_rad": np.abs(scene.sheet_yaw_rad),
+            **results,
+            "episode_summary": {
+                "return": self._return.copy(),
+                "length": self._steps.copy(),
+                "residual_magnitude": self._residual_sum / np.maximum(self._steps, 1),
+            },
+        }
+
+    def _restart(self, mask: np.ndarray, info: dict[str, Any]) -> dict[str, Any]:
+        """Start the next episodes of the environments in mask; returns info with theirs instead."""
+        self._start_episodes(np.flatnonzero(mask))
+
+        def merge(now: Any, new: Any) -> Any:
+            if isinstance(now, dict):
+                return {key: merge(value, new[key]) for key, value in now.items()}
+            return np.where(mask.reshape(-1, *[1] * (now.ndim - 1)), new, now)
+
+        return merge(info, self._info(self._scene()))
 
 
 class SO101ResidualEnv(gym.Env):
     """One arm: SO101ResidualVectorEnv with a batch of one; arguments, spaces and reward are described there.
 
-    render_mode "human" opens MuJoCo's passive viewer and runs in real time. info holds floats and bools, and at the end
-    of an episode "episode_summary" with its unshaped return, length and mean residual_magnitude.
+    render_mode "human" opens MuJoCo's passive viewer and runs in real time. info is that of the vector environment, as
+    plain floats, ints and bools, and the same keys in every step and from reset.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["human", "rgb_array"], "render_fps": CONTROL_HZ}
@@ -1006,34 +1051,47 @@ class SO101ResidualEnv(gym.Env):
         )
         self.observation_space = self._envs.single_observation_space
         self.action_space = self._envs.single_action_space
+        self._data = mujoco.MjData(self._envs.model)
         self._viewer: Viewer | None = None
+        if render_mode == "human":
+            check_display()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start an episode; returns the observation (25,) and an empty dict."""
+        """Start an episode; returns the observation (25,) and info. options {"qpos": (10,)} as in the vector env."""
         super().reset(seed=seed)
         self._envs._rngs[0] = self.np_random  # one generator, so that env.np_random is the one in use
-        obs, info = self._envs.reset()
+        qpos = (options or {}).get("qpos")
+        obs, info = self._envs.reset(options=None if qpos is None else {"qpos": np.asarray(qpos)[None]})
         if self.render_mode == "human":
             self.render()
-        return obs[0], info
+        return obs[0], _first(info)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """One control step with residual (6,); see SO101ResidualVectorEnv.step."""
         obs, reward, terminated, truncated, info = self._envs.step(np.asarray(action)[None])
         if self.render_mode == "human":
             self.render()
-        info = _first({key: value for key, value in info.items() if not key.startswith("_")})
-        return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
+        return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), _first(info)
+
+    @property
+    def model(self) -> mujoco.MjModel:
+        """The compiled scene, with nominal parameters."""
+        return self._envs.model
+
+    @property
+    def data(self) -> mujoco.MjData:
+        """The simulation's present state: the same object again and again, a copy. To set a state, see reset."""
+        return self._envs.batch.get_data(0, self._data)
 
     def render(self) -> np.ndarray | None:
-        """An RGB frame (480, 640, 3) uint8 in mode rgb_array; in mode human the viewer is brought up to date."""
+        """An RGB frame (height, width, 3) uint8 in mode rgb_array; in mode human the viewer is brought up to date."""
         if self.render_mode == "rgb_array":
             return self._envs.render()[0]
         if self.render_mode == "human":
             if self._viewer is None:
-                self._viewer = Viewer(self._envs.model)
+                self._viewer = Viewer(self._envs.model, self._envs.camera_name)
             self._viewer.show(self._envs.qpos[0])
         return None
 
@@ -1051,7 +1109,7 @@ class SO101ResidualEnv(gym.Env):
 
 def load_model(tape_margin: float = Task.tape_margin) -> mujoco.MjModel:
     """The compiled scene with the tape laid tape_margin (m) outside the sheet's outline."""
-    spec = mujoco.MjSpec.from_file(str(ASSET))
+    spec = mujoco.MjSpec.from_file(str(ASSETS / "paper_in_square.xml"))
     spec.body("tape").pos = [*TAPE_CENTER_M, 0.0]
     half, width = SHEET_HALF_M + tape_margin, TAPE_WIDTH_M / 2
     for name, axis, sign in (("front", 0, 1), ("back", 0, -1), ("left", 1, 1), ("right", 1, -1)):
@@ -1106,29 +1164,81 @@ def camera_renderer(model: mujoco.MjModel, height: int, width: int) -> mujoco.Re
     return renderer
 
 
-class Viewer:
-    """MuJoCo's passive viewer, in real time. Needs a display."""
+def check_display() -> None:
+    """Raise SO101Error where MuJoCo's viewer cannot open a window: it would hang, or end the process."""
+    import glfw
+    import mujoco.viewer
 
-    def __init__(self, model: mujoco.MjModel):
-        import mujoco.viewer  # touches the display, so only here
+    if sys.platform == "darwin" and mujoco.viewer._MJPYTHON is None:
+        raise SO101Error("on macOS MuJoCo's viewer needs its own Python: start the same command with mjpython")
+    with warnings.catch_warnings(action="ignore"):
+        displayed = glfw.init()
+    if not displayed:
+        raise SO101Error("there is no display here for MuJoCo's viewer: film instead, render_mode rgb_array or --video")
+    glfw.terminate()  # the viewer starts it again, in a thread of its own
+
+
+RIGHT_ARROW = 262  # as GLFW numbers keys
+
+
+class Viewer:
+    """MuJoCo's passive viewer, in real time: panels hidden; space pauses. Raises SO101Error without a display.
+
+    Args:
+        model: the scene.
+        camera_name: what to look through first; None: from the side.
+    """
+
+    def __init__(self, model: mujoco.MjModel, camera_name: str | None = None):
+        check_display()
+        import mujoco.viewer
 
         self._model, self._data = model, mujoco.MjData(model)
-        self._handle = mujoco.viewer.launch_passive(model, self._data, show_left_ui=False, show_right_ui=False)
+        self._paused, self._next = False, False
+        self._handle = mujoco.viewer.launch_passive(
+            model, self._data, key_callback=self._on_key, show_left_ui=False, show_right_ui=False
+        )
+        if camera_name is not None:
+            with self._handle.lock():
+                self._handle.cam.type = mujoco.mjtCamera.mjCAMERA_FIXED
+                self._handle.cam.fixedcamid = model.camera(camera_name).id
         self._frame_due = time.perf_counter()
 
+    def _on_key(self, key: int) -> None:
+        """Space pauses; the right arrow goes on to the next episode. Called in the viewer's own thread."""
+        if key == ord(" "):
+            self._paused = not self._paused
+        elif key == RIGHT_ARROW:
+            self._next = True
+
+    @property
+    def running(self) -> bool:
+        """Whether the window is still open."""
+        return self._handle.is_running()
+
+    def write(self, text: str, right: str = "") -> None:
+        """Show lines at the top of the window, and others beside them."""
+        font, place = mujoco.mjtFontScale.mjFONTSCALE_150, mujoco.mjtGridPos.mjGRID_TOPLEFT
+        self._handle.set_texts((font, place, text, right))
+
     def show(self, qpos: np.ndarray) -> bool:
-        """Show positions (10,) for one control step; False once the user has closed the window."""
-        if not self._handle.is_running():
-            return False
+        """Show positions (10,) for one control step, and for as long as it is paused.
+
+        Returns False once the window is closed, or the next episode is asked for.
+        """
         with self._handle.lock():
             self._data.qpos[:] = qpos
             mujoco.mj_forward(self._model, self._data)
-        self._handle.sync()
-        # real time; after a pause of the caller's, time starts from here instead of rushing to catch up
-        now = time.perf_counter()
-        self._frame_due = max(self._frame_due + 1 / CONTROL_HZ, now)
-        time.sleep(self._frame_due - now)
-        return True
+        while self.running and not self._next:
+            self._handle.sync()
+            # real time; after a pause of the caller's, time starts from here instead of rushing to catch up
+            now = time.perf_counter()
+            self._frame_due = max(self._frame_due + 1 / CONTROL_HZ, now)
+            time.sleep(self._frame_due - now)
+            if not self._paused:
+                return True
+        self._next = False
+        return False
 
     def close(self) -> None:
         """Close the window."""
@@ -1141,8 +1251,9 @@ def _check(condition: bool, name: str, value: Any, expected: str) -> None:
 
 
 def _first(info: dict[str, Any]) -> dict[str, Any]:
-    """Environment 0 of a dict of (N,) arrays, as plain Python values."""
-    return {key: _first(value) if isinstance(value, dict) else value[0].item() for key, value in info.items()}
+    """Environment 0 of a dict of arrays (N, ...), numbers as plain Python values."""
+    first = {key: _first(value) if isinstance(value, dict) else value[0] for key, value in info.items()}
+    return {key: value.item() if isinstance(value, np.generic) else value for key, value in first.items()}
 
 
 gym.register(

@@ -1,5 +1,6 @@
 """The task and its two environments."""
 
+import os
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import mujoco
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import so101_env
 from so101_env import (
@@ -43,51 +44,53 @@ def test_gymnasium_check_env(randomization):
     check_env(SO101ResidualEnv(randomization=randomization), skip_render_check=True)
 
 
-def test_stable_baselines3_check_env():
-    checker = pytest.importorskip("stable_baselines3.common.env_checker")
-    checker.check_env(SO101ResidualEnv())
-
-
 def test_registered():
-    import gymnasium
-
-    env = gymnasium.make("SO101Residual-v0", tape_margin=0.02)
+    env = gym.make("SO101Residual-v0", tape_margin=0.02)
     assert isinstance(env.unwrapped, SO101ResidualEnv)
     assert env.reset(seed=0)[0].shape == (OBS_DIM,)
-    envs = gymnasium.make_vec("SO101Residual-v0", num_envs=3, tape_margin=0.02)
+    envs = gym.make_vec("SO101Residual-v0", num_envs=3, tape_margin=0.02)
     assert isinstance(envs, SO101ResidualVectorEnv) and envs.task.tape_margin == 0.02
     assert envs.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
     assert envs.observation_space.shape == (3, OBS_DIM) and envs.action_space.shape == (3, ACT_DIM)
     assert envs.reset(seed=0)[0] in envs.observation_space
 
 
-@pytest.mark.parametrize("randomization", [None, DomainRandomization.full()])
-def test_single_and_vector_env_give_the_same_numbers(randomization):
-    """Across automatic resets, and for any number of threads; all values equal, not close."""
-    kwargs = {"max_episode_steps": 30, "randomization": randomization}
-    one_thread = SO101ResidualVectorEnv(3, num_threads=1, **kwargs)
-    envs = SO101ResidualVectorEnv(3, num_threads=2, **kwargs)
-    singles = [SO101ResidualEnv(**kwargs) for _ in range(3)]
-    obs, _ = envs.reset(seed=10)
-    np.testing.assert_array_equal(obs, one_thread.reset(seed=10)[0])
-    for i, env in enumerate(singles):
-        np.testing.assert_array_equal(obs[i], env.reset(seed=10 + i)[0])
+def assert_same_info(ours: dict, gymnasiums: dict, where: np.ndarray) -> None:
+    """Every key of Gymnasium's, equal where its mask says that it means something, and none beside them."""
+    assert {key for key in ours if key[0] != "_"} == {key for key in gymnasiums if key[0] != "_"}
+    for key in (key for key in gymnasiums if key[0] != "_"):
+        rows = where & gymnasiums[f"_{key}"]
+        if isinstance(gymnasiums[key], dict):
+            assert_same_info(ours[key], gymnasiums[key], rows)
+        for i in np.flatnonzero(rows) if isinstance(gymnasiums[key], np.ndarray) else ():
+            np.testing.assert_array_equal(ours[key][i], gymnasiums[key][i], err_msg=key)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_vector_env_is_what_gymnasium_makes_of_single_ones(mode, full):
+    """All of what reset and step return, across autoresets, for any number of threads; equal, not close."""
+    kwargs = {"base_policy": "jacobian", "max_episode_steps": 90, "shaping_gamma": 0.98, "full_randomization": full}
+    one_thread = SO101ResidualVectorEnv(4, num_threads=1, autoreset_mode=mode, **kwargs)
+    envs = SO101ResidualVectorEnv(4, num_threads=2, autoreset_mode=mode, **kwargs)
+    reference = SyncVectorEnv([lambda: SO101ResidualEnv(**kwargs)] * 4, autoreset_mode=mode)
+    everyone, ends = np.ones(4, bool), []
+    results = [each.reset(seed=10) for each in (envs, one_thread, reference)]
     rng = np.random.default_rng(0)
-    for _ in range(70):
-        actions = rng.uniform(-1.2, 1.2, (3, ACT_DIM))
-        obs, reward, terminated, truncated, info = envs.step(actions)
-        other = one_thread.step(actions)
-        np.testing.assert_array_equal(obs, other[0])
-        np.testing.assert_array_equal(reward, other[1])
-        for i, env in enumerate(singles):
-            single_obs, single_reward, single_terminated, single_truncated, single_info = env.step(actions[i])
-            assert (single_reward, single_terminated, single_truncated) == (reward[i], terminated[i], truncated[i])
-            assert single_info["distance_m"] == info["distance_m"][i]
-            if single_terminated or single_truncated:
-                np.testing.assert_array_equal(info["final_obs"][i], single_obs)
-                assert info["final_info"]["episode_summary"]["return"][i] == single_info["episode_summary"]["return"]
-                single_obs, _ = env.reset()
-            np.testing.assert_array_equal(obs[i], single_obs)
+    for _ in range(190):
+        (*ours, info), (*same, _), (*gymnasiums, expected_info) = results
+        for a, b, c in zip(ours, same, gymnasiums):
+            np.testing.assert_array_equal(a, b)
+            np.testing.assert_array_equal(a, c)
+        assert_same_info(info, expected_info, everyone)
+        if len(ours) == 4:
+            ends += [(bool(a), bool(b)) for a, b in zip(*ours[2:]) if a or b]
+            if mode == AutoresetMode.DISABLED and (done := ours[2] | ours[3]).any():
+                results = [each.reset(options={"reset_mask": done.copy()}) for each in (envs, one_thread, reference)]
+                np.testing.assert_array_equal(results[0][0], results[2][0])
+        actions = rng.uniform(-0.6, 0.6, (4, ACT_DIM))
+        results = [each.step(actions) for each in (envs, one_thread, reference)]
+    assert set(ends) == {(True, False), (False, True)}  # successes and time-outs
 
 
 def test_same_seed_same_episode_and_other_seeds_differ():
@@ -152,6 +155,9 @@ def test_state_only_use_does_not_touch_opengl():
         {"residual_penalty": float("nan")},
         {"act_scale": float("inf")},
         {"render_mode": "ascii"},
+        {"camera_name": "side"},
+        {"width": 4},
+        {"shaping_gamma": 1.5},
     ],
 )
 def test_bad_arguments_are_named(kwargs):
@@ -352,10 +358,10 @@ def test_success_takes_five_consecutive_steps_inside():
     for _ in range(4):
         assert not envs.step(zero)[2].any()
     _, _, terminated, truncated, info = envs.step(zero)
-    assert terminated.all() and not truncated.any() and info["is_success"].all()
-    assert (info["reward_terms"]["success"] == 10).all() and info["final_info"]["episode_summary"][
-        "length"
-    ].tolist() == [10, 10]
+    final = info["final_info"]
+    assert terminated.all() and not truncated.any() and final["is_success"].all()
+    assert (final["reward_terms"]["success"] == 10).all() and final["episode_summary"]["length"].tolist() == [10, 10]
+    assert not info["is_success"].any() and info["episode_summary"]["length"].tolist() == [0, 0]
 
 
 def test_reward_terms_add_up_and_match_their_formulas():
@@ -384,8 +390,8 @@ def test_reward_terms_add_up_and_match_their_formulas():
     assert abs(discounted_shaping) > 0.1
 
 
-def test_shaping_can_be_switched_off():
-    envs = SO101ResidualVectorEnv(2, shaping_gamma=None)
+def test_reward_is_the_tasks_unless_shaping_is_asked_for():
+    envs = gym.make_vec("SO101Residual-v0", num_envs=2)
     envs.reset(seed=0)
     _, reward, _, _, info = envs.step(np.ones((2, ACT_DIM)))
     assert (info["reward_terms"]["shaping"] == 0).all() and (np.abs(reward) < 1).all()
@@ -529,11 +535,39 @@ def test_a_free_joint_is_as_fast_with_latency_and_with_another_servo():
 
 
 def test_rgb_array_shows_the_sheet_and_the_tape():
-    env = gym.make("SO101Residual-v0", render_mode="rgb_array")
+    frames = []
+    for kwargs in ({}, {"width": 320, "height": 200, "camera_name": "top"}):
+        env = gym.make("SO101Residual-v0", render_mode="rgb_array", **kwargs)
+        env.reset(seed=0)
+        frames.append(env.render())
+        env.close()
+    assert [frame.shape for frame in frames] == [(480, 640, 3), (200, 320, 3)]
+    for frame in frames:
+        r, g, b = (frame[..., channel].astype(int) for channel in range(3))
+        assert frame.dtype == np.uint8
+        assert ((r > 120) & (g < 80) & (b < 80)).sum() > 300  # red tape
+        assert ((r > 200) & (g > 200) & (b > 200)).sum() > 1000  # white paper
+
+
+def test_model_and_data_are_mujocos():
+    env = gym.make("SO101Residual-v0")
     env.reset(seed=0)
-    frame = env.render()
-    env.close()
-    assert frame.shape == (480, 640, 3) and frame.dtype == np.uint8
-    r, g, b = (frame[..., channel].astype(int) for channel in range(3))
-    assert ((r > 120) & (g < 80) & (b < 80)).sum() > 300  # red tape
-    assert ((r > 200) & (g > 200) & (b > 200)).sum() > 1000  # white paper
+    obs = env.step(np.ones(ACT_DIM))[0]
+    model, data = env.unwrapped.model, env.unwrapped.data
+    np.testing.assert_allclose(obs[so101_env.OBS["tip_pos"]], data.site("gripperframe").xpos, atol=1e-6)
+    mujoco.mj_step(model, data)  # of a copy
+    assert env.unwrapped.data.time == pytest.approx(1 / 30) and env.unwrapped.data is data
+    obs, _ = env.reset(options={"qpos": data.qpos})
+    np.testing.assert_allclose(obs[:6], data.qpos[:6], atol=1e-6)
+
+
+@pytest.mark.parametrize("display", [None, ":123"])
+def test_human_mode_without_a_display_is_an_error_not_the_end(display):
+    code = (
+        "import gymnasium, so101_env\ntry: gymnasium.make('SO101Residual-v0', render_mode='human')\n"
+        "except so101_env.SO101Error as error: print('refused:', error)"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    environment |= {} if display is None else {"DISPLAY": display}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0 and "refused: there is no display" in done.stdout, done.stderr
