@@ -1,5 +1,6 @@
 """Evaluate a trained residual policy on held-out episodes, beside its base policy alone; or a base policy only.
 
+    python eval_so101.py                      # the checkpoint that comes with the project
     python eval_so101.py --model logs/.../best_model/best_model.pt --episodes 50
     python eval_so101.py --base-policy jacobian --episodes 100
 
@@ -13,6 +14,7 @@ if __name__ == "__main__":  # Ctrl+C while importing ends the program, without a
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -30,6 +32,7 @@ from so101_dataset import write_dataset
 from so101_env import (
     ACT_DIM,
     ACTION,
+    ASSETS,
     ENVIRONMENT,
     SHEET_HALF_M,
     STATE,
@@ -38,9 +41,11 @@ from so101_env import (
     SO101ResidualVectorEnv,
     Task,
     Viewer,
+    check_display,
 )
 from so101_policies import Server, load_checkpoint, load_policy
 from so101_runs import (
+    HOLD_S,
     RECORD_SEED,
     TEST_SEED,
     check_flags,
@@ -63,7 +68,7 @@ class EvalArgs:
     """Evaluation, films, recordings."""
 
     model: str | None = None
-    """checkpoint to evaluate"""
+    """checkpoint to evaluate (default, without --base-policy: the one that comes with the project)"""
     base_policy: str | None = None
     """without --model: the base policy to evaluate; with it, only the new address of its server:HOST:PORT"""
     tape_margin: float | None = None
@@ -78,6 +83,8 @@ class EvalArgs:
     """film the first episodes into this MP4 file, or GIF; with a base policy that moves, it alone beside them"""
     video_episodes: int = 5
     """episodes in --video"""
+    size: tuple[int, int] | None = None
+    """width and height of --video in pixels, for each of its columns (default: 640 480, of a GIF 480 360)"""
     plot: str | None = None
     """plot success over the initial displacement and the sheets' paths into this PNG file"""
     record: str | None = None
@@ -97,8 +104,8 @@ class EvalArgs:
 
 def check_eval_args(args: EvalArgs) -> None:
     """Raise SO101Error for what cannot work, before any work is done."""
-    if args.model is None and args.base_policy is None:
-        raise SO101Error("name a checkpoint with --model, or a base policy with --base-policy")
+    if args.size is not None and not all(64 <= side <= 4096 and side % 2 == 0 for side in args.size):
+        raise SO101Error(f"--size {args.size[0]} {args.size[1]}: give even numbers from 64 to 4096")
     own = {"tape_margin": args.tape_margin is not None}
     names = ["units", "chunk_steps", "instruction"] + ["cameras", "image_size"] * (args.record is None)
     own |= {name: getattr(args.server, name) != getattr(Server(), name) for name in names}
@@ -117,9 +124,11 @@ def check_eval_args(args: EvalArgs) -> None:
     for name in ("action_noise", "only_successes", "environment_state"):
         if getattr(args, name) and args.record is None:
             raise SO101Error(f"{flag_of(name)} is for --record PATH")
-    displays = ("DISPLAY", "WAYLAND_DISPLAY")
-    if args.render_mode == "human" and sys.platform.startswith("linux") and not any(map(os.environ.get, displays)):
-        raise SO101Error("--render-mode human: there is no display here; use --video PATH.mp4 instead")
+    if args.render_mode:
+        try:
+            check_display()
+        except SO101Error as error:
+            raise SO101Error(f"--render-mode human: {error}") from error
 
 
 def summarize(episodes: list[dict[str, Any]]) -> dict[str, Any]:
@@ -186,6 +195,10 @@ def plot(episodes: list[dict[str, Any]], tape_margin: float, path: Path) -> None
     # seen from above with the arm at the bottom: x up, y to the left
     square = plt.Rectangle(-1000 * half[::-1], *(2000 * half[::-1]), fill=False, color="red", linewidth=2)
     right.add_patch(square)
+    box = 1000 * tape_margin
+    inside = plt.Rectangle((-box, -box), 2 * box, 2 * box, fill=False, color="black", linestyle="--")
+    right.add_patch(inside)
+    right.legend([square, inside], ["tape", "centre of a straight sheet inside"], fontsize=8, loc="upper right")
     for episode in episodes:
         track = 1000 * (episode["qpos"][:, 6:8] - TAPE_CENTER_M)
         color = "tab:green" if episode["success"] else "tab:orange"
@@ -198,11 +211,14 @@ def plot(episodes: list[dict[str, Any]], tape_margin: float, path: Path) -> None
 
 
 def play(envs: SO101ResidualVectorEnv, episodes: list[dict[str, Any]]) -> None:
-    """Show traced episodes in MuJoCo's viewer, until it is closed."""
-    viewer = Viewer(envs.model)
-    for number, episode in enumerate(episodes):
-        print(f"episode {number}: {'success' if episode['success'] else 'no success'}, {episode['length']} steps")
-        if not all(viewer.show(qpos) for qpos in episode["qpos"]):
+    """Show traced episodes in MuJoCo's viewer, again and again until it is closed."""
+    viewer, fps = Viewer(envs.model), envs.metadata["render_fps"]
+    print("space: pause; right arrow: next episode; close the window to end")
+    for number, episode in itertools.cycle(enumerate(episodes)):
+        result = f"{'success' if episode['success'] else 'no success'}, {episode['length'] / fps:.1f} s"
+        viewer.write(f"episode {number + 1} of {len(episodes)}\nspace\nright arrow", f"{result}\npause\nnext")
+        rest = [episode["qpos"][-1]] * round(HOLD_S * fps)
+        if not all(viewer.show(qpos) for qpos in [*episode["qpos"], *rest]) and not viewer.running:
             break
     viewer.close()
 
@@ -237,6 +253,8 @@ def record(args: EvalArgs, envs: SO101ResidualVectorEnv, episodes: list[dict[str
 def main() -> int:
     """Evaluate; returns the exit code."""
     args = tyro.cli(EvalArgs, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    if args.model is None and args.base_policy is None:
+        args.model = os.path.relpath(ASSETS / "pretrained.pt")
     check_eval_args(args)
     torch.set_num_threads(1)
     policy, steps, num_envs = no_residual, None, min(args.episodes, 50)
@@ -314,7 +332,7 @@ def main() -> int:
     if args.plot:
         plot(episodes, envs.task.tape_margin, Path(args.plot))
     if args.video:
-        write_video(envs, films, Path(args.video))
+        write_video(envs, films, Path(args.video), args.size)
     if args.render_mode:
         play(envs, episodes)
     envs.close()

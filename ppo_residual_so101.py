@@ -18,6 +18,7 @@ if __name__ == "__main__":  # Ctrl+C while importing ends the program, without a
 import copy
 import dataclasses
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -39,6 +40,7 @@ from so101_runs import (
     Interrupts,
     check_flags,
     check_rendering,
+    command_of,
     describe_run,
     episode_mean,
     evaluate,
@@ -136,6 +138,8 @@ class Run:
 
     log_dir: str = "logs"
     """directory that gets one directory per run; with --resume, by default, the one that the resumed run lies in"""
+    run_name: str | None = None
+    """name of that directory, and of the run at Weights & Biases (default: the script's name, the time and the seed)"""
     num_threads: int | None = None
     """physics threads (default: every core); the results do not depend on it"""
     checkpoint_every: int = 10_000
@@ -144,6 +148,8 @@ class Run:
     """steps between evaluations, which also choose the best model; 0 for none"""
     eval_episodes: int = 16
     """episodes per evaluation, on fixed held-out seeds; 16 take about a fifth of the time of a default run"""
+    final_eval_episodes: int = 64
+    """episodes on which the best models are compared at the end if an evaluation's cannot tell them apart"""
     resume: str | None = None
     """checkpoint to continue, to the bit, with the settings it was started with"""
     track: bool = False
@@ -173,7 +179,7 @@ RANGES = {
     "gae_lambda": (0, 1), "clip_coef": (1e-6, 100), "ent_coef": (0, 100), "vf_coef": (0, 100),
     "max_grad_norm": (1e-6, 1e6), "train_episode_steps": (1, 10**6), "hidden_size": (1, 4096),
     "log_std_init": (-10, 2), "num_threads": (1, 1024), "checkpoint_every": (1, 10**10), "eval_every": (0, 10**10),
-    "eval_episodes": (1, 4096), **Task.RANGES, **Server.RANGES,
+    "eval_episodes": (1, 4096), "final_eval_episodes": (0, 100_000), **Task.RANGES, **Server.RANGES,
 }  # fmt: skip
 
 
@@ -181,6 +187,8 @@ def check_args(args: Args) -> None:
     """Raise SO101Error with the name of the first flag that is out of range, or contradicts another."""
     for settings in (args, args.ppo, args.networks, args.base.server, args.task, args.run):
         check_flags(settings, RANGES)
+    if args.run.run_name is not None and Path(args.run.run_name).parts != (args.run.run_name,):
+        raise SO101Error(f"--run-name {args.run.run_name!r}: give a name; --log-dir says where")
     # a budget below one rollout shortens the rollout, and below num_envs takes fewer environments
     samples = args.ppo.num_envs * args.ppo.num_steps
     if samples > 2**22:
@@ -413,26 +421,46 @@ def update(
 
 
 def evaluate_agent(
-    agent: Agent, eval_envs: SO101ResidualVectorEnv, base_success: float | None, film: Path | None
+    agent: Agent, eval_envs: SO101ResidualVectorEnv, num_episodes: int, base_success: float | None, film: Path | None
 ) -> dict[str, float]:
-    """Means over an episode of each evaluation environment, on seeds that are used for nothing else.
+    """Means over episodes on seeds that are used for nothing else.
 
     base_success is that of the base policy alone, None to measure it; the first episode is filmed into film.
     """
-    seeds = [VALIDATION_SEED + i for i in range(eval_envs.num_envs)]
-    if base_success is None:
-        base_success = episode_mean(evaluate(no_residual, eval_envs, seeds), "success")
+    seeds = [VALIDATION_SEED + i for i in range(num_episodes)]
     episodes = evaluate(agent.act, eval_envs, seeds, trace=film is not None)
+    success, magnitude = (episode_mean(episodes, key) for key in ("success", "residual_magnitude"))
+    if base_success is None:  # at the start, most agents are their base
+        base_success = episode_mean(evaluate(no_residual, eval_envs, seeds), "success") if magnitude else success
     if film:
-        write_video(eval_envs, {"agent": episodes[:1]}, film)
+        write_video(eval_envs, {"base and residual" if eval_envs.base_policy else "agent": episodes[:1]}, film)
     return {
-        "success_rate": episode_mean(episodes, "success"),
+        "success_rate": success,
         "mean_return": episode_mean(episodes, "return"),
         "mean_length": episode_mean(episodes, "length"),
-        "residual_magnitude": episode_mean(episodes, "residual_magnitude"),
+        "residual_magnitude": magnitude,
         "base_success_rate": base_success,
         **{f"residual_to_base/{joint}": ratio for joint, ratio in residual_to_base(episodes).items()},
     }
+
+
+def choose_best(
+    finalists: list[dict[str, Any]], run_dir: Path, eval_envs: SO101ResidualVectorEnv, run: Run
+) -> dict[str, Any]:
+    """The best of the finalists, with its means over final_eval_episodes, those of its evaluation and more."""
+    more = [VALIDATION_SEED + i for i in range(run.eval_episodes, run.final_eval_episodes)]
+    needed = finalists[0]["success_rate"] - RIVAL_EPISODES / run.eval_episodes
+    rivals = [finalist for finalist in finalists if finalist["success_rate"] >= needed]
+    if not more or len(rivals) < 2:
+        return {**finalists[0], "episodes": run.eval_episodes}
+    share, compared = len(more) / run.final_eval_episodes, []
+    for finalist in rivals:
+        model = run_dir / "best_model" / model_name(finalist["step"])
+        results = evaluate(load_checkpoint(model).agent(model).act, eval_envs, more)
+        means = {"success_rate": episode_mean(results, "success"), "mean_return": episode_mean(results, "return")}
+        compared.append({key: (1 - share) * finalist[key] + share * means[key] for key in BEST_BY})
+        compared[-1] |= {"step": finalist["step"], "episodes": run.final_eval_episodes}
+    return max(compared, key=ranking)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,9 +472,13 @@ ROLLOUT_TAGS = {
     "success": "success_rate_100", "return": "ep_reward", "length": "ep_length", "failure": "failure_rate_100"
 }  # fmt: skip
 BEST_BY = ("success_rate", "mean_return")  # the second where the first ties
+FINALISTS = 3  # so many models are evaluated once more at the end,
+RIVAL_EPISODES = 2  # if they succeeded in at most this many episodes fewer than the best
 EVAL_TAGS = {"mean_return": "mean_reward", "mean_length": "mean_ep_length"}
 # flags that may differ from the run that is resumed: none of them changes what is learned, but a longer budget
-RESUMABLE = {"resume", "log_dir", "num_threads", "total_timesteps", "track", "wandb_project_name", "capture_video"}
+RESUMABLE = {
+    "resume", "log_dir", "run_name", "num_threads", "total_timesteps", "track", "wandb_project_name", "capture_video",
+}  # fmt: skip
 
 
 def parse_args() -> tuple[Args, Checkpoint | None]:
@@ -464,7 +496,7 @@ def parse_args() -> tuple[Args, Checkpoint | None]:
         raise SO101Error(f"--resume {path}: written by {checkpoint.saved['script']}; resume it with that script")
     saved = dataclasses.replace(checkpoint.args)
     saved.run = dataclasses.replace(
-        saved.run, resume=None, log_dir=str(run_dir_of(path).parent), num_threads=None, track=False,
+        saved.run, resume=None, log_dir=str(run_dir_of(path).parent), run_name=None, num_threads=None, track=False,
         capture_video=False,
     )  # fmt: skip
     args = tyro.cli(Args, description=__doc__, config=config, default=saved)
@@ -490,24 +522,26 @@ def model_name(global_step: int) -> str:
     return f"ppo_residual_{global_step}_steps.pt"
 
 
-def best_model_of(path: str, best: dict[str, Any]) -> Path:
-    """The file that the run of a checkpoint keeps its best model in, for ever: best_model.pt may be a later one."""
-    return run_dir_of(path) / "best_model" / model_name(best["step"])
+def ranking(evaluation: dict[str, Any]) -> list[float]:
+    """What the best of several evaluations has most of."""
+    return [evaluation[key] for key in (*BEST_BY, "step")]
 
 
-def keep_best_model(path: Path, run_dir: Path) -> None:
-    """Copy a checkpoint to where the best model is looked for, and where a resumed run finds it by its steps."""
-    for name in {path.name, "best_model.pt"}:
-        copy = run_dir / "best_model" / name
-        if copy != path:
-            write_atomically(copy, lambda temporary: shutil.copyfile(path, temporary))
+def finalists_of(path: str, finalists: list[dict[str, Any]]) -> list[Path]:
+    """The files that the run of a checkpoint keeps its best models in, for ever: best_model.pt may be a later one."""
+    return [run_dir_of(path) / "best_model" / model_name(finalist["step"]) for finalist in finalists]
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file; target is complete or as it was."""
+    write_atomically(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
 def restore(
     checkpoint: Checkpoint, path: str, agent: Agent, optimizer: torch.optim.Optimizer, generator: torch.Generator,
     envs: SO101ResidualVectorEnv,
-) -> tuple[np.ndarray, int, dict[str, Any] | None, list[dict[str, float]]]:  # fmt: skip
-    """Put everything back as it was; returns next_obs, global_step, best and the last 100 episodes.
+) -> tuple[np.ndarray, int, list[dict[str, Any]], list[dict[str, float]]]:  # fmt: skip
+    """Put everything back as it was; returns next_obs, global_step, the finalists and the last 100 episodes.
 
     Raises SO101Error if the checkpoint does not fit.
     """
@@ -526,12 +560,12 @@ def restore(
                 raise ValueError("the optimiser's state has other shapes")
         if any(set(episode) != {"success", "return", "length", "failure"} for episode in saved["recent_episodes"]):
             raise ValueError("recent_episodes has other keys")
-        best = saved["best"] and {key: saved["best"][key] for key in ("step", *BEST_BY)}
+        finalists = [{key: finalist[key] for key in ("step", *BEST_BY)} for finalist in saved["finalists"]]
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise SO101Error(f"{path}: cannot be continued ({error}); resume another checkpoint") from error
-    if best and not (model := best_model_of(path, best)).is_file():
-        raise SO101Error(f"{path}: the best model of its run, {model}, is missing; put it back to go on")
-    return next_obs, saved["global_step"], best, saved["recent_episodes"]
+    if missing := [model for model in finalists_of(path, finalists) if not model.is_file()]:
+        raise SO101Error(f"{path}: one of the best models of its run, {missing[0]}, is missing; put it back to go on")
+    return next_obs, saved["global_step"], finalists, saved["recent_episodes"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -550,7 +584,9 @@ def main() -> int:
     agent = Agent(args)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.ppo.learning_rate, eps=1e-5, fused=True)
     envs = make_envs(args, resumed.saved["num_envs"] if resumed else min(args.ppo.num_envs, args.total_timesteps))
-    eval_envs = make_envs(args, args.run.eval_episodes, evaluation=True)
+    # as wide as the widest batch of episodes that are run at once
+    width = max(args.run.eval_episodes, args.run.final_eval_episodes - args.run.eval_episodes)
+    eval_envs = make_envs(args, width, evaluation=True)
     if args.run.capture_video:
         check_rendering(eval_envs, "--capture-video")
     if args.run.track:
@@ -560,24 +596,38 @@ def main() -> int:
             raise SO101Error("--track needs Weights & Biases: pip install wandb") from error
     recent: deque[dict[str, float]] = deque(maxlen=100)  # episodes
     if resumed:
-        next_obs, global_step, best, episodes = restore(resumed, args.run.resume, agent, optimizer, generator, envs)
+        next_obs, global_step, finalists, episodes = restore(
+            resumed, args.run.resume, agent, optimizer, generator, envs
+        )
         recent.extend(episodes)
     else:
         seeds = np.random.SeedSequence(args.seed).generate_state(envs.num_envs) % VALIDATION_SEED
-        next_obs, global_step, best = envs.reset(seed=[int(seed) for seed in seeds])[0], 0, None
-    name = f"{Path(SCRIPT).stem.removesuffix('_so101')}_{time.strftime('%Y%m%d-%H%M%S')}_s{args.seed}"
+        next_obs, global_step, finalists = envs.reset(seed=[int(seed) for seed in seeds])[0], 0, []
+    name = args.run.run_name or (
+        f"{Path(SCRIPT).stem.removesuffix('_so101')}_{time.strftime('%Y%m%d-%H%M%S')}_s{args.seed}"
+    )
     run_dir = make_run_dir(args.run.log_dir, name, "checkpoints", "best_model", "eval_results", "tensorboard")
-    if resumed and best:
-        keep_best_model(best_model_of(args.run.resume, best), run_dir)
+    for rank, model in enumerate(finalists_of(args.run.resume, finalists) if resumed else []):
+        for file in [model.name, *["best_model.pt"] * (rank == 0)]:
+            copy_file(model, run_dir / "best_model" / file)
+    print(
+        f"{run_dir}: {f'from step {global_step} to' if resumed else 'training for'} {args.total_timesteps} steps in "
+        f"{envs.num_envs} environments, tape margin {1000 * args.task.tape_margin:.0f} mm, "
+        f"base policy {args.base.base_policy}, seed {args.seed}",
+        flush=True,
+    )
+    settings = flat_settings(dataclasses.asdict(args))
     if args.run.track:
         wandb.init(
-            project=args.run.wandb_project_name, name=run_dir.name, config=flat_settings(dataclasses.asdict(args)),
-            sync_tensorboard=True,
+            project=args.run.wandb_project_name, name=run_dir.name, config=settings, sync_tensorboard=True,
         )  # fmt: skip
     from torch.utils.tensorboard import SummaryWriter  # after wandb, which patches it; and slow to import
 
     writer = SummaryWriter(str(run_dir / "tensorboard"))
     write_json(run_dir / "config.json", describe_run(SCRIPT, args))
+    writer.add_text("command", shlex.join(["python", *sys.argv]))
+    table = "".join(f"|{key}|{value}|\n" for key, value in settings.items())
+    writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{table}")
 
     def checkpoint() -> dict[str, Any]:
         """Everything a resumed run needs, as tensors and plain values."""
@@ -588,34 +638,54 @@ def main() -> int:
             "base_fingerprint": envs.base_policy.fingerprint if envs.base_policy else "", "global_step": global_step,
             "agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
             "envs": to_plain(envs.get_state()), "next_obs": torch.from_numpy(next_obs),
-            "recent_episodes": list(recent), "best": best,
+            "recent_episodes": list(recent), "finalists": finalists,
         }  # fmt: skip
 
     def eval_and_log() -> dict[str, float]:
-        """Evaluate, log it, and keep the model if it is the best so far."""
-        nonlocal best, base_success, eval_time
+        """Evaluate, log it, and keep the model if it is among the best so far."""
+        nonlocal finalists, base_success, eval_time
         eval_start, film = time.perf_counter(), run_dir / "eval_results" / f"step_{global_step}.mp4"
-        result = evaluate_agent(agent, eval_envs, base_success, film if args.run.capture_video else None)
+        show_progress("evaluating")
+        film = film if args.run.capture_video else None
+        result = evaluate_agent(agent, eval_envs, args.run.eval_episodes, base_success, film)
         base_success = result["base_success_rate"]
         for name, value in result.items():
             writer.add_scalar(f"eval/{EVAL_TAGS.get(name, name)}", value, global_step)
         with open(run_dir / "eval_results" / "evaluations.jsonl", "a") as file:
             file.write(json.dumps({"step": global_step, **result}) + "\n")
-        if best is None or [result[key] for key in BEST_BY] > [best[key] for key in BEST_BY]:
-            best = {"step": global_step, **{key: result[key] for key in BEST_BY}}
-            model = run_dir / "best_model" / model_name(global_step)
+        if args.run.track and args.run.capture_video:
+            wandb.log({"eval/video": wandb.Video(str(film), format="mp4"), "global_step": global_step})
+        own = {"step": global_step, **{key: result[key] for key in BEST_BY}}
+        others = [each for each in finalists if each["step"] != global_step]  # a resumed run may evaluate a step again
+        best = sorted([*others, own], key=ranking, reverse=True)[:FINALISTS]
+        if own in best:
+            finalists, model = best, run_dir / "best_model" / model_name(global_step)
             save_tensors(model, checkpoint())
-            keep_best_model(model, run_dir)
+            if own == best[0]:
+                copy_file(model, run_dir / "best_model" / "best_model.pt")
         eval_time += time.perf_counter() - eval_start
         return result
 
-    first_step, eval_time, result, metrics, means = global_step, 0.0, None, {}, {}
+    def show_progress(doing: str = "", steps: int = 0) -> None:
+        """Say on the progress bar what is being done, or how good the agent is, and steps that were done."""
+        text = doing or (f"success {means['success']:.2f}" if means else "training")
+        text += f", evaluation {result['success_rate']:.2f}" if result and not doing else ""
+        try:
+            bar.set_description_str(text, refresh=False)
+            bar.update(steps) if steps else bar.refresh()
+        except BrokenPipeError:
+            interrupts.on_broken_pipe()
+
+    first_step, eval_time, metrics, means = global_step, 0.0, {}, {}
+    result, evaluated, best = None, None, None  # the last evaluation, its step, and the best model in the end
     # an arm that rests moves nothing, and no sheet starts inside the tape
     base_success = 0.0 if envs.base_policy is None else None
-    before_failure = copy.deepcopy(checkpoint())
+    before_failure = None if envs.base_policy is None else copy.deepcopy(checkpoint())
     interrupts = Interrupts()
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
     try:
+        if args.run.eval_every and not finalists:
+            result, evaluated = eval_and_log(), global_step
         while args.total_timesteps - global_step >= envs.num_envs and not interrupts.signum:
             if args.ppo.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.ppo.learning_rate * (1.0 - global_step / args.total_timesteps)
@@ -634,22 +704,27 @@ def main() -> int:
             scalars |= {f"rollout/{ROLLOUT_TAGS[key]}": value for key, value in means.items()}
             for tag, value in scalars.items():
                 writer.add_scalar(tag, value, global_step)
-            try:
-                if means:
-                    shown = {"success": means["success"], "return": means["return"]}
-                    bar.set_postfix({**{k: f"{v:.2f}" for k, v in shown.items()}, "fps": f"{fps:.0f}"})
-                bar.update(global_step - before)
-            except BrokenPipeError:
-                interrupts.on_broken_pipe()
+            show_progress(steps=global_step - before)
 
             # the evaluation first, so that a checkpoint of the same step knows the best model
-            result = None
             if args.run.eval_every and global_step // args.run.eval_every > before // args.run.eval_every:
-                result = eval_and_log()
+                result, evaluated = eval_and_log(), global_step
             if global_step // args.run.checkpoint_every > before // args.run.checkpoint_every:
                 save_tensors(run_dir / "checkpoints" / model_name(global_step), checkpoint())
-        if args.run.eval_every and result is None and not interrupts.signum:
-            result = eval_and_log()
+        if args.run.eval_every and evaluated != global_step and not interrupts.signum:
+            result, evaluated = eval_and_log(), global_step
+        best = {**finalists[0], "episodes": args.run.eval_episodes} if finalists else None
+        if best and not interrupts.signum:
+            show_progress("choosing the best model")
+            start = time.perf_counter()
+            best = choose_best(finalists, run_dir, eval_envs, args.run)
+            copy_file(run_dir / "best_model" / model_name(best["step"]), run_dir / "best_model" / "best_model.pt")
+            eval_time += time.perf_counter() - start
+            plain = {
+                key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()
+            }
+            writer.add_hparams(plain, {f"best/{key}": best[key] for key in BEST_BY}, run_name=".")
+        show_progress()
         model = run_dir / ("interrupted_model.pt" if interrupts.signum else "final_model.pt")
         save_tensors(model, checkpoint())
     except BasePolicyError as error:
@@ -689,6 +764,7 @@ def main() -> int:
         "base_eval_success_rate": base_success,
         "best_eval_success_rate": best["success_rate"] if best else None,
         "best_eval_step": best["step"] if best else None,
+        "best_eval_episodes": best["episodes"] if best else None,
         "best_checkpoint": str(best_model),
     }
     write_json(run_dir / "training_summary.json", summary)
@@ -697,12 +773,13 @@ def main() -> int:
         speed += f", {summary['base_time_s'] / wall_time:.0%} of the time for the base policy"
     print(f"{global_step} steps in {wall_time:.1f} s ({speed}), saved in {run_dir}")
     if interrupts.signum:
-        print(f"resume:   python {SCRIPT} --resume {model}")
+        print(f"resume:   {command_of(SCRIPT)} --resume {model}")
         return 128 + interrupts.signum
     if best:
-        print(f"evaluation success: best {best['success_rate']:.2f} at {best['step']} steps", end="")
+        seen = f"step {best['step']}, {best['episodes']} episodes"
+        print(f"success: best model ({seen}) {best['success_rate']:.2f}", end="")
         print((f", last {result['success_rate']:.2f}" if result else "") + f", base policy alone {base_success:.2f}")
-    print(f"evaluate: python eval_so101.py --model {best_model}")
+    print(f"evaluate: {command_of('eval_so101.py')} --model {best_model}")
     return 0
 
 

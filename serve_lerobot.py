@@ -18,11 +18,9 @@ from typing import Any
 import numpy as np
 import zmq
 
-from so101_wire import pack, unpack
+from so101_wire import JOINT_GROUPS, pack, unpack
 
 STATE, IMAGES = "observation.state", "observation.images."
-# how the wire calls the parts of state and action
-JOINT_GROUPS = {"single_arm": slice(0, 5), "gripper": slice(5, 6)}
 
 
 class RequestError(ValueError):

@@ -29,6 +29,7 @@ from so101_env import (
     SO101Error,
     from_rad,
 )
+from so101_wire import JOINT_GROUPS
 
 UNIT = "deg"  # of the joints in what is written here
 FEATURES = {
@@ -46,7 +47,6 @@ FRAMES_PER_FILE = 500_000  # keeps a file below the format's 100 MB
 VIDEO_OPTIONS = ["-crf", "20", "-g", "2", "-bf", "0"]
 FRAMES_PER_SAMPLE = 10  # of the frames, one in so many is counted in the pictures' statistics
 # GR00T's fine-tuning reads which numbers are which from this file; LeRobot ignores it
-JOINT_GROUPS = {"single_arm": {"start": 0, "end": 5}, "gripper": {"start": 5, "end": 6}}
 
 
 class DatasetError(SO101Error):
@@ -166,9 +166,10 @@ def _write_files(
         "video_path": VIDEO_PATH if cameras else None,
         "features": features,
     }
+    groups = {name: {"start": group.start, "end": group.stop} for name, group in JOINT_GROUPS.items()}
     modality = {
-        "state": JOINT_GROUPS,
-        "action": JOINT_GROUPS,
+        "state": groups,
+        "action": groups,
         "video": {camera: {"original_key": IMAGES + camera} for camera in cameras},
         "annotation": {"human.task_description": {"original_key": "task_index"}},
     }

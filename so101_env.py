@@ -1139,6 +1139,8 @@ def offscreen_renderer(model: mujoco.MjModel, height: int = 480, width: int = 64
             from mujoco.rendering.classic import gl_context
 
             gl_context.GLContext = GLContext
+        model = copy.copy(model)
+        model.vis.global_.offwidth, model.vis.global_.offheight = width, height
         return mujoco.Renderer(model, height, width)
     except Exception as error:  # ImportError, AttributeError, RuntimeError, FatalError: each layer fails in its own way
         raise SO101Error(

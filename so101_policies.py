@@ -57,7 +57,7 @@ from so101_env import (
     sheet_pose,
     to_rad,
 )
-from so101_wire import PolicyClient, WireError, check_action
+from so101_wire import JOINT_GROUPS, PolicyClient, WireError, check_action
 
 HERE = Path(__file__).resolve().parent
 SPECS = "zero, jacobian, checkpoint:PATH, bc:PATH, server:HOST:PORT, MODULE:CLASS[:ARGUMENT]"
@@ -315,10 +315,10 @@ class Features(nn.Module):
 
 # what every file of a kind holds; `script` reads `args` into its own Args
 SCHEMAS: dict[str, dict[str, Any]] = {
-    "so101 checkpoint 6": {
+    "so101 checkpoint 7": {
         "script": str, "args": dict, "agent": dict, "optimizer": dict, "generator": torch.Tensor, "envs": dict,
         "next_obs": torch.Tensor, "num_envs": int, "global_step": int, "recent_episodes": list,
-        "best": (dict, type(None)), "base_fingerprint": str,
+        "finalists": list, "base_fingerprint": str,
     },
     "so101 clone 3": {"script": str, "args": dict, "clone": dict},
 }  # fmt: skip
@@ -561,8 +561,6 @@ class ServerPolicy(BasePolicy):
     policy's, or that fails.
     """
 
-    GROUPS: ClassVar[dict[str, slice]] = {"single_arm": slice(0, 5), "gripper": slice(5, 6)}  # of state and action
-
     def __init__(self, address: str, options: Server):
         host, _, port = address.rpartition(":")
         self.address, host = address, host.strip("[]")
@@ -618,10 +616,10 @@ class ServerPolicy(BasePolicy):
             raise self._error(f"--cameras {unused[0]}: its policy does not look through that, but through {seen}")
         self.cameras = tuple(dict.fromkeys(self.camera_of.values()))
         for kind, keys in (("state", state.keys), ("action", action.keys)):
-            if unknown := [key for key in keys if key not in self.GROUPS]:
-                known = " and ".join(self.GROUPS)
+            if unknown := [key for key in keys if key not in JOINT_GROUPS]:
+                known = " and ".join(JOINT_GROUPS)
                 raise self._error(f"its policy has the {kind} {unknown[0]}; an SO-101's are {known}")
-        if missing := [key for key in self.GROUPS if key not in action.keys]:
+        if missing := [key for key in JOINT_GROUPS if key not in action.keys]:
             raise self._error(f"its policy gives no {missing[0]}, only {' and '.join(action.keys) or 'nothing'}")
         horizon = len(action.deltas)
         if action.deltas != list(range(horizon)):
@@ -637,7 +635,7 @@ class ServerPolicy(BasePolicy):
     def _question(self, video: dict[str, np.ndarray], joints_rad: np.ndarray) -> dict[str, Any]:
         """Arguments of PolicyClient.get_action: pictures (B, T, H, W, 3), joint positions (B, T, 6), rad."""
         joints = from_rad(joints_rad.astype(np.float64), self.options.units)
-        state = {key: joints[:, :, self.GROUPS[key]] for key in self.client.modalities["state"].keys}
+        state = {key: joints[:, :, JOINT_GROUPS[key]] for key in self.client.modalities["state"].keys}
         return {"video": video, "state": state, "text": self.options.instruction}
 
     def reset(self, mask: np.ndarray) -> None:
@@ -684,7 +682,7 @@ class ServerPolicy(BasePolicy):
             action = self.client.get_action(**self._question(video, over_time("joints", seen[STATE])))
             groups = [
                 check_action(action, key, n, self.options.chunk_steps, group.stop - group.start)
-                for key, group in self.GROUPS.items()
+                for key, group in JOINT_GROUPS.items()
             ]
             return to_rad(np.concatenate(groups, axis=2), self.options.units)
         except (WireError, SO101Error) as error:

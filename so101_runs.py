@@ -6,6 +6,7 @@ import io
 import json
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from so101_env import ACT_DIM, JOINTS, OBS, OBS_DIM, SO101Error, SO101ResidualVectorEnv, check_ranges, sheet_pose
 
@@ -64,6 +66,11 @@ def silence_output() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.dup2(null, sys.stderr.fileno())
+
+
+def command_of(script: str) -> str:
+    """How to start a script of the project from the working directory."""
+    return shlex.join(["python", os.path.relpath(Path(__file__).resolve().with_name(script))])
 
 
 class Interrupts:
@@ -198,6 +205,11 @@ def describe_run(script: str, args: Any) -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    if git("ls-files", "--error-unmatch", "so101_env.py") is None:  # installed, perhaps within somebody's repository
+
+        def git(*words: str) -> None:
+            return None
+
     # a sweep's own reports are no change of the code
     status = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmark/results")
     return {
@@ -309,42 +321,56 @@ def residual_to_base(episodes: list[dict[str, Any]]) -> dict[str, float]:
     return {joint: float(r / b) for joint, b, r in zip(JOINTS, base, residual) if b > 1e-9}
 
 
-def write_video(envs: SO101ResidualVectorEnv, columns: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+HOLD_S = 0.5  # how long a film shows the end of an episode
+
+
+def write_video(
+    envs: SO101ResidualVectorEnv,
+    columns: Mapping[str, list[dict[str, Any]]],
+    path: Path,
+    size: tuple[int, int] | None = None,
+) -> None:
     """Film traced episodes, one after the other: MP4 in real time, or a small GIF of every third frame.
 
     Args:
-        columns: the episodes by what is written above them; several columns are shown side by side, each episode until
-            it has ended in all of them.
+        columns: the episodes by what is written above them; several columns are shown side by side. How an episode
+            ended, and when, is written below it; the next one follows when it has ended in all columns.
         path: ends in .mp4 or .gif.
+        size: width and height of a column, pixels, even; None: 640 x 480, or 480 x 360 for a GIF.
     """
     import imageio.v2 as imageio
     from PIL import Image, ImageDraw
 
-    fps, gif = envs.metadata["render_fps"], path.suffix == ".gif"
+    gif = path.suffix == ".gif"
+    width, height = size or ((480, 360) if gif else (640, 480))
+    fps, every = envs.metadata["render_fps"], 3 if gif else 1
     mp4 = {"fps": fps, "macro_block_size": 1, "ffmpeg_log_level": "quiet"}
-    options = {"duration": 3000 / fps, "loop": 0} if gif else mp4
+    options = {"duration": 1000 * every / fps, "loop": 0} if gif else mp4
 
-    def picture(title: str, qpos: np.ndarray) -> np.ndarray:
-        frame = envs.render_state(qpos)
-        if gif:
-            frame = frame[::2, ::2]
-        if len(columns) == 1:
-            return frame
-        image = Image.fromarray(frame)
-        ImageDraw.Draw(image).text((10, 8), title, fill="black", font_size=len(frame) // 18)
+    def picture(title: str, episode: dict[str, Any], t: int) -> np.ndarray:
+        qpos, text = episode["qpos"], height // 20
+        image = Image.fromarray(envs.render_state(qpos[min(t, len(qpos) - 1)], (height, width)))
+        draw = ImageDraw.Draw(image)
+        draw.text((text // 2, text // 2), title, fill="black", font_size=text)
+        if t >= len(qpos) - 1:
+            end = "success" if episode["success"] else episode["failure"].replace("_", " ") or "no success"
+            end += f", {episode['length'] / fps:.1f} s"
+            draw.text(
+                (text // 2, height - 2 * text), end, fill="white", stroke_width=1, stroke_fill="black", font_size=text
+            )
         return np.asarray(image)
+
+    rows = [(episodes, max(len(episode["qpos"]) for episode in episodes)) for episodes in zip(*columns.values())]
+    steps = [(episodes, t) for episodes, length in rows for t in range(0, length + round(HOLD_S * fps), every)]
 
     def write(temporary: Path) -> None:
         palette = None  # of the first frame, for all, without dithering: what rests is then stored once
         with imageio.get_writer(temporary, **options) as writer:
-            for episodes in zip(*columns.values()):
-                states = [episode["qpos"] for episode in episodes]
-                for t in range(0, max(map(len, states)), 3 if gif else 1):
-                    shown = [picture(title, qpos[min(t, len(qpos) - 1)]) for title, qpos in zip(columns, states)]
-                    image = Image.fromarray(np.hstack(shown))
-                    if gif:
-                        palette = palette or image.quantize(128)
-                        image = image.quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB")
-                    writer.append_data(np.asarray(image))
+            for episodes, t in tqdm(steps, f"filming {path.name}", unit="frame", dynamic_ncols=True, leave=False):
+                image = Image.fromarray(np.hstack([picture(*each, t) for each in zip(columns, episodes)]))
+                if gif:
+                    palette = palette or image.quantize(128)
+                    image = image.quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB")
+                writer.append_data(np.asarray(image))
 
     write_atomically(path, write)

@@ -28,6 +28,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 DIALECTS = ("n1.5", "n1.6", "main")
 MAX_REPLY_BYTES = 2**28
+JOINT_GROUPS = {"single_arm": slice(0, 5), "gripper": slice(5, 6)}  # of state and action, JOINTS order
 PIECE_S = 0.2  # how often a wait looks whether the connection still stands
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # a run of a few seconds that still has every part: several rollouts, checkpoints, evaluations, a shortened last rollout
 SMALL = (
     "--total-timesteps 3000 --num-envs 4 --num-steps 64 --minibatch-size 128 "
-    "--checkpoint-every 1000 --eval-every 1500 --eval-episodes 3"
+    "--checkpoint-every 1000 --eval-every 1500 --eval-episodes 3 --final-eval-episodes 7"
 )
 
 

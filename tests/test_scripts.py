@@ -1,6 +1,8 @@
 """The scripts as a user runs them: what they write, print and refuse."""
 
 import json
+import os
+import re
 import resource
 import shutil
 import signal
@@ -14,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, refusal, run_script, train
+from conftest import PYTHON_PATH, ROOT, SMALL, refusal, run_script, train
 
-from ppo_residual_so101 import Args
+from ppo_residual_so101 import Args, choose_best, make_envs
 from so101_env import SO101Error
 from so101_policies import CHECKPOINT, SCHEMAS, load_checkpoint
-from so101_runs import TEST_SEED, VALIDATION_SEED, flat_settings
+from so101_runs import TEST_SEED, VALIDATION_SEED, episode_mean, evaluate, flat_settings
 
 
 def load(path: Path) -> dict:
@@ -45,17 +47,19 @@ def assert_equal_training_state(one: Path, other: Path) -> None:
             assert a == b, where
 
     files, keys = [load(one), load(other)], ("agent", "optimizer", "generator", "envs", "next_obs", "global_step")
-    for key in (*keys, "recent_episodes", "best"):
+    for key in (*keys, "recent_episodes", "finalists"):
         compare(files[0][key], files[1][key], key)
 
 
 def assert_equal_best_models(one: Path, other: Path) -> None:
-    """The best models of two runs are of the same step and have the same weights, best record and optimiser."""
+    """The best models of two runs are of the same step and have the same weights, finalists and optimiser."""
     paths = [run / "best_model" / "best_model.pt" for run in (one, other)]
     assert_equal_training_state(*paths)
     for run, path in zip((one, other), paths):
-        own = run / "best_model" / f"ppo_residual_{load(path)['best']['step']}_steps.pt"
-        assert own.read_bytes() == path.read_bytes() and load(path)["global_step"] == load(path)["best"]["step"]
+        own = run / "best_model" / f"ppo_residual_{load(path)['global_step']}_steps.pt"
+        assert own.read_bytes() == path.read_bytes()
+        steps = [finalist["step"] for finalist in load(run / "final_model.pt")["finalists"]]
+        assert load(path)["global_step"] in steps
 
 
 # -- what a run leaves behind
@@ -74,12 +78,27 @@ def test_artefacts(small_run):
     names = sorted(path.name for path in (small_run / "checkpoints").iterdir())
     assert names == [f"ppo_residual_{step}_steps.pt" for step in (1024, 2048, 3000)]  # ends of rollouts
     lines = [json.loads(line) for line in (small_run / "eval_results" / "evaluations.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1536, 3000]
-    best = max(lines, key=lambda line: (line["success_rate"], line["mean_return"]))
-    assert load(small_run / "best_model" / "best_model.pt")["global_step"] == best["step"] == summary["best_eval_step"]
+    assert [line["step"] for line in lines] == [0, 1536, 3000]
     final = load(small_run / "final_model.pt")
     assert final["global_step"] == 3000 and final["args"]["ppo"]["num_envs"] == 4
     assert not list(small_run.rglob("*.tmp*"))
+
+
+def test_the_best_model_is_the_best_on_more_episodes_than_an_evaluation_has(small_run):
+    summary = json.loads((small_run / "training_summary.json").read_text())
+    envs, seeds = make_envs(Args(), 7, evaluation=True), [VALIDATION_SEED + i for i in range(7)]
+    means = {}
+    for step in (0, 1536, 3000):  # none can be told from the others by three episodes
+        path = small_run / "best_model" / f"ppo_residual_{step}_steps.pt"
+        episodes = evaluate(load_checkpoint(path).agent(path).act, envs, seeds)
+        means[step] = [episode_mean(episodes, key) for key in ("success", "return")]
+    best = max(means, key=means.get)
+    assert load(small_run / "best_model" / "best_model.pt")["global_step"] == best == summary["best_eval_step"]
+    assert summary["best_eval_success_rate"] == pytest.approx(means[best][0]) and summary["best_eval_episodes"] == 7
+    worst = min(means, key=means.get)
+    lucky = [{"step": step, "success_rate": 0.9 - 0.6 * (step != worst), "mean_return": 0.0} for step in means]
+    lucky.sort(key=lambda finalist: -finalist["success_rate"])
+    assert choose_best(lucky, small_run, envs, Args().run)["step"] == worst  # ten episodes of 16 ahead: no rival
 
 
 def test_tensorboard_tags_and_values(small_run):
@@ -103,6 +122,27 @@ def test_tensorboard_tags_and_values(small_run):
     # the return is the unshaped sum over an episode: no more than ten for a success, about -0.2 a step
     assert all(-150 < event.value < 10 for event in series["rollout/ep_reward"])
     assert all(1e-6 < event.value < 1 for event in series["train/approx_kl"])
+    assert [event.step for event in series["eval/success_rate"]] == [0, 1536, 3000]
+    texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
+    assert "ppo_residual_so101.py --log-dir" in texts["command/text_summary"]
+    assert "|gamma|0.98|" in texts["hyperparameters/text_summary"] and "best/success_rate" in series
+
+
+def test_what_is_printed_fits_80_columns_and_works_from_here(tmp_path):
+    flags = ["--run-name", "mine", "--log-dir", "logs", *SMALL.split()]
+    command = [sys.executable, str(ROOT / "ppo_residual_so101.py"), *flags]
+    options = {"capture_output": True, "text": True, "cwd": tmp_path, "timeout": 120}
+    done = subprocess.run(command, env={**os.environ, "COLUMNS": "80", "LINES": "24"}, **options)
+    bars = [line.strip() for line in re.split(r"[\r\n]", done.stderr) if line.strip()]
+    assert any(bar.startswith("success 0.") and "3000/3000" in bar for bar in bars)
+    assert {"evaluating", "choosing the best model"} <= {bar.split(":")[0] for bar in bars}
+    assert max(map(len, bars)) <= 80
+    first, *_, last = done.stdout.splitlines()
+    assert first.startswith("logs/mine: training for 3000 steps in 4 environments") and "base policy zero" in first
+    evaluate_command = last.removeprefix("evaluate: ") + " --episodes 1 --no-base"
+    environment = {**os.environ, "PATH": PYTHON_PATH}
+    evaluated = subprocess.run(evaluate_command, shell=True, env=environment, **options)
+    assert evaluated.returncode == 0 and "logs/mine/best_model/best_model.pt" in evaluated.stdout, evaluated.stderr
 
 
 @pytest.mark.parametrize("budget", [1, 7, 1003])
@@ -299,25 +339,26 @@ def test_evaluation_video_and_plot(small_run, tmp_path):
     assert iio.immeta(video)["fps"] == 30
     length = json.loads((tmp_path / "r.json").read_text())["episode_list"][0]["length"]
     frames = iio.imread(video)
-    assert frames.shape == (length + 1, 480, 640, 3)
+    assert frames.shape == (length + 1 + 15, 480, 640, 3)  # and half a second of the last one
     assert np.abs(frames[0].astype(int) - frames[-1].astype(int)).mean() > 0.1
     assert iio.imread(picture).std() > 10
-    # a GIF shows every third frame, at half the size, three times as long
+    # a GIF shows every third frame, smaller, three times as long
     gif = tmp_path / "v.gif"
     done = run_script("eval_so101.py", "--base-policy", "jacobian", "--episodes", "1", "--video", str(gif))
     assert done.returncode == 0, done.stderr
     frames = iio.imread(gif)
-    assert frames.shape[1:] == (240, 320, 3) and len(frames) > 5 and iio.immeta(gif)["duration"] == 100
+    assert frames.shape[1:] == (360, 480, 3) and len(frames) > 5 and iio.immeta(gif)["duration"] == 100
 
 
 def test_capture_video_films_every_evaluation(tmp_path):
     import imageio.v3 as iio
 
     # an agent that hardly learns: the pusher's short episodes
-    flags = "--capture-video --total-timesteps 1536 --base-policy jacobian --learning-rate 1e-6"
+    flags = "--capture-video --total-timesteps 512 --base-policy jacobian --learning-rate 1e-6 --tape-margin 0.1"
     run = train(tmp_path, *SMALL.split(), *flags.split())
-    (video,) = (run / "eval_results").glob("*.mp4")
-    assert video.name == "step_1536.mp4" and iio.imread(video).shape[1:] == (480, 640, 3)
+    videos = sorted((run / "eval_results").glob("*.mp4"))
+    assert [video.name for video in videos] == ["step_0.mp4", "step_512.mp4"]
+    assert all(iio.imread(video).shape[1:] == (480, 640, 3) for video in videos)
 
 
 # -- errors a user can make
@@ -356,6 +397,7 @@ def assert_refused(done: subprocess.CompletedProcess, *words: str) -> None:
         ("--log-dir /proc/nowhere", "--log-dir /proc/nowhere"),
         ("--log-dir README.md", "--log-dir README.md"),
         ("--track", "--track"),
+        ("--run-name ../elsewhere", "--run-name '../elsewhere'"),
     ],
 )
 def test_bad_flags_of_the_trainer(tmp_path, monkeypatch, flags, words):
@@ -490,8 +532,8 @@ DAMAGE_FOR_RESUME = {
     "a short generator": lambda s: {**s, "generator": s["generator"][:8]},
     "an observation of another size": lambda s: {**s, "next_obs": torch.zeros(4, 31)},
     "episodes of another kind": lambda s: {**s, "recent_episodes": [{"success": 1.0}]},
-    "a best model without steps": lambda s: {**s, "best": {"success_rate": 1.0}},
-    "a best model that is not there": lambda s: changed(s, "best", "step", to=7),
+    "a best model without steps": lambda s: {**s, "finalists": [{"success_rate": 1.0}]},
+    "a best model that is not there": lambda s: {**s, "finalists": [{**s["finalists"][0], "step": 7}]},
     "more steps than the budget": lambda s: {**s, "global_step": 10**7},
 }
 

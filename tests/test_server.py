@@ -260,7 +260,7 @@ def test_a_run_whose_server_dies_goes_on_as_if_it_had_not(tmp_path, monkeypatch)
         assert resumed != broken
         for name in ("final_model.pt", "best_model/best_model.pt"):
             one, two = (torch.load(run / name, weights_only=True) for run in (whole, resumed))
-            assert one["global_step"] == two["global_step"] and one["best"] == two["best"]
+            assert one["global_step"] == two["global_step"] and one["finalists"] == two["finalists"]
             for key in one["agent"]:
                 assert torch.equal(one["agent"][key], two["agent"][key]), (share, name, key)
             assert all(torch.equal(one["envs"][key], two["envs"][key]) for key in ("batch", "_obs", "_command"))
