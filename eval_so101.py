@@ -51,6 +51,7 @@ from so101_runs import (
     check_flags,
     check_output,
     check_rendering,
+    command_of,
     episode_mean,
     evaluate,
     flag_of,
@@ -198,7 +199,14 @@ def plot(episodes: list[dict[str, Any]], tape_margin: float, path: Path) -> None
     box = 1000 * tape_margin
     inside = plt.Rectangle((-box, -box), 2 * box, 2 * box, fill=False, color="black", linestyle="--")
     right.add_patch(inside)
-    right.legend([square, inside], ["tape", "centre of a straight sheet inside"], fontsize=8, loc="upper right")
+    right.legend(
+        [square, inside],
+        ["tape", "centre of a straight sheet inside"],
+        fontsize=8,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.13),
+        ncols=2,
+    )
     for episode in episodes:
         track = 1000 * (episode["qpos"][:, 6:8] - TAPE_CENTER_M)
         color = "tab:green" if episode["success"] else "tab:orange"
@@ -245,7 +253,7 @@ def record(args: EvalArgs, envs: SO101ResidualVectorEnv, episodes: list[dict[str
             each.close()  # ends its progress bar's line before an error is printed
     print(f"{len(demos)} episodes, {length} frames in {args.record}")
     if privileged:
-        print(f"clone: python bc_so101.py --demos {args.record}")
+        print(f"clone: {command_of('bc_so101.py')} --demos {args.record}")
     if cameras:
         print(f"train: lerobot-train --dataset.repo_id=local/demos --dataset.root={args.record} --policy.type=act ...")
 
@@ -271,8 +279,9 @@ def main() -> int:
         policy = checkpoint.agent(args.model).act
     else:
         task, base_policy = Task() if args.tape_margin is None else Task(tape_margin=args.tape_margin), args.base_policy
+        loaded = load_policy(base_policy, args.server)
         envs = SO101ResidualVectorEnv(
-            num_envs, load_policy(base_policy, args.server), task, num_threads=args.num_threads,
+            min(num_envs, (loaded and loaded.max_envs) or num_envs), loaded, task, num_threads=args.num_threads,
             autoreset_mode=AutoresetMode.DISABLED,
         )  # fmt: skip
     if args.video:
@@ -290,19 +299,23 @@ def main() -> int:
         return action + args.action_noise * noise.standard_normal(action.shape) if args.action_noise else action
 
     episodes = evaluate(act, envs, seeds, trace=traced)
+    if not episodes:
+        raise SO101Error(f"--base-policy {base_policy}: ended before its first episode did; nothing is written")
     summary, base = summarize(episodes), None
     columns = {"agent" if args.model else "base alone": summary}
-    films = {"base and residual" if args.model else "base alone": episodes[: args.video_episodes]}
+    moves = base_policy != "zero"
+    title = "base alone" if not args.model else "base and residual" if moves else "agent"
+    films = {title: episodes[: args.video_episodes]}
     if args.model and args.base:
         alone = evaluate(no_residual, envs, seeds, trace=bool(args.video))
         base = summarize(alone)
         columns[f"base alone ({base_policy.partition(':')[0]})"] = base
-        if base_policy != "zero":  # which does not move
+        if moves:
             films = {"base alone": alone[: args.video_episodes], **films}
     physics = "full" if envs.task.full_randomization else "default" if envs.task.randomize else "no"
     print(
         (f"{args.model} ({steps} steps)" if args.model else f"base policy {base_policy}")
-        + f": {args.episodes} {'recorded' if args.record else 'held-out'} episodes, mean action"
+        + f": {len(episodes)} {'recorded' if args.record else 'held-out'} episodes, mean action"
         + (f" with noise {args.action_noise:g}, " if args.action_noise else ", ")
         + f"tape margin {1000 * envs.task.tape_margin:.0f} mm, {physics} randomisation"
     )
@@ -318,7 +331,7 @@ def main() -> int:
             "tape_margin_m": envs.task.tape_margin,
             "base_policy": base_policy,
             **summary,
-            "episodes": args.episodes,
+            "episodes": len(episodes),
             "base_success_rate": base["success_rate"] if base else None,
             "base": base,
             "residual_to_base": ratios,

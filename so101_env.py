@@ -53,7 +53,7 @@ HOME_RAD = np.array([0.0, 0.4759, -0.2335, 1.3284, 0.0470, 0.0])
 COMMAND_WINDOW_RAD = 0.012
 # makes a base policy of a spec string; by name, as Gymnasium names entry points: most users of this file need no torch
 POLICY_LOADER = "so101_policies:load_policy"
-BASE_POLICY_NAMES = ("reset", "act", "close", "memory", "fingerprint", "cameras", "image_size")  # what is used of one
+BASE_POLICY_NAMES = ("reset", "act", "close", "memory", "fingerprint", "cameras", "image_size", "max_envs", "quit")
 MAX_DELTA_RAD = 6.3  # no joint's range is wider: a base policy that asks for more is wrong about its units
 SHEET_REACH_M = 0.42  # stretched arm, tip on the table, from the shoulder_pan axis
 PAN_AXIS_M = np.array([0.0388353, 0.0])
@@ -481,6 +481,12 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         if missing:
             name = type(base_policy).__name__
             raise BasePolicyError(f"base policy {name} has no {missing[0]}: derive it from so101_policies.BasePolicy")
+        if base_policy is not None and num_envs > (base_policy.max_envs or num_envs):
+            name = type(base_policy).__name__
+            raise BasePolicyError(
+                f"base policy {name} acts in {base_policy.max_envs} environment at a time, not in {num_envs}; to train "
+                "on it, record it and clone what it did"
+            )
         self.num_envs, self.render_mode = num_envs, render_mode
         self.width, self.height, self.camera_name = width, height, camera_name
         self.metadata = {**self.metadata, "autoreset_mode": AutoresetMode(autoreset_mode)}
@@ -1200,8 +1206,10 @@ class Viewer:
         self._handle = mujoco.viewer.launch_passive(
             model, self._data, key_callback=self._on_key, show_left_ui=False, show_right_ui=False
         )
-        if camera_name is not None:
-            with self._handle.lock():
+        with self._handle.lock():
+            if camera_name is None:
+                mujoco.mjv_defaultFreeCamera(model, self._handle.cam)
+            else:
                 self._handle.cam.type = mujoco.mjtCamera.mjCAMERA_FIXED
                 self._handle.cam.fixedcamid = model.camera(camera_name).id
         self._frame_due = time.perf_counter()

@@ -1,8 +1,8 @@
 """Policies as the residual's base, named by one spec string, and the files that policies are kept in.
 
-`load_policy(spec)` makes a base policy: `zero`, `jacobian` (a scripted pusher), `checkpoint:PATH`, `bc:PATH`,
-`server:HOST:PORT` (a policy of LeRobot's or GR00T's behind a server), or `MODULE:CLASS[:ARGUMENT]` for a BasePolicy of
-your own. A base policy that cannot act raises; none falls back to zeros.
+`load_policy(spec)` makes a base policy: `zero`, `jacobian` (a scripted pusher), `keyboard` (a person, or a gamepad),
+`checkpoint:PATH`, `bc:PATH`, `server:HOST:PORT` (a policy of LeRobot's or GR00T's behind a server), or
+`MODULE:CLASS[:ARGUMENT]` for a BasePolicy of your own. A base policy that cannot act raises; none falls back to zeros.
 
 A policy's file names the script that wrote it and holds all of that script's settings. It is loaded through that
 script, which must lie beside so101_env.py: a copy that you have changed builds its own networks.
@@ -60,7 +60,7 @@ from so101_env import (
 from so101_wire import JOINT_GROUPS, PolicyClient, WireError, check_action
 
 HERE = Path(__file__).resolve().parent
-SPECS = "zero, jacobian, checkpoint:PATH, bc:PATH, server:HOST:PORT, MODULE:CLASS[:ARGUMENT]"
+SPECS = "zero, jacobian, keyboard, checkpoint:PATH, bc:PATH, server:HOST:PORT, MODULE:CLASS[:ARGUMENT]"
 
 
 class BasePolicy:
@@ -73,6 +73,8 @@ class BasePolicy:
     image_size: tuple[int, int] = (96, 96)  # height and width of those images, pixels
     fingerprint: str = ""  # hash of its weights: a residual fits the base that it was trained on only
     memory: Mapping[str, np.ndarray] = MappingProxyType({})  # all that it remembers, a row per environment; is saved
+    max_envs: int | None = None  # how many environments it can act in at once: a person can in one
+    quit: bool = False  # a person has had enough: the episode under way does not count, and no other follows
 
     def reset(self, mask: np.ndarray) -> None:
         """Forget the episodes of the environments in mask, (N,) bool."""
@@ -138,7 +140,7 @@ class Server:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the scripted pusher
+# policies that say where the tip goes, and the scripted pusher
 
 
 ARM = 4  # shoulder_pan, shoulder_lift, elbow_flex and wrist_flex move the tip; wrist_roll and gripper keep still
@@ -146,26 +148,18 @@ ARM = 4  # shoulder_pan, shoulder_lift, elbow_flex and wrist_flex move the tip; 
 REACH, LOWER, DRAG, PULL_OUT, LIFT = range(5)
 
 
-class JacobianPolicy(BasePolicy):
-    """Scripted pusher: go over the sheet, press, drag the sheet's centre to the tape's, hold. It ignores the yaw.
+class TipPolicy(BasePolicy):
+    """A policy that says where the gripper's tip goes; the gripper points down.
 
-    If the sheet is there and still no success, or stays stuck near by, the pusher tries again: it pulls the sheet out,
-    lifts, and goes over the sheet again. The wanted motion of the tip becomes one of the joints by damped least squares
-    on the model's own Jacobian. A servo's target is then where its joint should be next, plus what the servo needs
-    against gravity and damping, plus the torque of the press.
+    The wanted motion of the tip becomes one of the joints by damped least squares on the model's own Jacobian. A
+    servo's target is then where its joint should be next, plus what the servo needs against gravity and damping, plus
+    the torque of the press.
     """
 
     REACH_M, DRAG_M, LIFT_M, SINK_M = 0.006, 0.004, 0.004, 0.003  # largest motion of the tip per control step
     HOVER_M = 0.016  # height of the tip while it travels
-    INSET_M = 0.02  # go this far inside the sheet's edge
-    SLACK_M = 0.025  # once down, the tip may be this far outside that before it is lifted
-    CONTACT_M, MISREAD_M = 0.0085, 0.0175  # below this height the tip is on the sheet; is, if it does not sink
-    SINKING_M_S = -0.03
+    CONTACT_M = 0.0085  # below this height the tip is on the sheet
     PRESS_N = 0.6  # enough to drag the sheet without slipping, too little to stall the arm by friction on the table
-    TOLERANCE_M = 0.005  # near enough to the goal
-    HOLD_STEPS = 10  # at the goal before the next try
-    PATIENCE_STEPS, NEAR_M = 120, 0.04  # a drag that lasts this long, and is this near, is stuck
-    PULL_OUT_M, PULL_OUT_STEPS = np.array([0.05, 0.0]), 60  # where to, and at most how long
     PITCH_M_PER_RAD, PITCH_GAIN = 0.1, 0.3  # weight of a rad of pitch in the least squares; share corrected per step
     DAMPING = 1e-4  # m^2 per rad^2
     LEAD_S = 0.012  # targets of joints in motion may lead by this much more: a command takes effect late
@@ -175,6 +169,70 @@ class JacobianPolicy(BasePolicy):
         site = self.model.site("gripperframe")
         self.site, self.body = site.id, int(site.bodyid[0])
         self.batch: mujoco.batch.Batch | None = None
+
+    def tip_jacobian(self, obs: np.ndarray) -> np.ndarray:
+        """Motion of the tip per motion of the arm's joints, (N, 3, 4), m per rad, for observations (N, 25)."""
+        if self.batch is None or self.batch.nsim != len(obs):
+            self.batch = mujoco.batch.Batch(self.model, nsim=len(obs), nthread=1)
+            self.qpos, self.qvel, self.gravity = (self.batch.bind(key) for key in ("qpos", "qvel", "qfrc_bias"))
+            self.tip = self.batch.bind("site_xpos")[:, self.site]
+        self.qpos[:, :ACT_DIM], self.qvel[:, :ACT_DIM] = obs[:, OBS["joint_pos"]], obs[:, OBS["joint_vel"]]
+        self.batch.forward(stage=mujoco.mjtStage.mjSTAGE_VEL.value)
+        return self.batch.jac(self.body, self.tip)[0][:, :, :ARM]
+
+    def rise_to_hover(self, tip: np.ndarray) -> np.ndarray:
+        """Motion in m (N,) that brings tips (N, 3) to the height they travel at."""
+        return np.clip(self.HOVER_M - tip[:, 2], -self.SINK_M, self.LIFT_M)
+
+    def move_tip(
+        self, obs: np.ndarray, command: np.ndarray, jacobian: np.ndarray, motion_m: np.ndarray, rise_m: np.ndarray,
+        pressing: np.ndarray,
+    ) -> np.ndarray:  # fmt: skip
+        """Joint deltas in rad (N, 6) that move the tip.
+
+        Args:
+            obs: (N, 25) float64.
+            command: last commanded joint targets (N, 6), rad.
+            jacobian: of tip_jacobian for the same obs, whose gravity torques are used, too.
+            motion_m, rise_m: wanted motion in this step, horizontally (N, 2) and upwards (N,).
+            pressing: (N,) bool, whether to press by PRESS_N on what is below.
+        """
+        joints, velocity = obs[:, OBS["joint_pos"]], obs[:, OBS["joint_vel"]][:, :ARM]
+        # the gripper points straight down, as at home: the three joints of the arm's plane add up to its pitch
+        pitch = HOME_RAD[1:ARM].sum() - joints[:, 1:ARM].sum(1)
+        weighted = np.broadcast_to(self.PITCH_M_PER_RAD * np.array([0.0, 1.0, 1.0, 1.0]), (len(obs), 1, ARM))
+        rows = np.concatenate([jacobian, weighted], axis=1)  # (N, 4, 4)
+        wanted = np.column_stack([motion_m, rise_m, self.PITCH_GAIN * self.PITCH_M_PER_RAD * pitch])
+        transposed = rows.transpose(0, 2, 1)
+        step = transposed @ np.linalg.solve(rows @ transposed + self.DAMPING * np.eye(4), wanted[:, :, None])
+        lead = COMMAND_WINDOW_RAD + self.LEAD_S * np.abs(velocity)
+        step = step[:, :, 0] / np.maximum((np.abs(step[:, :, 0]) / lead).max(1, keepdims=True), 1.0)
+
+        torque = self.gravity[:, :ARM] + self.model.dof_damping[:ARM] * velocity
+        torque -= self.PRESS_N * jacobian[:, 2] * pressing[:, None]
+        # wrist_roll and gripper stay where they were told to be: a residual may turn them
+        delta = np.zeros((len(obs), ACT_DIM))
+        delta[:, :ARM] = joints[:, :ARM] + step + torque / self.model.actuator_gainprm[:ARM, 0] - command[:, :ARM]
+        return delta
+
+
+class JacobianPolicy(TipPolicy):
+    """Scripted pusher: go over the sheet, press, drag the sheet's centre to the tape's, hold. It ignores the yaw.
+
+    If the sheet is there and still no success, or stays stuck near by, the pusher tries again: it pulls the sheet out,
+    lifts, and goes over the sheet again.
+    """
+
+    INSET_M = 0.02  # go this far inside the sheet's edge
+    SLACK_M = 0.025  # once down, the tip may be this far outside that before it is lifted
+    MISREAD_M, SINKING_M_S = 0.0175, -0.03  # a tip below this height is on the sheet, too, if it does not sink
+    TOLERANCE_M = 0.005  # near enough to the goal
+    HOLD_STEPS = 10  # at the goal before the next try
+    PATIENCE_STEPS, NEAR_M = 120, 0.04  # a drag that lasts this long, and is this near, is stuck
+    PULL_OUT_M, PULL_OUT_STEPS = np.array([0.05, 0.0]), 60  # where to, and at most how long
+
+    def __init__(self) -> None:
+        super().__init__()
         self.memory: dict[str, np.ndarray] = {}
 
     def reset(self, mask: np.ndarray) -> None:
@@ -187,19 +245,10 @@ class JacobianPolicy(BasePolicy):
     def act(self, obs: Mapping[str, np.ndarray], mask: np.ndarray) -> np.ndarray:
         """Joint deltas in rad (N, 6)."""
         command, obs = obs[COMMAND], flat_observation(obs).astype(np.float64)
-        n, joints, velocities = len(obs), obs[:, OBS["joint_pos"]], obs[:, OBS["joint_vel"]]
         sheet, tip, to_tape = (obs[:, OBS[name]] for name in ("sheet_pos", "tip_pos", "tape_minus_sheet"))
-        sheet, to_tape = sheet[:, :2], to_tape[:, :2]
-        if self.batch is None or self.batch.nsim != n:
-            self.batch = mujoco.batch.Batch(self.model, nsim=n, nthread=1)
-            self.qpos, self.qvel, self.gravity = (self.batch.bind(key) for key in ("qpos", "qvel", "qfrc_bias"))
-            self.tip = self.batch.bind("site_xpos")[:, self.site]
-        self.qpos[:, :ACT_DIM], self.qvel[:, :ACT_DIM] = joints, velocities
-        self.batch.forward(stage=mujoco.mjtStage.mjSTAGE_VEL.value)
-        jacobian = self.batch.jac(self.body, self.tip)[0][:, :, :ARM]  # (N, 3, 4)
-        velocity = velocities[:, :ARM]
-
-        stage = self._next_stage(obs, np.einsum("nj,nj->n", jacobian[:, 2], velocity), mask)
+        sheet, to_tape, jacobian = sheet[:, :2], to_tape[:, :2], self.tip_jacobian(obs)
+        velocity_z = np.einsum("nj,nj->n", jacobian[:, 2], obs[:, OBS["joint_vel"]][:, :ARM])
+        stage = self._next_stage(obs, velocity_z, mask)
         pressing = (stage == DRAG) | (stage == PULL_OUT)
         to_goal = to_tape + self.PULL_OUT_M * (stage == PULL_OUT)[:, None]
         far = np.maximum(np.linalg.norm(to_goal, axis=1, keepdims=True), 1e-9)
@@ -208,24 +257,8 @@ class JacobianPolicy(BasePolicy):
         motion = np.where(pressing[:, None], to_goal, reach)
         length = np.maximum(np.linalg.norm(motion, axis=1, keepdims=True), 1e-9)
         motion *= np.minimum(np.where(pressing, self.DRAG_M, self.REACH_M)[:, None] / length, 1.0)
-        rise = np.clip(self.HOVER_M - tip[:, 2], -self.SINK_M, self.LIFT_M)
-        rise = np.select([pressing, stage == LOWER], [0.0, -self.SINK_M], rise)
-        # the gripper points straight down, as at home: the three joints of the arm's plane add up to its pitch
-        pitch = HOME_RAD[1:ARM].sum() - joints[:, 1:ARM].sum(1)
-        weighted = np.broadcast_to(self.PITCH_M_PER_RAD * np.array([0.0, 1.0, 1.0, 1.0]), (n, 1, ARM))
-        rows = np.concatenate([jacobian, weighted], axis=1)  # (N, 4, 4)
-        wanted = np.column_stack([motion, rise, self.PITCH_GAIN * self.PITCH_M_PER_RAD * pitch])
-        transposed = rows.transpose(0, 2, 1)
-        step = transposed @ np.linalg.solve(rows @ transposed + self.DAMPING * np.eye(4), wanted[:, :, None])
-        lead = COMMAND_WINDOW_RAD + self.LEAD_S * np.abs(velocity)
-        step = step[:, :, 0] / np.maximum((np.abs(step[:, :, 0]) / lead).max(1, keepdims=True), 1.0)
-
-        torque = self.gravity[:, :ARM] + self.model.dof_damping[:ARM] * velocity
-        torque -= self.PRESS_N * jacobian[:, 2] * pressing[:, None]
-        # wrist_roll and gripper stay where they were told to be: a residual may turn them
-        delta = np.zeros((n, ACT_DIM))
-        delta[:, :ARM] = joints[:, :ARM] + step + torque / self.model.actuator_gainprm[:ARM, 0] - command[:, :ARM]
-        return delta
+        rise = np.select([pressing, stage == LOWER], [0.0, -self.SINK_M], self.rise_to_hover(tip))
+        return self.move_tip(obs, command, jacobian, motion, rise, pressing)
 
     def _next_stage(self, obs: np.ndarray, tip_velocity_z: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """The stage to be in (N,); remembered, as is how long it lasts, for the environments in mask."""
@@ -710,6 +743,8 @@ def load_policy(spec: str, server: Server = Server()) -> BasePolicy | None:
         return None
     if spec == "jacobian":
         return JacobianPolicy()
+    if spec == "keyboard":
+        return _own_policy("so101_teleop", "KeyboardPolicy")
     if kind == "checkpoint" and rest:
         return CheckpointPolicy(rest)
     if kind == "bc" and rest:

@@ -251,7 +251,8 @@ def evaluate(
     Returns:
         A dict per seed, in order: seed, success, return, length, final_distance_m, final_yaw_error_rad,
         residual_magnitude, failure ("", "non_finite" or "out_of_reach"), initial_distance_m, initial_yaw_rad; with a
-        base policy also base_delta_rad and residual_delta_rad, the episode's mean absolute values per joint.
+        base policy also base_delta_rad and residual_delta_rad, the episode's mean absolute values per joint. Fewer than
+        the seeds if a person who is the base policy quits.
     """
     episodes: list[dict[str, Any]] = []
     for start in range(0, len(seeds), envs.num_envs):
@@ -265,6 +266,8 @@ def evaluate(
         initial_distance = np.linalg.norm(obs[:, OBS["tape_minus_sheet"]][:, :2], axis=1)
         initial_yaw = sheet_pose(obs)[1]
         while running.any():
+            if envs.base_policy is not None and envs.base_policy.quit:
+                return episodes
             action = act(obs)
             if trace:
                 observations.append(obs[:, :OBS_DIM])

@@ -1,13 +1,18 @@
 """The scripts as a user runs them: what they write, print and refuse."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -132,12 +137,20 @@ def test_what_is_printed_fits_80_columns_and_works_from_here(tmp_path):
     flags = ["--run-name", "mine", "--log-dir", "logs", *SMALL.split()]
     command = [sys.executable, str(ROOT / "ppo_residual_so101.py"), *flags]
     options = {"capture_output": True, "text": True, "cwd": tmp_path, "timeout": 120}
-    done = subprocess.run(command, env={**os.environ, "COLUMNS": "80", "LINES": "24"}, **options)
-    bars = [line.strip() for line in re.split(r"[\r\n]", done.stderr) if line.strip()]
+    terminal, own_end = pty.openpty()
+    fcntl.ioctl(own_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=own_end, text=True, cwd=tmp_path)
+    os.close(own_end)
+    stderr = b""
+    with contextlib.suppress(OSError):  # how a terminal tells that nobody will write to it any more
+        while piece := os.read(terminal, 2**16):
+            stderr += piece
+    stdout, _ = process.communicate(timeout=120)
+    bars = [line.strip() for line in re.split(r"[\r\n]", stderr.decode()) if line.strip()]
     assert any(bar.startswith("success 0.") and "3000/3000" in bar for bar in bars)
     assert {"evaluating", "choosing the best model"} <= {bar.split(":")[0] for bar in bars}
     assert max(map(len, bars)) <= 80
-    first, *_, last = done.stdout.splitlines()
+    first, *_, last = stdout.splitlines()
     assert first.startswith("logs/mine: training for 3000 steps in 4 environments") and "base policy zero" in first
     evaluate_command = last.removeprefix("evaluate: ") + " --episodes 1 --no-base"
     environment = {**os.environ, "PATH": PYTHON_PATH}

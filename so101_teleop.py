@@ -1,0 +1,113 @@
+"""A person at the keyboard, or with a gamepad, as base policy: `--base-policy keyboard`.
+
+    python eval_so101.py --base-policy keyboard --record demos --episodes 20 --only-successes
+
+Arrow keys (or W, A, S, D, or the left stick) move the gripper's tip as seen in the window; space (or the first button)
+is held to press; closing the window ends it. Time stands still until the first key of an episode. Needs pygame.
+"""
+
+import os
+
+import numpy as np
+
+from so101_env import (
+    COMMAND,
+    CONTROL_HZ,
+    IMAGES,
+    MAX_EPISODE_STEPS,
+    OBS,
+    BaseObservation,
+    BasePolicyError,
+    flat_observation,
+)
+from so101_policies import TipPolicy
+
+CAMERA = "top"  # opposite the arm: to the right of its picture is +y, and up is -x, towards the arm
+DEAD_ZONE = 0.15  # a stick at rest is not exactly at zero
+
+
+class KeyboardPolicy(TipPolicy):
+    """Moves the tip as a person says. Raises BasePolicyError without pygame or a display."""
+
+    cameras, image_size, max_envs = (CAMERA,), (480, 640), 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        # otherwise SDL draws windows with an OpenGL context of its own, beside which MuJoCo's cannot be used
+        os.environ["SDL_FRAMEBUFFER_ACCELERATION"] = "0"
+        try:
+            import pygame
+        except ImportError as error:
+            raise BasePolicyError("base policy keyboard: needs pygame: pip install pygame") from error
+        self.pygame, self.held = pygame, set()  # keys that are down
+        self.directions = {
+            pygame.K_LEFT: (0, -1), pygame.K_a: (0, -1), pygame.K_RIGHT: (0, 1), pygame.K_d: (0, 1),
+            pygame.K_UP: (-1, 0), pygame.K_w: (-1, 0), pygame.K_DOWN: (1, 0), pygame.K_s: (1, 0),
+        }  # fmt: skip
+        try:
+            pygame.display.init()
+            height, width = self.image_size
+            self.window = pygame.display.set_mode((width, height))
+        except pygame.error as error:
+            raise BasePolicyError(f"base policy keyboard: no window can be opened here ({error})") from error
+        pygame.font.init()
+        pygame.joystick.init()
+        pygame.display.set_caption("paper in square")
+        self.font, self.clock = pygame.font.Font(None, 28), pygame.time.Clock()
+        self.gamepad = pygame.joystick.Joystick(0) if pygame.joystick.get_count() else None
+        self.episode, self.quit = 0, False
+        self.memory = {"steps": np.zeros(1, np.int64), "pressing": np.zeros(1, bool)}
+
+    def reset(self, mask: np.ndarray) -> None:
+        """The next episode, which begins with a key."""
+        self.episode += 1
+        for array in self.memory.values():
+            array[mask] = 0
+
+    def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
+        """Joint deltas in rad (1, 6)."""
+        steps, pressing = self.memory["steps"], self.memory["pressing"]
+        picture = obs[IMAGES + CAMERA][0]
+        motion, down = self._wanted()
+        while steps[0] == 0 and not motion.any() and not down and not self.quit:
+            self._show(picture, f"episode {self.episode}: arrow keys move, space presses; begin with any of them")
+            motion, down = self._wanted()
+        seconds = (MAX_EPISODE_STEPS - steps[0]) / CONTROL_HZ
+        self._show(picture, f"episode {self.episode}, {seconds:.0f} s left" + (", pressing" if pressing[0] else ""))
+        steps[mask] += 1
+
+        command, obs = obs[COMMAND], flat_observation(obs).astype(np.float64)
+        tip = obs[:, OBS["tip_pos"]]
+        pressing[mask] = down and (pressing | (tip[:, 2] < self.CONTACT_M))[mask]
+        speed = self.DRAG_M if pressing[0] else self.REACH_M
+        rise = np.zeros(1) if pressing[0] else np.full(1, -self.SINK_M) if down else self.rise_to_hover(tip)
+        return self.move_tip(obs, command, self.tip_jacobian(obs), speed * motion[None], rise, pressing)
+
+    def _wanted(self) -> tuple[np.ndarray, bool]:
+        """What is asked for now: direction x, y (2,), at most of length 1, and whether to press."""
+        pygame = self.pygame
+        for event in pygame.event.get():
+            if event.type == pygame.QUIT:
+                self.quit = True
+            elif event.type == pygame.KEYDOWN:
+                self.held.add(event.key)
+            elif event.type == pygame.KEYUP:
+                self.held.discard(event.key)
+        motion = np.sum([self.directions.get(key, (0, 0)) for key in self.held] or [(0, 0)], axis=0, dtype=float)
+        down = pygame.K_SPACE in self.held
+        if self.gamepad is not None:
+            stick = np.array([self.gamepad.get_axis(1), self.gamepad.get_axis(0)])  # down and right are positive
+            motion += stick * (np.linalg.norm(stick) > DEAD_ZONE)
+            down |= bool(self.gamepad.get_button(0))
+        return motion / max(np.linalg.norm(motion), 1.0), down
+
+    def _show(self, picture: np.ndarray, text: str) -> None:
+        """Show a picture (H, W, 3) and a line, at the rate of control."""
+        self.window.blit(self.pygame.surfarray.make_surface(picture.swapaxes(0, 1)), (0, 0))
+        self.window.blit(self.font.render(text, True, "white", "black"), (8, 8))
+        self.pygame.display.flip()
+        self.clock.tick(CONTROL_HZ)
+
+    def close(self) -> None:
+        """Close the window."""
+        self.pygame.quit()

@@ -1,0 +1,120 @@
+"""A person at the keyboard: events of real keys, on a display that exists for pygame only."""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+
+from so101_dataset import read_dataset, read_info
+from so101_env import (
+    ACTION,
+    ENVIRONMENT,
+    MAX_EPISODE_STEPS,
+    OBS,
+    STATE,
+    TAPE_CENTER_M,
+    BasePolicyError,
+    SO101ResidualVectorEnv,
+    Task,
+    sheet_inside,
+)
+from so101_policies import load_policy, load_script
+from so101_runs import RECORD_SEED, evaluate, no_residual
+
+pygame = pytest.importorskip("pygame")
+
+
+@pytest.fixture
+def policy(monkeypatch):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    policy = load_policy("keyboard")
+    policy.clock = SimpleNamespace(tick=lambda hz: None)  # not in real time
+    yield policy
+    policy.close()
+
+
+class Person:
+    """Presses and releases keys, as somebody would who looks at the sheet and the tip."""
+
+    def __init__(self) -> None:
+        self.down: set[int] = set()
+
+    def hold(self, *keys: int) -> None:
+        for key in self.down - set(keys):
+            pygame.event.post(pygame.event.Event(pygame.KEYUP, key=key))
+        for key in set(keys) - self.down:
+            pygame.event.post(pygame.event.Event(pygame.KEYDOWN, key=key))
+        self.down = set(keys)
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        tip, sheet = obs[0, OBS["tip_pos"]], obs[0, OBS["sheet_pos"]][:2]
+        over_sheet = bool(np.abs(tip[:2] - sheet).max() < 0.05)
+        way = TAPE_CENTER_M - sheet if over_sheet else sheet - tip[:2]
+        keys = [pygame.K_SPACE] * over_sheet
+        if not over_sheet or tip[2] < 0.009:
+            keys += [pygame.K_DOWN if way[0] > 0 else pygame.K_UP] * bool(abs(way[0]) > 0.005)
+            keys += [pygame.K_RIGHT if way[1] > 0 else pygame.K_LEFT] * bool(abs(way[1]) > 0.005)
+        self.hold(*keys)
+        return no_residual(obs)
+
+
+def test_keys_push_the_sheet_into_the_tape_and_are_recorded(policy, tmp_path, monkeypatch):
+    script = load_script("eval_so101.py")
+    monkeypatch.setattr(script, "load_policy", lambda spec, server: policy)
+    monkeypatch.setattr(script, "no_residual", Person())
+    flags = ["--base-policy", "keyboard", "--episodes", "3", "--record", str(tmp_path / "demos")]
+    monkeypatch.setattr(sys, "argv", ["eval_so101.py", *flags])
+    assert script.main() == 0
+    keys = (STATE, ACTION, ENVIRONMENT)
+    demos = read_dataset(tmp_path / "demos", read_info(tmp_path / "demos", keys), keys)
+    assert len(demos) == 3 and all(30 < len(demo[ACTION]) < MAX_EPISODE_STEPS for demo in demos)
+    for demo in demos:
+        x, y, _, qw, _, _, qz = demo[ENVIRONMENT][-1, 6:13]
+        assert sheet_inside(np.array([[x, y]]), np.array([2 * np.arctan2(qz, qw)]), Task().tape_margin)
+
+
+@pytest.mark.parametrize("key, axis, sign", [("K_LEFT", 1, -1), ("K_d", 1, 1), ("K_UP", 0, -1), ("K_s", 0, 1)])
+def test_keys_move_the_tip_as_the_picture_shows_it(policy, key, axis, sign):
+    """The camera stands opposite the arm: right is +y, up is -x."""
+    envs = SO101ResidualVectorEnv(1, policy, autoreset_mode=AutoresetMode.DISABLED)
+    start = envs.reset(seed=0)[0][0, OBS["tip_pos"]]
+    Person().hold(getattr(pygame, key))
+    for _ in range(20):
+        obs = envs.step(np.zeros((1, 6)))[0]
+    moved = obs[0, OBS["tip_pos"]] - start
+    assert 0.01 < sign * moved[axis] < 0.08 and abs(moved[1 - axis]) < 0.005 and abs(moved[2]) < 0.01
+
+
+def test_closing_the_window_keeps_what_is_finished(policy):
+    envs = SO101ResidualVectorEnv(1, policy, autoreset_mode=AutoresetMode.DISABLED)
+    person, seen = Person(), []
+
+    def act(obs):
+        seen.append(policy.episode)
+        if policy.episode == 2:
+            pygame.event.post(pygame.event.Event(pygame.QUIT))
+        return person(obs)
+
+    episodes = evaluate(act, envs, [RECORD_SEED + i for i in range(5)])
+    assert len(episodes) == 1 and seen.count(2) == 1
+
+
+def test_what_is_no_arm_for_one_person_is_refused(policy, monkeypatch):
+    with pytest.raises(BasePolicyError, match="1 environment at a time, not in 2; to train on it, record it"):
+        SO101ResidualVectorEnv(2, policy)
+    monkeypatch.setitem(sys.modules, "pygame", None)
+    with pytest.raises(BasePolicyError, match="pip install pygame"):
+        load_policy("keyboard")
+
+
+def test_a_gamepads_stick_and_button_do_the_same(policy):
+    envs = SO101ResidualVectorEnv(1, policy, autoreset_mode=AutoresetMode.DISABLED)
+    start = envs.reset(seed=0)[0][0, OBS["tip_pos"]]
+    axes = [0.8, 0.0]  # to the right
+    policy.gamepad = SimpleNamespace(get_axis=axes.__getitem__, get_button=lambda button: button == 0)
+    for _ in range(20):
+        obs = envs.step(np.zeros((1, 6)))[0]
+    moved = obs[0, OBS["tip_pos"]] - start
+    assert moved[1] > 0.01 and moved[2] < -0.005 and policy.memory["pressing"][0]
