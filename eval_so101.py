@@ -222,13 +222,15 @@ def play(envs: SO101ResidualVectorEnv, episodes: list[dict[str, Any]]) -> None:
     """Show traced episodes in MuJoCo's viewer, again and again until it is closed."""
     viewer, fps = Viewer(envs.model), envs.metadata["render_fps"]
     print("space: pause; right arrow: next episode; close the window to end")
-    for number, episode in itertools.cycle(enumerate(episodes)):
-        result = f"{'success' if episode['success'] else 'no success'}, {episode['length'] / fps:.1f} s"
-        viewer.write(f"episode {number + 1} of {len(episodes)}\nspace\nright arrow", f"{result}\npause\nnext")
-        rest = [episode["qpos"][-1]] * round(HOLD_S * fps)
-        if not all(viewer.show(qpos) for qpos in [*episode["qpos"], *rest]) and not viewer.running:
-            break
-    viewer.close()
+    try:
+        for number, episode in itertools.cycle(enumerate(episodes)):
+            result = f"{'success' if episode['success'] else 'no success'}, {episode['length'] / fps:.1f} s"
+            viewer.write(f"episode {number + 1} of {len(episodes)}\nspace\nright arrow", f"{result}\npause\nnext")
+            rest = [episode["qpos"][-1]] * round(HOLD_S * fps)
+            if not all(viewer.show(qpos) for qpos in [*episode["qpos"], *rest]) and not viewer.running:
+                break
+    finally:
+        viewer.close()
 
 
 def record(args: EvalArgs, envs: SO101ResidualVectorEnv, episodes: list[dict[str, Any]]) -> None:

@@ -610,12 +610,13 @@ def main() -> int:
     for rank, model in enumerate(finalists_of(args.run.resume, finalists) if resumed else []):
         for file in [model.name, *["best_model.pt"] * (rank == 0)]:
             copy_file(model, run_dir / "best_model" / file)
-    print(
-        f"{run_dir}: {f'from step {global_step} to' if resumed else 'training for'} {args.total_timesteps} steps in "
-        f"{envs.num_envs} environments, tape margin {1000 * args.task.tape_margin:.0f} mm, "
-        f"base policy {args.base.base_policy}, seed {args.seed}",
-        flush=True,
-    )
+    interrupts = Interrupts()
+    plan = f"{'from step ' + str(global_step) + ' to' if resumed else 'training for'} {args.total_timesteps} steps in"
+    task = f"tape margin {1000 * args.task.tape_margin:.0f} mm, base policy {args.base.base_policy}, seed {args.seed}"
+    try:
+        print(f"{run_dir}: {plan} {envs.num_envs} environments, {task}", flush=True)
+    except BrokenPipeError:
+        interrupts.on_broken_pipe()
     settings = flat_settings(dataclasses.asdict(args))
     if args.run.track:
         wandb.init(
@@ -681,8 +682,8 @@ def main() -> int:
     # an arm that rests moves nothing, and no sheet starts inside the tape
     base_success = 0.0 if envs.base_policy is None else None
     before_failure = None if envs.base_policy is None else copy.deepcopy(checkpoint())
-    interrupts = Interrupts()
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
+    # the delay: nothing is drawn before show_progress, which knows what to do if nobody reads it
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, delay=1e-3)
     try:
         if args.run.eval_every and not finalists:
             result, evaluated = eval_and_log(), global_step

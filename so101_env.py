@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -1183,7 +1184,6 @@ def check_display() -> None:
         displayed = glfw.init()
     if not displayed:
         raise SO101Error("there is no display here for MuJoCo's viewer: film instead, render_mode rgb_array or --video")
-    glfw.terminate()  # the viewer starts it again, in a thread of its own
 
 
 RIGHT_ARROW = 262  # as GLFW numbers keys
@@ -1203,9 +1203,11 @@ class Viewer:
 
         self._model, self._data = model, mujoco.MjData(model)
         self._paused, self._next = False, False
+        before = threading.enumerate()
         self._handle = mujoco.viewer.launch_passive(
             model, self._data, key_callback=self._on_key, show_left_ui=False, show_right_ui=False
         )
+        self._threads = [thread for thread in threading.enumerate() if thread not in before]  # the window's
         with self._handle.lock():
             if camera_name is None:
                 mujoco.mjv_defaultFreeCamera(model, self._handle.cam)
@@ -1251,8 +1253,10 @@ class Viewer:
         return False
 
     def close(self) -> None:
-        """Close the window."""
+        """Close the window, and wait until it is: a process that ends while it is drawn crashes."""
         self._handle.close()
+        for thread in self._threads:
+            thread.join()
 
 
 def _check(condition: bool, name: str, value: Any, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""Report of a seed sweep: learning curves and a table, from event files, summaries and evaluations.
+"""Report of a seed sweep: learning curves and a table, from evaluations, summaries and event files.
 
     python benchmark/report.py --runs logs/benchmark/standard_50k --out benchmark/results/standard_50k
 
@@ -27,7 +27,8 @@ from so101_runs import flag_of, flat_settings, run_script, write_json
 
 HOLD = 10_000  # steps
 DISTANCES_MM = (40, 80, 100, 120)  # bins of the initial distance from the sheet to the tape
-CURVES = {"rollout/success_rate_100": "success", "rollout/ep_reward": "return"}
+TRAINING_SUCCESS = "rollout/success_rate_100"
+CURVES = {"success_rate": "success", "mean_return": "return"}  # of the evaluations
 
 
 @dataclasses.dataclass
@@ -82,10 +83,15 @@ def read_seed(directory: Path) -> dict[str, Any]:
     seed = {name: json.loads(path.read_text()) for name, path in files.items()}
     events = EventAccumulator(str(runs[0] / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    for tag in CURVES:
-        if tag not in events.Tags()["scalars"]:
-            raise SO101Error(f"--runs: no episode ended in {runs[0]}; train longer")
-        seed[tag] = np.array([(event.step, event.value) for event in events.Scalars(tag)])
+    if TRAINING_SUCCESS not in events.Tags()["scalars"]:
+        raise SO101Error(f"--runs: no episode ended in {runs[0]}; train longer")
+    seed[TRAINING_SUCCESS] = np.array([(event.step, event.value) for event in events.Scalars(TRAINING_SUCCESS)])
+    path = runs[0] / "eval_results" / "evaluations.jsonl"
+    if not path.is_file():
+        raise SO101Error(f"--runs: {runs[0]} was trained without evaluations; drop --eval-every 0")
+    evaluations = [json.loads(line) for line in path.read_text().splitlines()]
+    for key in CURVES:
+        seed[key] = np.array([(each["step"], each[key]) for each in evaluations])
     return seed
 
 
@@ -113,7 +119,7 @@ def success_by_distance(seeds: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 def settings(seed: dict[str, Any]) -> dict[str, Any]:
     """The arguments that a sweep's seeds share."""
-    own = ("seed", "log_dir", "num_threads")
+    own = ("seed", "log_dir", "run_name", "num_threads")
     return {key: value for key, value in flat_settings(seed["config"]["args"]).items() if key not in own}
 
 
@@ -137,14 +143,12 @@ def plot(sweeps: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(CURVES), figsize=(11, 4), layout="constrained")
     for axis, (tag, label) in zip(axes, CURVES.items()):
         for color, (name, seeds) in zip(("tab:blue", "tab:orange", "tab:green", "tab:purple"), sweeps.items()):
-            # a curve begins when the first episode ends: common steps are those that every seed has reached
             steps = seeds[0][tag][:, 0]
-            steps = steps[steps >= max(seed[tag][0, 0] for seed in seeds)]
             values = np.array([np.interp(steps, *seed[tag].T) for seed in seeds])
             axis.plot(steps, values.T, color=color, linewidth=0.6, alpha=0.4)
             axis.fill_between(steps, *interval(values), color=color, alpha=0.25, linewidth=0)
             axis.plot(steps, interquartile_mean(values, axis=0), color=color, linewidth=2, label=name)
-        axis.set(xlabel="environment steps", ylabel=f"{label}, last 100 training episodes")
+        axis.set(xlabel="environment steps", ylabel=f"{label}, evaluations of the mean action")
         axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
         axis.grid(alpha=0.3)
     axes[0].set_ylim(0, 1)
@@ -184,7 +188,7 @@ def summarize(seeds: list[dict[str, Any]], name: str) -> dict[str, Any]:
             row |= {"base_success": base["success_rate"], "base_length": base["mean_length"]}
             row["base_time_s"] = seed["summary"]["base_time_s"]
         for percent in (50, 85):
-            row[f"steps_to_{percent}"] = steps_to(seed["rollout/success_rate_100"], percent / 100)
+            row[f"steps_to_{percent}"] = steps_to(seed[TRAINING_SUCCESS], percent / 100)
         row |= {"wall_time_s": seed["summary"]["wall_time_s"], "cpu_time_s": seed["summary"]["cpu_time_s"]}
         rows.append(row)
     final = np.array([row["final_success"] for row in rows])

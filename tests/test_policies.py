@@ -191,7 +191,7 @@ def test_observed_base_action_is_the_one_that_acts():
         np.testing.assert_allclose(obs[:, 25:], pusher.act(base_observation(obs, envs.command), everyone), atol=1e-6)
         shown = obs[:, 25:].copy()
         obs, _, terminated, truncated, info = envs.step(np.zeros((6, ACT_DIM)))
-        np.testing.assert_allclose(info["base_delta_rad"], shown, atol=1e-6)
+        np.testing.assert_allclose(info.get("final_info", info)["base_delta_rad"], shown, atol=1e-6)
         if truncated.any():
             assert np.abs(info["final_obs"][truncated, 25:] - obs[truncated, 25:]).max() > 1e-4
         pusher.reset(terminated | truncated)

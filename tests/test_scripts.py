@@ -228,17 +228,18 @@ def test_interrupted_run_resumes_to_the_bit(tmp_path, signum):
     assert_equal_best_models(resumed, straight)
 
 
-def test_a_run_interrupted_in_its_last_rollout_only_evaluates(tmp_path):
-    """The only rollout and the evaluation after it take seconds, and the signal arrives in one of them."""
+@pytest.mark.parametrize("file, step", [("config.json", 0), ("eval_results/evaluations.jsonl", 6400)])
+def test_a_run_interrupted_in_its_first_evaluation_or_last_rollout(tmp_path, file, step):
+    """The evaluation at step 0, and the only rollout with the evaluation after it, take seconds each."""
     flags = "--total-timesteps 6400 --num-steps 200 --eval-every 10000 --eval-episodes 60".split()
 
     def started(run: Path) -> bool:
         time.sleep(0.2)
-        return (run / "config.json").exists() and time.time() > (run / "config.json").stat().st_mtime + 0.3
+        return (run / file).exists() and time.time() > (run / file).stat().st_mtime + 0.3
 
     run, stdout = interrupt(tmp_path / "a", flags, started, signal.SIGINT)
     model = run / "interrupted_model.pt"
-    assert load(model)["global_step"] == 6400 and f"--resume {model}" in stdout
+    assert load(model)["global_step"] == step and f"--resume {model}" in stdout
     resumed, straight = train(tmp_path / "b", "--resume", str(model)), train(tmp_path / "c", *flags)
     assert_equal_training_state(resumed / "final_model.pt", straight / "final_model.pt")
     assert_equal_best_models(resumed, straight)
@@ -246,16 +247,23 @@ def test_a_run_interrupted_in_its_last_rollout_only_evaluates(tmp_path):
     assert results[0] == results[1]
 
 
-def test_a_closed_terminal_stops_the_run_where_it_can_be_resumed(tmp_path):
+@pytest.mark.parametrize("last_word, trained", [(b"/", False), (b"success", True)])
+def test_a_closed_terminal_stops_the_run_where_it_can_be_resumed(tmp_path, last_word, trained):
     """As `2>&1 | head -c 1` does."""
     command = [sys.executable, str(ROOT / "ppo_residual_so101.py"), "--log-dir", str(tmp_path)]
     flags = SMALL.replace("--total-timesteps 3000", "--total-timesteps 60000").split()
     process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    process.stdout.read(1)
+    seen = b""
+    while last_word not in seen:
+        seen += process.stdout.read(1)
     process.stdout.close()
     assert process.wait(timeout=120) == 128 + signal.SIGPIPE
     (model,) = tmp_path.glob("*/interrupted_model.pt")
-    assert 0 < load_checkpoint(model).saved["global_step"] < 60000
+    steps = load_checkpoint(model).saved["global_step"]
+    assert steps < 60000 and (steps > 0) == trained
+
+
+def test_help_into_a_closed_pipe():
     for script in ("ppo_residual_so101.py", "eval_so101.py", "bc_so101.py", "replay_so101.py"):
         process = subprocess.Popen(
             [sys.executable, str(ROOT / script), "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -424,7 +432,6 @@ def test_bad_flags_of_the_trainer(tmp_path, monkeypatch, flags, words):
 @pytest.mark.parametrize(
     "script, flags, words",
     [
-        ("eval_so101.py", "", "--base-policy"),
         ("eval_so101.py", "--base-policy magic", "known are zero, jacobian"),
         ("eval_so101.py", "--base-policy jacobian --tape-margin 3", "--tape-margin"),
         ("eval_so101.py", "--base-policy jacobian --episodes 0", "--episodes"),
