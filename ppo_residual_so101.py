@@ -575,6 +575,12 @@ def main() -> int:
     """Train; returns the exit code."""
     args, resumed = parse_args()
     start_time, start_cpu = time.perf_counter(), time.process_time()
+    num_envs = resumed.saved["num_envs"] if resumed else min(args.ppo.num_envs, args.total_timesteps)
+    print(
+        f"from step {resumed.saved['global_step']} to" if resumed else "training for",
+        f"{args.total_timesteps} steps in {num_envs} environments, tape margin {1000 * args.task.tape_margin:.0f} mm,",
+        f"base policy {args.base.base_policy}, seed {args.seed}", flush=True,
+    )  # fmt: skip
     torch.set_num_threads(1)  # these networks are too small to share out, and one thread adds up in one order
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a help for debugging, at 3 % of an update
@@ -583,7 +589,7 @@ def main() -> int:
 
     agent = Agent(args)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.ppo.learning_rate, eps=1e-5, fused=True)
-    envs = make_envs(args, resumed.saved["num_envs"] if resumed else min(args.ppo.num_envs, args.total_timesteps))
+    envs = make_envs(args, num_envs)
     # as wide as the widest batch of episodes that are run at once
     width = max(args.run.eval_episodes, args.run.final_eval_episodes - args.run.eval_episodes)
     eval_envs = make_envs(args, width, evaluation=True)
@@ -611,10 +617,8 @@ def main() -> int:
         for file in [model.name, *["best_model.pt"] * (rank == 0)]:
             copy_file(model, run_dir / "best_model" / file)
     interrupts = Interrupts()
-    plan = f"{'from step ' + str(global_step) + ' to' if resumed else 'training for'} {args.total_timesteps} steps in"
-    task = f"tape margin {1000 * args.task.tape_margin:.0f} mm, base policy {args.base.base_policy}, seed {args.seed}"
     try:
-        print(f"{run_dir}: {plan} {envs.num_envs} environments, {task}", flush=True)
+        print(f"everything goes to {run_dir}", flush=True)
     except BrokenPipeError:
         interrupts.on_broken_pipe()
     settings = flat_settings(dataclasses.asdict(args))
@@ -623,6 +627,7 @@ def main() -> int:
             project=args.run.wandb_project_name, name=run_dir.name, config=settings, sync_tensorboard=True,
         )  # fmt: skip
     from torch.utils.tensorboard import SummaryWriter  # after wandb, which patches it; and slow to import
+    from torch.utils.tensorboard.summary import hparams
 
     writer = SummaryWriter(str(run_dir / "tensorboard"))
     write_json(run_dir / "config.json", describe_run(SCRIPT, args))
@@ -724,7 +729,11 @@ def main() -> int:
             plain = {
                 key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()
             }
-            writer.add_hparams(plain, {f"best/{key}": best[key] for key in BEST_BY}, run_name=".")
+            scores = {f"best/{key}": best[key] for key in BEST_BY}
+            for summary in hparams(plain, scores):  # SummaryWriter.add_hparams would open a second event file
+                writer.file_writer.add_summary(summary)
+            for tag, value in scores.items():
+                writer.add_scalar(tag, value, best["step"])
         show_progress()
         model = run_dir / ("interrupted_model.pt" if interrupts.signum else "final_model.pt")
         save_tensors(model, checkpoint())

@@ -150,8 +150,9 @@ def test_what_is_printed_fits_80_columns_and_works_from_here(tmp_path):
     assert any(bar.startswith("success 0.") and "3000/3000" in bar for bar in bars)
     assert {"evaluating", "choosing the best model"} <= {bar.split(":")[0] for bar in bars}
     assert max(map(len, bars)) <= 80
-    first, *_, last = stdout.splitlines()
-    assert first.startswith("logs/mine: training for 3000 steps in 4 environments") and "base policy zero" in first
+    first, second, *_, last = stdout.splitlines()
+    assert first.startswith("training for 3000 steps in 4 environments") and "base policy zero" in first
+    assert second.endswith("logs/mine")
     evaluate_command = last.removeprefix("evaluate: ") + " --episodes 1 --no-base"
     environment = {**os.environ, "PATH": PYTHON_PATH}
     evaluated = subprocess.run(evaluate_command, shell=True, env=environment, **options)
