@@ -463,6 +463,18 @@ def choose_best(
     return max(compared, key=ranking)
 
 
+def log_best(writer: Any, settings: dict[str, Any], best: dict[str, Any]) -> None:
+    """Settings and the best model's scores, for the table of runs in TensorBoard's tab HPARAMS."""
+    from torch.utils.tensorboard.summary import hparams
+
+    plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()}
+    scores = {f"best/{key}": best[key] for key in BEST_BY}
+    for summary in hparams(plain, scores):  # SummaryWriter.add_hparams would open a second event file
+        writer.file_writer.add_summary(summary)
+    for tag, value in scores.items():
+        writer.add_scalar(tag, value, best["step"])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints: all that a run needs to go on to the bit
 
@@ -613,8 +625,8 @@ def main() -> int:
         f"{Path(SCRIPT).stem.removesuffix('_so101')}_{time.strftime('%Y%m%d-%H%M%S')}_s{args.seed}"
     )
     run_dir = make_run_dir(args.run.log_dir, name, "checkpoints", "best_model", "eval_results", "tensorboard")
-    for rank, model in enumerate(finalists_of(args.run.resume, finalists) if resumed else []):
-        for file in [model.name, *["best_model.pt"] * (rank == 0)]:
+    for model in reversed(finalists_of(args.run.resume, finalists) if resumed else []):  # the best one last
+        for file in (model.name, "best_model.pt"):
             copy_file(model, run_dir / "best_model" / file)
     interrupts = Interrupts()
     try:
@@ -627,7 +639,6 @@ def main() -> int:
             project=args.run.wandb_project_name, name=run_dir.name, config=settings, sync_tensorboard=True,
         )  # fmt: skip
     from torch.utils.tensorboard import SummaryWriter  # after wandb, which patches it; and slow to import
-    from torch.utils.tensorboard.summary import hparams
 
     writer = SummaryWriter(str(run_dir / "tensorboard"))
     write_json(run_dir / "config.json", describe_run(SCRIPT, args))
@@ -650,18 +661,19 @@ def main() -> int:
     def eval_and_log() -> dict[str, float]:
         """Evaluate, log it, and keep the model if it is among the best so far."""
         nonlocal finalists, base_success, eval_time
-        eval_start, film = time.perf_counter(), run_dir / "eval_results" / f"step_{global_step}.mp4"
+        eval_start = time.perf_counter()
+        film = run_dir / "eval_results" / f"step_{global_step}.mp4" if args.run.capture_video else None
         show_progress("evaluating")
-        film = film if args.run.capture_video else None
         result = evaluate_agent(agent, eval_envs, args.run.eval_episodes, base_success, film)
         base_success = result["base_success_rate"]
         for name, value in result.items():
             writer.add_scalar(f"eval/{EVAL_TAGS.get(name, name)}", value, global_step)
+        result = {"step": global_step, **result}
         with open(run_dir / "eval_results" / "evaluations.jsonl", "a") as file:
-            file.write(json.dumps({"step": global_step, **result}) + "\n")
-        if args.run.track and args.run.capture_video:
+            file.write(json.dumps(result) + "\n")
+        if args.run.track and film:
             wandb.log({"eval/video": wandb.Video(str(film), format="mp4"), "global_step": global_step})
-        own = {"step": global_step, **{key: result[key] for key in BEST_BY}}
+        own = {key: result[key] for key in ("step", *BEST_BY)}
         others = [each for each in finalists if each["step"] != global_step]  # a resumed run may evaluate a step again
         best = sorted([*others, own], key=ranking, reverse=True)[:FINALISTS]
         if own in best:
@@ -683,7 +695,7 @@ def main() -> int:
             interrupts.on_broken_pipe()
 
     first_step, eval_time, metrics, means = global_step, 0.0, {}, {}
-    result, evaluated, best = None, None, None  # the last evaluation, its step, and the best model in the end
+    result, best = None, None  # the last evaluation, and the best model in the end
     # an arm that rests moves nothing, and no sheet starts inside the tape
     base_success = 0.0 if envs.base_policy is None else None
     before_failure = None if envs.base_policy is None else copy.deepcopy(checkpoint())
@@ -691,7 +703,7 @@ def main() -> int:
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, delay=1e-3)
     try:
         if args.run.eval_every and not finalists:
-            result, evaluated = eval_and_log(), global_step
+            result = eval_and_log()
         while args.total_timesteps - global_step >= envs.num_envs and not interrupts.signum:
             if args.ppo.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.ppo.learning_rate * (1.0 - global_step / args.total_timesteps)
@@ -714,11 +726,12 @@ def main() -> int:
 
             # the evaluation first, so that a checkpoint of the same step knows the best model
             if args.run.eval_every and global_step // args.run.eval_every > before // args.run.eval_every:
-                result, evaluated = eval_and_log(), global_step
+                result = eval_and_log()
             if global_step // args.run.checkpoint_every > before // args.run.checkpoint_every:
                 save_tensors(run_dir / "checkpoints" / model_name(global_step), checkpoint())
-        if args.run.eval_every and evaluated != global_step and not interrupts.signum:
-            result, evaluated = eval_and_log(), global_step
+        evaluated = result is not None and result["step"] == global_step
+        if args.run.eval_every and not evaluated and not interrupts.signum:
+            result = eval_and_log()
         best = {**finalists[0], "episodes": args.run.eval_episodes} if finalists else None
         if best and not interrupts.signum:
             show_progress("choosing the best model")
@@ -726,14 +739,7 @@ def main() -> int:
             best = choose_best(finalists, run_dir, eval_envs, args.run)
             copy_file(run_dir / "best_model" / model_name(best["step"]), run_dir / "best_model" / "best_model.pt")
             eval_time += time.perf_counter() - start
-            plain = {
-                key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()
-            }
-            scores = {f"best/{key}": best[key] for key in BEST_BY}
-            for summary in hparams(plain, scores):  # SummaryWriter.add_hparams would open a second event file
-                writer.file_writer.add_summary(summary)
-            for tag, value in scores.items():
-                writer.add_scalar(tag, value, best["step"])
+            log_best(writer, settings, best)
         show_progress()
         model = run_dir / ("interrupted_model.pt" if interrupts.signum else "final_model.pt")
         save_tensors(model, checkpoint())

@@ -1179,7 +1179,7 @@ def check_display() -> None:
     import mujoco.viewer
 
     if sys.platform == "darwin" and mujoco.viewer._MJPYTHON is None:
-        raise SO101Error("on macOS MuJoCo's viewer needs its own Python: start the same command with mjpython")
+        raise SO101Error("on macOS the viewer needs its own Python: start the same command with mjpython")
     with warnings.catch_warnings(action="ignore"):
         displayed = glfw.init()
     if not displayed:
