@@ -1,6 +1,7 @@
 """The scripts as a user runs them: what they write, print and refuse."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -100,6 +101,9 @@ def test_the_best_model_is_the_best_on_more_episodes_than_an_evaluation_has(smal
     best = max(means, key=means.get)
     assert load(small_run / "best_model" / "best_model.pt")["global_step"] == best == summary["best_eval_step"]
     assert summary["best_eval_success_rate"] == pytest.approx(means[best][0]) and summary["best_eval_episodes"] == 7
+    settings = dataclasses.replace(Args().run, eval_episodes=3, final_eval_episodes=7)
+    finalists = load(small_run / "final_model.pt")["finalists"]
+    assert choose_best(finalists[::-1], small_run, envs, settings)["step"] == best  # whatever their order
     worst = min(means, key=means.get)
     lucky = [{"step": step, "success_rate": 0.9 - 0.6 * (step != worst), "mean_return": 0.0} for step in means]
     lucky.sort(key=lambda finalist: -finalist["success_rate"])
