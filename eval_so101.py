@@ -282,10 +282,11 @@ def main() -> int:
     else:
         task, base_policy = Task() if args.tape_margin is None else Task(tape_margin=args.tape_margin), args.base_policy
         loaded = load_policy(base_policy, args.server)
+        if loaded is not None and loaded.max_envs is not None:
+            num_envs = min(num_envs, loaded.max_envs)
         envs = SO101ResidualVectorEnv(
-            min(num_envs, (loaded and loaded.max_envs) or num_envs), loaded, task, num_threads=args.num_threads,
-            autoreset_mode=AutoresetMode.DISABLED,
-        )  # fmt: skip
+            num_envs, loaded, task, num_threads=args.num_threads, autoreset_mode=AutoresetMode.DISABLED
+        )
     if args.video:
         check_rendering(envs, "--video")
     if args.record:

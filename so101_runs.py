@@ -205,17 +205,15 @@ def describe_run(script: str, args: Any) -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    if git("ls-files", "--error-unmatch", "so101_env.py") is None:  # installed, perhaps within somebody's repository
-
-        def git(*words: str) -> None:
-            return None
-
-    # a sweep's own reports are no change of the code
-    status = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmark/results")
+    commit = status = None
+    if git("ls-files", "--error-unmatch", "so101_env.py"):  # else it is installed, perhaps within another repository
+        # a sweep's own reports are no change of the code
+        status = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmark/results")
+        commit = git("rev-parse", "HEAD")
     return {
         "script": script,
         "args": dataclasses.asdict(args),
-        "git": {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)},
+        "git": {"commit": commit, "dirty": None if status is None else bool(status)},
         "versions": {name: metadata.version(name) for name in ("torch", "mujoco", "gymnasium", "numpy")},
         "machine": {"platform": platform.platform(), "python": sys.version.split()[0], "cpus": os.cpu_count()},
     }
