@@ -48,6 +48,10 @@ class KeyboardPolicy(TipPolicy):
             pygame.display.init()
             height, width = self.image_size
             self.window = pygame.display.set_mode((width, height))
+            if (
+                pygame.display.get_driver() == "offscreen"
+            ):  # what SDL falls back to: nobody would see it, or could press a key
+                raise pygame.error("there is no display")
         except pygame.error as error:
             raise BasePolicyError(f"base policy keyboard: no window can be opened here ({error})") from error
         pygame.font.init()

@@ -118,3 +118,10 @@ def test_a_gamepads_stick_and_button_do_the_same(policy):
         obs = envs.step(np.zeros((1, 6)))[0]
     moved = obs[0, OBS["tip_pos"]] - start
     assert moved[1] > 0.01 and moved[2] < -0.005 and policy.memory["pressing"][0]
+
+
+def test_without_a_display_nobody_is_waited_for(monkeypatch):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(BasePolicyError, match="no window can be opened here"):
+        load_policy("keyboard")
