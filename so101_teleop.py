@@ -53,6 +53,7 @@ class KeyboardPolicy(TipPolicy):
             ):  # what SDL falls back to: nobody would see it, or could press a key
                 raise pygame.error("there is no display")
         except pygame.error as error:
+            pygame.quit()
             raise BasePolicyError(f"base policy keyboard: no window can be opened here ({error})") from error
         pygame.font.init()
         pygame.joystick.init()
