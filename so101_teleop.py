@@ -48,9 +48,7 @@ class KeyboardPolicy(TipPolicy):
             pygame.display.init()
             height, width = self.image_size
             self.window = pygame.display.set_mode((width, height))
-            if (
-                pygame.display.get_driver() == "offscreen"
-            ):  # what SDL falls back to: nobody would see it, or could press a key
+            if pygame.display.get_driver() == "offscreen":  # SDL's last resort: nobody sees it, or can press a key
                 raise pygame.error("there is no display")
         except pygame.error as error:
             pygame.quit()
