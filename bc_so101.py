@@ -37,7 +37,7 @@ from so101_policies import (
     new_chunks,
     restore_settings,
 )
-from so101_runs import check_flags, describe_run, make_run_dir, run_script, save_tensors, write_json
+from so101_runs import check_flags, command_of, describe_run, make_run_dir, run_script, save_tensors, write_json
 
 SCRIPT = Path(__file__).name
 
@@ -218,8 +218,8 @@ def main() -> int:
     print(
         f"{len(parts[0])} episodes, {len(obs)} frames, {wall_time:.1f} s; validation loss {valid_loss:.4f} (variance 1)"
     )
-    print(f"evaluate:  python eval_so101.py --base-policy bc:{model} --episodes 100")
-    print(f"reinforce: python ppo_residual_so101.py --base-policy bc:{model}")
+    print(f"evaluate:  {command_of('eval_so101.py')} --base-policy bc:{model} --episodes 100")
+    print(f"reinforce: {command_of('ppo_residual_so101.py')} --base-policy bc:{model}")
     return 0
 
 

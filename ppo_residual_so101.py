@@ -695,7 +695,7 @@ def main() -> int:
             interrupts.on_broken_pipe()
 
     first_step, eval_time, metrics, means = global_step, 0.0, {}, {}
-    result, best = None, None  # the last evaluation, and the best model in the end
+    result = None  # of the last evaluation
     # an arm that rests moves nothing, and no sheet starts inside the tape
     base_success = 0.0 if envs.base_policy is None else None
     before_failure = None if envs.base_policy is None else copy.deepcopy(checkpoint())

@@ -46,7 +46,6 @@ FRAMES_PER_FILE = 500_000  # keeps a file below the format's 100 MB
 # A key frame every other frame, and no frame that refers to a later one, so that training reads frames at random fast.
 VIDEO_OPTIONS = ["-crf", "20", "-g", "2", "-bf", "0"]
 FRAMES_PER_SAMPLE = 10  # of the frames, one in so many is counted in the pictures' statistics
-# GR00T's fine-tuning reads which numbers are which from this file; LeRobot ignores it
 
 
 class DatasetError(SO101Error):
@@ -166,6 +165,7 @@ def _write_files(
         "video_path": VIDEO_PATH if cameras else None,
         "features": features,
     }
+    # GR00T's fine-tuning reads which numbers are which from modality.json; LeRobot ignores it
     groups = {name: {"start": group.start, "end": group.stop} for name, group in JOINT_GROUPS.items()}
     modality = {
         "state": groups,

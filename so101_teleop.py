@@ -58,7 +58,7 @@ class KeyboardPolicy(TipPolicy):
         pygame.display.set_caption("paper in square")
         self.font, self.clock = pygame.font.Font(None, 28), pygame.time.Clock()
         self.gamepad = pygame.joystick.Joystick(0) if pygame.joystick.get_count() else None
-        self.episode, self.quit = 0, False
+        self.episode = 0
         self.memory = {"steps": np.zeros(1, np.int64), "pressing": np.zeros(1, bool)}
 
     def reset(self, mask: np.ndarray) -> None:
