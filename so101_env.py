@@ -10,16 +10,11 @@ Another task is a subclass that overrides `draw_start`, `observe`, `command_targ
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import os
-import sys
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import gymnasium as gym
@@ -30,22 +25,32 @@ from gymnasium.envs.registration import load_env_creator
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 
-_HERE = Path(__file__).resolve().parent
-# in a clone, or beside this file where it has been installed
-ASSETS = next((path for path in (_HERE / "assets", _HERE / "so101_assets") if (path / "so101.xml").is_file()), _HERE)
+from so101_scene import (
+    CONTROL_HZ,
+    SHEET_HALF_M,
+    SHEET_HALF_THICKNESS_M,
+    TAPE_CENTER_M,
+    TAPE_MARGIN_M,
+    Cameras,
+    Look,
+    Painter,
+    SO101Error,
+    Viewer,
+    VisualRandomization,
+    camera_names,
+    check_display,
+    draw_look,
+    load_model,
+)
+
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 ACT_DIM = len(JOINTS)
 TASK_TEXT = (
     "Slide the sheet of paper into the square of red tape."  # for datasets, and policies that are told what to do
 )
-CONTROL_HZ = 30
 MAX_EPISODE_STEPS = 400
 SUCCESS_STEPS = 5  # consecutive control steps with all four corners inside
 
-SHEET_HALF_M = np.array([0.074, 0.105])  # A5, x and y at yaw 0
-SHEET_HALF_THICKNESS_M = 0.0005
-TAPE_CENTER_M = np.array([0.27, 0.0])
-TAPE_WIDTH_M = 0.019
 # gripper down, its tip over the tape's centre, jaws almost closed: both fingertips 10 mm above the sheet's surface.
 # wrist_roll .047 puts the jaws into the arm's plane of symmetry.
 HOME_RAD = np.array([0.0, 0.4759, -0.2335, 1.3284, 0.0470, 0.0])
@@ -72,10 +77,6 @@ NOISE_JOINT_RAD, NOISE_VELOCITY_RAD_S, NOISE_TIP_M, NOISE_SHEET_M, NOISE_YAW_RAD
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings
-
-
-class SO101Error(ValueError):
-    """A mistake that the user can mend, said in one line with the way out. Scripts print it and exit with code 2."""
 
 
 class BasePolicyError(SO101Error):
@@ -107,12 +108,14 @@ class Task:
     """joint delta in rad per control step of a full residual at alpha 1"""
     residual_penalty: float = 0.001
     """reward lost per squared norm of the residual"""
-    tape_margin: float = 0.04
+    tape_margin: float = TAPE_MARGIN_M
     """m between sheet and tape on every side: 0.04 standard, 0.02 precise"""
     randomize: bool = True
     """domain randomisation: friction of table and fingertips; without it only the sheet's start pose is drawn"""
     full_randomization: bool = False
     """also randomise sheet mass, servo gain and damping, latency, joint offsets and observation noise"""
+    visual_randomization: bool = False
+    """randomise what cameras see: light, shadows, colours, the table's texture, where the cameras stand, image noise"""
     arrival_yaw_weight: float = 0.0
     """m per rad, in the shaping, of the yaw that a straight drag from here would end with, which the networks then see,
     too; 0: the present yaw counts 0.05"""
@@ -211,6 +214,7 @@ def slices(parts: Mapping[str, Part]) -> dict[str, slice]:
 
 
 OBS = slices(OBSERVATION)
+MEASURED = ("joint_pos", "joint_vel", "tip_pos")  # what a real arm knows of itself
 OBS_DIM = sum(len(part.names) for part in OBSERVATION.values())
 # the same numbers by LeRobot's names, as datasets, base policies and policy servers have them
 STATE, ENVIRONMENT, ACTION = "observation.state", "observation.environment_state", "action"
@@ -434,7 +438,13 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         randomization: ranges to use instead of those that the task's flags stand for.
         max_episode_steps: control steps until truncation.
         shaping_gamma: discount of the potential-based shaping: the learner's own; None: no shaping.
-        observe_base: append the base policy's joint deltas (6, rad) to the observation, which then has 31 numbers.
+        observe: "state"; or "pixels": the observation is then a dict of what a real arm has: pixels_CAMERA (N, H, W, 3)
+            uint8 for each camera, and state (N, 15) float32, the parts of MEASURED: joint positions, joint velocities,
+            gripper tip. What it leaves out is in info["full_observation"] (N, 25), for critics and teachers.
+        observe_base: append the base policy's joint deltas (6, rad) to the observation, which then has 31 numbers; with
+            "pixels", to state.
+        cameras, image_size: with "pixels", which cameras are seen, and height and width of their pictures.
+        visuals: what visual randomisation resamples; None: VisualRandomization() if the task asks for it, else nothing.
         render_mode: None or "rgb_array".
         width, height: of rendered frames, pixels.
         camera_name: "top" or "wrist" to render what that camera sees; None looks from the side.
@@ -457,7 +467,11 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         randomization: DomainRandomization | None = None,
         max_episode_steps: int = MAX_EPISODE_STEPS,
         shaping_gamma: float | None = None,
+        observe: str = "state",
         observe_base: bool = False,
+        cameras: tuple[str, ...] = ("top",),
+        image_size: tuple[int, int] = (96, 96),
+        visuals: VisualRandomization | None = None,
         render_mode: str | None = None,
         width: int = 640,
         height: int = 480,
@@ -475,6 +489,10 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         _check(shaping_gamma is None or 0 <= shaping_gamma <= 1, "shaping_gamma", shaping_gamma, "in [0, 1], or None")
         _check(all(8 <= side <= 4096 for side in (width, height)), "width, height", (width, height), "in [8, 4096]")
         _check(camera_name in (None, *camera_names()), "camera_name", camera_name, " or ".join(camera_names()))
+        _check(observe in ("state", "pixels"), "observe", observe, "'state' or 'pixels'")
+        known = bool(cameras) and len({*cameras}) == len(cameras) and {*cameras} <= {*camera_names()}
+        _check(known, "cameras", cameras, f"of {camera_names()}, each once")
+        _check(all(8 <= side <= 1024 for side in image_size), "image_size", image_size, "in [8, 1024]")
         if isinstance(base_policy, str):
             base_policy = load_env_creator(POLICY_LOADER)(base_policy)
         _check(base_policy is not None or not observe_base, "observe_base", observe_base, "False without a base policy")
@@ -498,12 +516,23 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             self.parts = {**self.parts, "base_delta": BASE_DELTA}
         obs_dim = sum(len(part.names) for part in self.parts.values())
         self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
+        self.observe_pixels, self.image_size = observe == "pixels", tuple(image_size)
+        self.cameras = tuple(cameras) if self.observe_pixels else ()
+        if self.observe_pixels:
+            where = slices(self.parts)
+            measured = [where[name] for name in (*MEASURED, "base_delta") if name in where]
+            self._measured = np.concatenate([np.arange(obs_dim)[each] for each in measured])
+            picture = gym.spaces.Box(0, 255, (*self.image_size, 3), np.uint8)
+            state = gym.spaces.Box(-np.inf, np.inf, (len(self._measured),), np.float32)
+            spaces = {f"pixels_{camera}": picture for camera in self.cameras} | {"state": state}
+            self.single_observation_space = gym.spaces.Dict(spaces)
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, (ACT_DIM,), np.float32)
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
 
         self.model = load_model(self.task.tape_margin)
         threads = min(num_threads or os.cpu_count() or 1, num_envs)
+        self.visuals = visuals or (VisualRandomization() if self.task.visual_randomization else None)
         # one state row per environment (warm start included), per-environment copies of the fields resampled below;
         # persistent: a step goes on from the quantities that were made current after the last one
         self.batch = mujoco.batch.Batch(self.model, nsim=num_envs, nthread=threads, persistent=True)
@@ -538,13 +567,16 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._return = np.zeros(n)
         self._residual_sum = np.zeros(n)
         self._done = np.ones(n, bool)
-        self._obs = np.zeros(self.observation_space.shape, np.float32)
+        self._obs = np.zeros((n, obs_dim), np.float32)
+        self._look_seed = np.zeros(n, np.int64)  # of visual randomisation
         self._residual = np.zeros((n, ACT_DIM))  # of the last step, rad
         self.base_time_s = 0.0  # wall time that the base policy has taken, its pictures included
         self._base = np.zeros((n, ACT_DIM))  # with observe_base: the base policy's deltas for self._obs, rad
-        # made when first used, freed by close, by who looks, people or policies, and the picture's size
-        self._renderers: dict[tuple[Callable, tuple[int, int]], mujoco.Renderer] = {}
-        self._render_data = mujoco.MjData(self.model)
+        self._pixels = {camera: np.zeros((n, *self.image_size, 3), np.uint8) for camera in self.cameras}
+        self._looks_by_seed: dict[int, Look] = {}
+        # make renderers when first used; freed by close
+        self._cameras = Cameras(self.model, threads)  # for policies
+        self._painters: dict[tuple[int, int], Painter] = {}  # for people, by the picture's size
 
     # -- the task: what a subclass overrides
 
@@ -658,7 +690,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
     def reset(
         self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    ) -> tuple[Any, dict[str, Any]]:
         """Start new episodes.
 
         Args:
@@ -667,7 +699,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
                 these positions instead of drawing the sheet's pose.
 
         Returns:
-            Observations (N, 25) and info as from step, of episodes that have no steps yet.
+            Observations and info as from step, of episodes that have no steps yet.
         """
         mask = np.ones(self.num_envs, bool)
         if options and "reset_mask" in options:
@@ -684,21 +716,21 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             if seeds[i] is not None or self._rngs[i] is None:
                 self._rngs[i] = seeding.np_random(seeds[i])[0]
         self._start_episodes(np.flatnonzero(mask), options.get("qpos") if options else None)
-        return self._obs.copy(), self._info(self._scene())
+        return self._observation(), self._info(self._scene())
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One control step, 1/30 s.
 
         Args:
             actions: residuals (N, 6), clipped to [-1, 1].
 
         Returns:
-            obs (N, 25), reward (N,), terminated (N,), truncated (N,) and info: is_success, distance_m, yaw_error_rad,
+            obs, reward (N,), terminated (N,), truncated (N,) and info: is_success, distance_m, yaw_error_rad,
             non_finite, out_of_reach, residual_magnitude (N,) each, reward_terms, episode_summary of the episode so far:
-            return (unshaped), length, residual_magnitude (the mean), (N,) each, and with a base policy base_delta_rad
-            (N, 6). With SAME_STEP autoreset, obs and info of a finished environment are the next episode's first, and
-            info has final_obs (N, 25) and final_info (all of the above), valid where _final_obs and _final_info are
-            True. With NEXT_STEP, they are the next episode's in the step after, whose action counts for nothing.
+            return (unshaped), length, residual_magnitude (the mean), (N,) each; with a base policy base_delta_rad
+            (N, 6); with pixels full_observation (N, 25). With SAME_STEP autoreset, obs and info of a finished
+            environment are the next episode's first, and info has final_obs and final_info (all of the above), valid
+            where _final_obs and _final_info are True. With NEXT_STEP, they are the next episode's in the step after, whose action counts for nothing.
 
         Raises:
             ValueError: actions of another shape, or not finite.
@@ -722,8 +754,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
         broken = self._simulate(self.command_targets(delta), active)
         scene = self._scene()
-        self._write_observation(active, scene)
         self._steps += active
+        self._write_observation(active, scene)
         self._streak = (self._streak + active) * (self.success(scene) & ~broken)
         success = active & (self._streak >= SUCCESS_STEPS)
         failure = active & (broken | self.failure(scene))
@@ -753,11 +785,11 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         info = self._info(scene, results)
         self._done |= terminated | truncated
         if self.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP and (finished := terminated | truncated).any():
-            final = {"final_obs": self._obs.copy(), "final_info": info}
+            final = {"final_obs": self._observation(), "final_info": info}
             info = self._restart(finished, info) | final | {f"_{name}": finished for name in final}
         if restarting.any():
             info = self._restart(restarting, info)
-        return self._obs.copy(), reward, terminated, truncated, info
+        return self._observation(), reward, terminated, truncated, info
 
     @property
     def command(self) -> np.ndarray:
@@ -765,64 +797,90 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         return self._command.copy()
 
     @property
+    def full_observation(self) -> np.ndarray:
+        """Copy of the observation (N, 25) of "state", whatever is observed."""
+        return self._obs[:, :OBS_DIM].copy()
+
+    @property
     def qpos(self) -> np.ndarray:
         """Copy of the generalised positions (N, 10): joints (6, rad), sheet x, y, z (m) and yaw (rad)."""
         return self._qpos.copy()
+
+    @property
+    def look_seed(self) -> np.ndarray:
+        """Copy of the seeds (N,) of how the episodes look under visual randomisation, see camera_images."""
+        return self._look_seed.copy()
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """RGB frames (height, width, 3) uint8 of all environments; None without a render mode."""
         if self.render_mode is None:
             return None
-        return tuple(self.render_state(qpos) for qpos in self._qpos)
+        return tuple(self.render_state(qpos, None, seed) for qpos, seed in zip(self._qpos, self._look_seed))
 
-    def render_state(self, qpos: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
+    def render_state(
+        self, qpos: np.ndarray, size: tuple[int, int] | None = None, look_seed: int | None = None
+    ) -> np.ndarray:
         """The RGB frame (H, W, 3) uint8 of positions (10,), for people.
 
         Args:
             size: height and width, pixels; None: those of the environment.
+            look_seed: of the episode, under visual randomisation; None: the nominal look.
 
         Raises:
             SO101Error: the machine cannot render off screen.
         """
-        return self._render(offscreen_renderer, size or (self.height, self.width), qpos, self.camera_name)
+        size = size or (self.height, self.width)
+        if size not in self._painters:
+            self._painters[size] = Painter(self.model, size, fast=False)
+        return self._painters[size].paint(qpos, self.camera_name, self._draw_look(look_seed))
 
-    def camera_images(self, qpos: np.ndarray, camera: str, size: tuple[int, int]) -> np.ndarray:
+    def camera_images(
+        self,
+        qpos: np.ndarray,
+        camera: str,
+        size: tuple[int, int],
+        look_seed: np.ndarray | None = None,
+        steps: np.ndarray | None = None,
+    ) -> np.ndarray:
         """What a camera of the model, "top" or "wrist", sees of positions (n, 10): (n, H, W, 3) uint8, for policies.
 
         Recordings, training and evaluation all see through this function, so a policy meets the pictures that it
-        learned from: without shadows and antialiasing, at a fortieth of the cost.
+        learned from: without antialiasing, and without shadows that nobody asked for, at a fortieth of the cost.
 
         Args:
             size: height and width, pixels.
+            look_seed, steps: under visual randomisation, of the episodes, (n,), and how many steps they have had then:
+                image noise depends on it. None: the nominal look.
 
         Raises:
             SO101Error: no such camera, or a machine that cannot render off screen.
         """
-        if camera not in camera_names():
-            raise SO101Error(f"camera {camera}: the scene has no such camera, it has {' and '.join(camera_names())}")
-        frames = [self._render(camera_renderer, size, row, camera) for row in qpos]
-        return np.array(frames, np.uint8).reshape(len(qpos), *size, 3)
+        looks = [None] * len(qpos) if look_seed is None else [self._draw_look(seed) for seed in look_seed]
+        return self._cameras.draw(qpos, camera, size, looks, np.zeros(len(qpos)) if steps is None else steps)
 
-    def _render(self, make: Callable, size: tuple[int, int], qpos: np.ndarray, camera: str | None) -> np.ndarray:
-        if (make, size) not in self._renderers:
-            self._renderers[make, size] = make(self.model, *size)
-        renderer, self._render_data.qpos[:] = self._renderers[make, size], qpos
-        mujoco.mj_forward(self.model, self._render_data)
-        renderer.update_scene(self._render_data, -1 if camera is None else camera)  # -1 is the free camera
-        return renderer.render()
+    def _draw_look(self, seed: int | None) -> Look | None:
+        """The look of an episode; None, the nominal one, without visual randomisation."""
+        if self.visuals is None or seed is None:
+            return None
+        if seed not in self._looks_by_seed:
+            if len(self._looks_by_seed) > 4 * self.num_envs:
+                self._looks_by_seed.clear()
+            self._looks_by_seed[seed] = draw_look(self.model, self.visuals, int(seed))
+        return self._looks_by_seed[seed]
 
     def close_extras(self, **kwargs: Any) -> None:
         """Free the renderers and the base policy."""
-        for renderer in self._renderers.values():
-            renderer.close()
-        self._renderers = {}
+        self._cameras.close()
+        for painter in self._painters.values():
+            painter.close()
+        self._painters = {}
         if self.base_policy is not None:
             self.base_policy.close()
 
     # -- saving and restoring
 
     _STATE = ("_command", "_delayed", "_latency", "_joint_offset", "_phi", "_steps", "_streak", "_return",
-              "_residual_sum", "_done", "_obs", "_residual", "_base")  # fmt: skip
+              "_residual_sum", "_done", "_obs", "_residual", "_base", "_look_seed")  # fmt: skip
 
     def get_state(self) -> dict[str, Any]:
         """All that the next steps depend on, a base policy's memory included: arrays, and the generators as dicts."""
@@ -866,6 +924,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         if self.base_policy is not None:
             self.base_policy.memory = {name: array.copy() for name, array in state["base_memory"].items()}
         self.batch.forward(stage=self._stage)
+        for camera, pixels in self._pixels.items():
+            pixels[:] = self._camera_images(camera, np.arange(self.num_envs), self.image_size)
 
     # -- internals
 
@@ -908,6 +968,15 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         if self.observe_base:
             self._base[mask] = self._base_delta(mask)[mask]
             self._obs[mask, width:] = self._base[mask]
+        for camera, pixels in self._pixels.items() if mask.any() else ():
+            pixels[mask] = self._camera_images(camera, np.flatnonzero(mask), self.image_size)
+
+    def _observation(self) -> Any:
+        """What the learner sees, a copy."""
+        if not self.observe_pixels:
+            return self._obs.copy()
+        pixels = {f"pixels_{camera}": pixels.copy() for camera, pixels in self._pixels.items()}
+        return pixels | {"state": self._obs[:, self._measured]}
 
     def _base_delta(self, mask: np.ndarray) -> np.ndarray:
         """The base policy's joint deltas (N, 6) in rad for the observations of the environments in mask, checked."""
@@ -915,8 +984,9 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         if not mask.any():
             return np.zeros(expected)
         obs = self._obs[:, : self._obs.shape[1] - ACT_DIM * self.observe_base]
-        cameras, start = {"cameras": policy.cameras, "render": self._camera_images}, time.perf_counter()
-        seen = base_observation(obs, self._command, self._residual, **cameras)
+        size, start = tuple(policy.image_size), time.perf_counter()
+        render = functools.partial(self._camera_images, size=size)
+        seen = base_observation(obs, self._command, self._residual, cameras=policy.cameras, render=render)
         base = np.asarray(policy.act(seen, mask), np.float64)
         self.base_time_s += time.perf_counter() - start
         if base.shape != expected or not np.isfinite(base).all():
@@ -929,9 +999,9 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             )
         return base
 
-    def _camera_images(self, camera: str, ids: np.ndarray) -> np.ndarray:
-        """What a camera of the base policy sees now in the environments ids, (n, H, W, 3) uint8."""
-        return self.camera_images(self._qpos[ids], camera, tuple(self.base_policy.image_size))
+    def _camera_images(self, camera: str, ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """What a camera sees now in the environments ids, (n, H, W, 3) uint8."""
+        return self.camera_images(self._qpos[ids], camera, size, self._look_seed[ids], self._steps[ids])
 
     def _home_state(self) -> dict[str, np.ndarray]:
         """Nominal resting state: joints at home, servo targets raised by gravity sag, sheet settled on the table."""
@@ -955,6 +1025,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             if qpos is not None:
                 self._qpos[i] = qpos[i]
             self._resample_physics(i, self._rngs[i])
+            if self.visuals is not None:  # drawn from nothing: with it and without, episodes are the same otherwise
+                self._look_seed[i] = self._rngs[i].bit_generator.state["state"]["state"] % 2**63
             self._ctrl[i] = HOME_RAD + self._home["torque"] / self._gain[i]
         if "body_mass" in self._fields:
             self.batch.set_const(ids)
@@ -1011,6 +1083,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             results["reward_terms"] = {name: np.zeros(n) for name in terms}
             if self.base_policy is not None:
                 results["base_delta_rad"] = residual
+        if self.observe_pixels:
+            results = {**results, "full_observation": self.full_observation}
         return {
             "distance_m": scene.sheet_distance_m,
             "yaw_error_rad": np.abs(scene.sheet_yaw_rad),
@@ -1065,22 +1139,22 @@ class SO101ResidualEnv(gym.Env):
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start an episode; returns the observation (25,) and info. options {"qpos": (10,)} as in the vector env."""
+    ) -> tuple[Any, dict[str, Any]]:
+        """Start an episode; returns the observation and info. options {"qpos": (10,)} as in the vector env."""
         super().reset(seed=seed)
         self._envs._rngs[0] = self.np_random  # one generator, so that env.np_random is the one in use
         qpos = (options or {}).get("qpos")
         obs, info = self._envs.reset(options=None if qpos is None else {"qpos": np.asarray(qpos)[None]})
         if self.render_mode == "human":
             self.render()
-        return obs[0], _first(info)
+        return _first_observation(obs), _first(info)
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """One control step with residual (6,); see SO101ResidualVectorEnv.step."""
         obs, reward, terminated, truncated, info = self._envs.step(np.asarray(action)[None])
         if self.render_mode == "human":
             self.render()
-        return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), _first(info)
+        return _first_observation(obs), float(reward[0]), bool(terminated[0]), bool(truncated[0]), _first(info)
 
     @property
     def model(self) -> mujoco.MjModel:
@@ -1110,158 +1184,13 @@ class SO101ResidualEnv(gym.Env):
         self._envs.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# model and pictures
-
-
-def load_model(tape_margin: float = Task.tape_margin) -> mujoco.MjModel:
-    """The compiled scene with the tape laid tape_margin (m) outside the sheet's outline."""
-    spec = mujoco.MjSpec.from_file(str(ASSETS / "paper_in_square.xml"))
-    spec.body("tape").pos = [*TAPE_CENTER_M, 0.0]
-    half, width = SHEET_HALF_M + tape_margin, TAPE_WIDTH_M / 2
-    for name, axis, sign in (("front", 0, 1), ("back", 0, -1), ("left", 1, 1), ("right", 1, -1)):
-        geom = spec.geom(f"tape_{name}")
-        pos, size = np.zeros(3), np.append(half + 2 * width, 0.0002)
-        pos[axis], pos[2], size[axis] = sign * (half[axis] + width), 0.0002, width
-        geom.pos, geom.size = pos, size
-    return spec.compile()
-
-
-@functools.cache
-def camera_names() -> tuple[str, ...]:
-    """The cameras of the scene that policies can look through."""
-    model = load_model()
-    return tuple(model.camera(i).name for i in range(model.ncam))
-
-
-def offscreen_renderer(model: mujoco.MjModel, height: int = 480, width: int = 640) -> mujoco.Renderer:
-    """A renderer without a window: EGL on Linux unless MUJOCO_GL says otherwise. OpenGL is first touched here.
-
-    Raises SO101Error where there is none.
-    """
-    try:
-        if sys.platform.startswith("linux") and not os.environ.get("MUJOCO_GL"):
-            # MuJoCo chooses GLFW, which needs a display, when it is imported without MUJOCO_GL
-            from mujoco.egl import GLContext
-            from mujoco.rendering.classic import gl_context
-
-            gl_context.GLContext = GLContext
-        model = copy.copy(model)
-        model.vis.global_.offwidth, model.vis.global_.offheight = width, height
-        return mujoco.Renderer(model, height, width)
-    except Exception as error:  # ImportError, AttributeError, RuntimeError, FatalError: each layer fails in its own way
-        raise SO101Error(
-            f"off-screen rendering failed ({type(error).__name__}): install EGL (Debian: apt-get install libegl1) "
-            "or set MUJOCO_GL=osmesa"
-        ) from error
-
-
-# Without shadows, antialiasing and round shapes a picture of 96 x 96 pixels costs 1 ms instead of 40. Those in datasets
-# were drawn so: a policy that was trained on them is wrong about any other picture.
-CAMERA_QUALITY = {"offsamples": 0, "numslices": 8, "numstacks": 4, "numquads": 1}
-CAMERA_FLAGS_OFF = ("mjRND_SHADOW", "mjRND_REFLECTION", "mjRND_SKYBOX", "mjRND_HAZE", "mjRND_FOG")
-
-
-def camera_renderer(model: mujoco.MjModel, height: int, width: int) -> mujoco.Renderer:
-    """A renderer for the pictures that policies see; raises like offscreen_renderer."""
-    model = copy.copy(model)
-    for name, value in CAMERA_QUALITY.items():
-        setattr(model.vis.quality, name, value)
-    renderer = offscreen_renderer(model, height, width)
-    for name in CAMERA_FLAGS_OFF:
-        renderer.scene.flags[getattr(mujoco.mjtRndFlag, name)] = 0
-    return renderer
-
-
-def check_display() -> None:
-    """Raise SO101Error where MuJoCo's viewer cannot open a window: it would hang, or end the process."""
-    import glfw
-    import mujoco.viewer
-
-    if sys.platform == "darwin" and mujoco.viewer._MJPYTHON is None:
-        raise SO101Error("on macOS the viewer needs its own Python: start the same command with mjpython")
-    with warnings.catch_warnings(action="ignore"):
-        displayed = glfw.init()
-    if not displayed:
-        raise SO101Error("there is no display here for MuJoCo's viewer: film instead, render_mode rgb_array or --video")
-
-
-RIGHT_ARROW = 262  # as GLFW numbers keys
-
-
-class Viewer:
-    """MuJoCo's passive viewer, in real time: panels hidden; space pauses. Raises SO101Error without a display.
-
-    Args:
-        model: the scene.
-        camera_name: what to look through first; None: from the side.
-    """
-
-    def __init__(self, model: mujoco.MjModel, camera_name: str | None = None):
-        check_display()
-        import mujoco.viewer
-
-        self._model, self._data = model, mujoco.MjData(model)
-        self._paused, self._next = False, False
-        before = threading.enumerate()
-        self._handle = mujoco.viewer.launch_passive(
-            model, self._data, key_callback=self._on_key, show_left_ui=False, show_right_ui=False
-        )
-        self._threads = [thread for thread in threading.enumerate() if thread not in before]  # the window's
-        with self._handle.lock():
-            if camera_name is None:
-                mujoco.mjv_defaultFreeCamera(model, self._handle.cam)
-            else:
-                self._handle.cam.type = mujoco.mjtCamera.mjCAMERA_FIXED
-                self._handle.cam.fixedcamid = model.camera(camera_name).id
-        self._frame_due = time.perf_counter()
-
-    def _on_key(self, key: int) -> None:
-        """Space pauses; the right arrow goes on to the next episode. Called in the viewer's own thread."""
-        if key == ord(" "):
-            self._paused = not self._paused
-        elif key == RIGHT_ARROW:
-            self._next = True
-
-    @property
-    def running(self) -> bool:
-        """Whether the window is still open."""
-        return self._handle.is_running()
-
-    def write(self, text: str, right: str = "") -> None:
-        """Show lines at the top of the window, and others beside them."""
-        font, place = mujoco.mjtFontScale.mjFONTSCALE_150, mujoco.mjtGridPos.mjGRID_TOPLEFT
-        self._handle.set_texts((font, place, text, right))
-
-    def show(self, qpos: np.ndarray) -> bool:
-        """Show positions (10,) for one control step, and for as long as it is paused.
-
-        Returns False once the window is closed, or the next episode is asked for.
-        """
-        with self._handle.lock():
-            self._data.qpos[:] = qpos
-            mujoco.mj_forward(self._model, self._data)
-        while self.running and not self._next:
-            self._handle.sync()
-            # real time; after a pause of the caller's, time starts from here instead of rushing to catch up
-            now = time.perf_counter()
-            self._frame_due = max(self._frame_due + 1 / CONTROL_HZ, now)
-            time.sleep(self._frame_due - now)
-            if not self._paused:
-                return True
-        self._next = False
-        return False
-
-    def close(self) -> None:
-        """Close the window, and wait until it is: a process that ends while it is drawn crashes."""
-        self._handle.close()
-        for thread in self._threads:
-            thread.join()
-
-
 def _check(condition: bool, name: str, value: Any, expected: str) -> None:
     if not condition:
         raise SO101Error(f"{name} must be {expected}, got {value}")
+
+
+def _first_observation(obs: Any) -> Any:
+    return {key: array[0] for key, array in obs.items()} if isinstance(obs, dict) else obs[0]
 
 
 def _first(info: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from so101_env import ACT_DIM, JOINTS, OBS, OBS_DIM, SO101Error, SO101ResidualVectorEnv, check_ranges, sheet_pose
+from so101_env import ACT_DIM, JOINTS, OBS, SO101Error, SO101ResidualVectorEnv, check_ranges, sheet_pose
 
 # Episodes of training, of the evaluations during training, of demonstrations, and of eval_so101.py never share a seed:
 # the best model is chosen on the second, and reported on the last.
@@ -241,9 +241,9 @@ def evaluate(
     """One episode per seed, batched; envs have DISABLED autoreset.
 
     Args:
-        act: residuals (num_envs, 6) for observations (num_envs, 25).
-        trace: keep every state as "qpos" (length + 1, 10), the start included, every observation "obs" (length, 25)
-            and the joint targets commanded then, "command" (length, 6), rad.
+        act: residuals (num_envs, 6) for the observations of envs.
+        trace: keep every state as "qpos" (length + 1, 10), the start included, every observation "obs" (length, 25),
+            the joint targets commanded then, "command" (length, 6), rad, and "look_seed", see camera_images.
         qpos: (num_envs, 10) positions to start from instead of drawn ones.
 
     Returns:
@@ -261,14 +261,15 @@ def evaluate(
         results: list[dict[str, Any]] = [{} for _ in chunk]
         running, states, observations, commands = mask.copy(), [envs.qpos], [], []
         deltas = np.zeros((2, envs.num_envs, ACT_DIM))  # sums of what base and residual moved the targets, rad
-        initial_distance = np.linalg.norm(obs[:, OBS["tape_minus_sheet"]][:, :2], axis=1)
-        initial_yaw = sheet_pose(obs)[1]
+        seen = envs.full_observation
+        initial_distance = np.linalg.norm(seen[:, OBS["tape_minus_sheet"]][:, :2], axis=1)
+        initial_yaw, look_seed = sheet_pose(seen)[1], envs.look_seed
         while running.any():
             if envs.base_policy is not None and envs.base_policy.quit:
                 return episodes
             action = act(obs)
             if trace:
-                observations.append(obs[:, :OBS_DIM])
+                observations.append(envs.full_observation)
             obs, _, terminated, truncated, infos = envs.step(action)
             if trace:
                 states.append(envs.qpos)
@@ -297,6 +298,7 @@ def evaluate(
                 if trace:
                     trajectories = {"qpos": states, "obs": observations, "command": commands}
                     results[i] |= {key: np.array([row[i] for row in rows]) for key, rows in trajectories.items()}
+                    results[i]["look_seed"] = int(look_seed[i])
         episodes += results
     return episodes
 
