@@ -1,7 +1,8 @@
-"""Evaluate a trained residual policy on held-out episodes, beside its base policy alone; or a base policy only.
+"""Evaluate a trained policy on held-out episodes: beside its base policy alone, or its teacher; or a base policy only.
 
     python eval_so101.py                      # the checkpoint that comes with the project
     python eval_so101.py --model logs/.../best_model/best_model.pt --episodes 50
+    python eval_so101.py --model logs/.../student.pt  # one that sees, of distill_so101.py
     python eval_so101.py --base-policy jacobian --episodes 100
 
 The episodes' seeds are fixed and used nowhere else, and the policy acts with its mean action: the same command gives
@@ -32,7 +33,6 @@ from so101_dataset import write_dataset
 from so101_env import (
     ACT_DIM,
     ACTION,
-    ASSETS,
     ENVIRONMENT,
     SHEET_HALF_M,
     STATE,
@@ -43,7 +43,17 @@ from so101_env import (
     Viewer,
     check_display,
 )
-from so101_policies import Server, load_checkpoint, load_policy
+from so101_policies import (
+    CHECKPOINT,
+    STUDENT,
+    BasePolicy,
+    CheckpointPolicy,
+    Server,
+    check_base,
+    load_checkpoint,
+    load_file,
+    load_policy,
+)
 from so101_runs import (
     HOLD_S,
     RECORD_SEED,
@@ -62,6 +72,7 @@ from so101_runs import (
     write_json,
     write_video,
 )
+from so101_scene import ASSETS
 
 
 @dataclasses.dataclass
@@ -76,12 +87,15 @@ class EvalArgs:
     """without --model: m between sheet and tape, 0.04 standard (default), 0.02 precise"""
     episodes: int = 50
     """number of episodes"""
+    visual_randomization: bool | None = None
+    """randomise what cameras see (default: as --model was trained, else not)"""
     base: bool = True
-    """evaluate the base policy alone, too"""
+    """evaluate the base policy alone, too; of a student, its teacher"""
     json: str | None = None
     """write the results and the list of episodes to this file"""
     video: str | None = None
-    """film the first episodes into this MP4 file, or GIF; with a base policy that moves, it alone beside them"""
+    """film the first episodes into this MP4 file, or GIF, what the policy sees in the corner; with a base policy that
+    moves, it alone beside them, and beside a student its teacher"""
     video_episodes: int = 5
     """episodes in --video"""
     size: tuple[int, int] | None = None
@@ -148,6 +162,11 @@ def summarize(episodes: list[dict[str, Any]]) -> dict[str, Any]:
         "failures": {
             kind: sum(episode["failure"] == kind for episode in episodes) for kind in ("non_finite", "out_of_reach")
         },
+        **{
+            f"mean_{name}": np.average([e[name] for e in episodes], weights=[e["length"] for e in episodes])
+            for name in ("estimate_error_m", "estimate_error_rad")
+            if name in episodes[0]
+        },
     }
 
 
@@ -167,6 +186,15 @@ def print_table(columns: dict[str, dict[str, Any]]) -> None:
         ("residual magnitude", lambda s: f"{s['mean_residual_magnitude']:.3f}"),
         ("out of reach, non-finite", lambda s: f"{s['failures']['out_of_reach']}, {s['failures']['non_finite']}"),
     ]
+    if any("mean_estimate_error_m" in summary for summary in columns.values()):
+
+        def estimate(summary: dict[str, Any]) -> str:
+            if "mean_estimate_error_m" not in summary:
+                return "knows"
+            yaw = np.rad2deg(summary["mean_estimate_error_rad"])
+            return f"{1000 * summary['mean_estimate_error_m']:.1f}, {yaw:.1f}"
+
+        rows.append(("estimate off by (mm, deg)", estimate))
     print(f"{'':28}" + "".join(f"{name:>24}" for name in columns))
     for name, text in rows:
         print(f"{name:28}" + "".join(f"{text(summary):>24}" for summary in columns.values()))
@@ -243,9 +271,13 @@ def record(args: EvalArgs, envs: SO101ResidualVectorEnv, episodes: list[dict[str
         demos.append({STATE: state, ACTION: episode["command"]} | ({ENVIRONMENT: environment} if privileged else {}))
 
     def pictures(name: str, camera: str) -> Iterator[np.ndarray]:
-        states = (qpos for episode in episodes for qpos in episode["qpos"][:-1])  # those that were acted upon
-        for qpos in tqdm(states, f"camera {name}", length, unit="frame", dynamic_ncols=True):
-            yield envs.camera_images(qpos[None], camera, args.server.size)[0]
+        states = (  # those that were acted upon
+            (qpos[None], np.array([episode["look_seed"]]), np.array([step]))
+            for episode in episodes
+            for step, qpos in enumerate(episode["qpos"][:-1])
+        )
+        for qpos, *look in tqdm(states, f"camera {name}", length, unit="frame", dynamic_ncols=True):
+            yield envs.camera_images(qpos, camera, args.server.size, *look)[0]
 
     frames = {name: pictures(name, camera) for name, camera in cameras.items()}
     try:
@@ -268,7 +300,15 @@ def main() -> int:
     check_eval_args(args)
     torch.set_num_threads(1)
     policy, steps, num_envs = no_residual, None, min(args.episodes, 50)
-    if args.model:
+    kind = load_file(args.model, CHECKPOINT, STUDENT)["format"] if args.model else None
+    visual = {} if args.visual_randomization is None else {"visual_randomization": args.visual_randomization}
+
+    def base_envs(base_policy: BasePolicy | None, task: Task) -> SO101ResidualVectorEnv:
+        n = num_envs if base_policy is None else min(num_envs, base_policy.max_envs or num_envs)
+        threads = {"num_threads": args.num_threads, "autoreset_mode": AutoresetMode.DISABLED}
+        return SO101ResidualVectorEnv(n, base_policy, task, **threads, **visual)
+
+    if kind == CHECKPOINT:
         checkpoint = load_checkpoint(args.model)
         base, steps = checkpoint.args.base, checkpoint.saved["global_step"]
         if args.base_policy is not None:
@@ -276,17 +316,21 @@ def main() -> int:
                 raise SO101Error(f"--base-policy {args.base_policy}: the checkpoint of --model has its own; drop it")
             base.base_policy = args.base_policy
         base_policy = base.base_policy
+        checkpoint.args.task = dataclasses.replace(checkpoint.args.task, **visual)
         envs = checkpoint.script.make_envs(checkpoint.args, num_envs, evaluation=True, num_threads=args.num_threads)
-        checkpoint.check_base(envs.base_policy, args.model)
+        check_base(checkpoint.saved, base_policy, envs.base_policy, args.model)
         policy = checkpoint.agent(args.model).act
+    elif kind == STUDENT:
+        if args.base_policy is not None:
+            raise SO101Error(f"--base-policy {args.base_policy}: the student of --model has its own; drop it")
+        base_policy = f"checkpoint:{args.model}"
+        student = load_policy(base_policy)
+        if args.base and not Path(student.teacher).is_file():
+            raise SO101Error(f"{args.model}: its teacher, {student.teacher}, is not there; --no-base does without it")
+        steps, envs = student.global_step, base_envs(student, student.task)
     else:
         task, base_policy = Task() if args.tape_margin is None else Task(tape_margin=args.tape_margin), args.base_policy
-        loaded = load_policy(base_policy, args.server)
-        if loaded is not None and loaded.max_envs is not None:
-            num_envs = min(num_envs, loaded.max_envs)
-        envs = SO101ResidualVectorEnv(
-            num_envs, loaded, task, num_threads=args.num_threads, autoreset_mode=AutoresetMode.DISABLED
-        )
+        envs = base_envs(load_policy(base_policy, args.server), task)
     if args.video:
         check_rendering(envs, "--video")
     if args.record:
@@ -305,26 +349,27 @@ def main() -> int:
     if not episodes:
         raise SO101Error(f"--base-policy {base_policy}: ended before its first episode did; nothing is written")
     summary, base = summarize(episodes), None
-    columns = {"agent" if args.model else "base alone": summary}
-    moves = base_policy != "zero"
-    title = "base alone" if not args.model else "base and residual" if moves else "agent"
-    films = {title: episodes[: args.video_episodes]}
+    name, other = {None: ("base alone", ""), CHECKPOINT: ("agent", "base alone"), STUDENT: ("student", "teacher")}[kind]
+    columns, moves = {name: summary}, base_policy != "zero"
+    films = {"base and residual" if kind == CHECKPOINT and moves else name: episodes[: args.video_episodes]}
     if args.model and args.base:
-        alone = evaluate(no_residual, envs, seeds, trace=bool(args.video))
+        other_envs = base_envs(CheckpointPolicy(student.teacher), student.task) if kind == STUDENT else envs
+        alone = evaluate(no_residual, other_envs, seeds, trace=bool(args.video))
         base = summarize(alone)
-        columns[f"base alone ({base_policy.partition(':')[0]})"] = base
+        columns[other if kind == STUDENT else f"{other} ({base_policy.partition(':')[0]})"] = base
         if moves:
-            films = {"base alone": alone[: args.video_episodes], **films}
+            films = {other: alone[: args.video_episodes], **films}
     physics = "full" if envs.task.full_randomization else "default" if envs.task.randomize else "no"
+    physics += " randomisation" + (", visual too" if envs.task.visual_randomization else "")
     print(
         (f"{args.model} ({steps} steps)" if args.model else f"base policy {base_policy}")
         + f": {len(episodes)} {'recorded' if args.record else 'held-out'} episodes, mean action"
         + (f" with noise {args.action_noise:g}, " if args.action_noise else ", ")
-        + f"tape margin {1000 * envs.task.tape_margin:.0f} mm, {physics} randomisation"
+        + f"tape margin {1000 * envs.task.tape_margin:.0f} mm, {physics}"
     )
     print_table(columns)
     ratios = residual_to_base(episodes)
-    if ratios and args.model:
+    if ratios and kind == CHECKPOINT:
         print("residual to base, per joint  " + "  ".join(f"{joint} {ratio:.2f}" for joint, ratio in ratios.items()))
 
     if args.json:
@@ -335,6 +380,7 @@ def main() -> int:
             "base_policy": base_policy,
             **summary,
             "episodes": len(episodes),
+            "visual_randomization": envs.task.visual_randomization,
             "base_success_rate": base["success_rate"] if base else None,
             "base": base,
             "residual_to_base": ratios,
@@ -348,7 +394,7 @@ def main() -> int:
     if args.plot:
         plot(episodes, envs.task.tape_margin, Path(args.plot))
     if args.video:
-        write_video(envs, films, Path(args.video), args.size)
+        write_video(envs, films, Path(args.video), args.size, blind=["teacher"] * (kind == STUDENT))
     if args.render_mode:
         play(envs, episodes)
     envs.close()

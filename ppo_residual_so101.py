@@ -34,7 +34,16 @@ from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
 from so101_env import ACT_DIM, MAX_EPISODE_STEPS, BasePolicyError, SO101Error, SO101ResidualVectorEnv, Task
-from so101_policies import CHECKPOINT, Checkpoint, Features, Server, load_checkpoint, load_policy, load_weights
+from so101_policies import (
+    CHECKPOINT,
+    Checkpoint,
+    Features,
+    Server,
+    check_base,
+    load_checkpoint,
+    load_policy,
+    load_weights,
+)
 from so101_runs import (
     VALIDATION_SEED,
     Interrupts,
@@ -558,7 +567,7 @@ def restore(
     Raises SO101Error if the checkpoint does not fit.
     """
     saved = checkpoint.saved
-    checkpoint.check_base(envs.base_policy, path)
+    check_base(saved, checkpoint.args.base.base_policy, envs.base_policy, path)
     load_weights(agent, saved["agent"], path)
     next_obs = saved["next_obs"].numpy()
     try:

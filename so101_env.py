@@ -290,6 +290,11 @@ class BaseObservation(Mapping):
         arrays = {key: array[mask] for key, array in self._arrays.items()}
         return BaseObservation(arrays, self._cameras, self._render, self._ids[mask])
 
+    def with_flat(self, flat: np.ndarray) -> BaseObservation:
+        """The same with another observation (n, 25)."""
+        arrays = {**self._arrays, STATE: flat[:, :ACT_DIM], ENVIRONMENT: flat[:, ACT_DIM:]}
+        return BaseObservation(arrays, self._cameras, self._render, self._ids)
+
     def with_residual(self, residual: np.ndarray) -> BaseObservation:
         """The same with another residual (n, 6), rad."""
         return BaseObservation({**self._arrays, RESIDUAL: residual}, self._cameras, self._render, self._ids)
@@ -785,7 +790,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         info = self._info(scene, results)
         self._done |= terminated | truncated
         if self.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP and (finished := terminated | truncated).any():
-            final = {"final_obs": self._observation(), "final_info": info}
+            final = {"final_obs": self._final_observation(finished), "final_info": info}
             info = self._restart(finished, info) | final | {f"_{name}": finished for name in final}
         if restarting.any():
             info = self._restart(restarting, info)
@@ -978,6 +983,16 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         pixels = {f"pixels_{camera}": pixels.copy() for camera, pixels in self._pixels.items()}
         return pixels | {"state": self._obs[:, self._measured]}
 
+    def _final_observation(self, finished: np.ndarray) -> np.ndarray:
+        """The same for info["final_obs"], a row per environment: with pixels a dict each, as Gymnasium has it."""
+        obs = self._observation()
+        if not self.observe_pixels:
+            return obs
+        rows = np.full(self.num_envs, None)
+        for i in np.flatnonzero(finished):
+            rows[i] = _one_observation(obs, i)
+        return rows
+
     def _base_delta(self, mask: np.ndarray) -> np.ndarray:
         """The base policy's joint deltas (N, 6) in rad for the observations of the environments in mask, checked."""
         policy, name, expected = self.base_policy, type(self.base_policy).__name__, (self.num_envs, ACT_DIM)
@@ -1147,14 +1162,14 @@ class SO101ResidualEnv(gym.Env):
         obs, info = self._envs.reset(options=None if qpos is None else {"qpos": np.asarray(qpos)[None]})
         if self.render_mode == "human":
             self.render()
-        return _first_observation(obs), _first(info)
+        return _one_observation(obs), _first(info)
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """One control step with residual (6,); see SO101ResidualVectorEnv.step."""
         obs, reward, terminated, truncated, info = self._envs.step(np.asarray(action)[None])
         if self.render_mode == "human":
             self.render()
-        return _first_observation(obs), float(reward[0]), bool(terminated[0]), bool(truncated[0]), _first(info)
+        return _one_observation(obs), float(reward[0]), bool(terminated[0]), bool(truncated[0]), _first(info)
 
     @property
     def model(self) -> mujoco.MjModel:
@@ -1189,8 +1204,9 @@ def _check(condition: bool, name: str, value: Any, expected: str) -> None:
         raise SO101Error(f"{name} must be {expected}, got {value}")
 
 
-def _first_observation(obs: Any) -> Any:
-    return {key: array[0] for key, array in obs.items()} if isinstance(obs, dict) else obs[0]
+def _one_observation(obs: Any, i: int = 0) -> Any:
+    """The observation of one environment."""
+    return {key: array[i] for key, array in obs.items()} if isinstance(obs, dict) else obs[i]
 
 
 def _first(info: dict[str, Any]) -> dict[str, Any]:

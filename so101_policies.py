@@ -74,6 +74,7 @@ class BasePolicy:
     fingerprint: str = ""  # hash of its weights: a residual fits the base that it was trained on only
     memory: Mapping[str, np.ndarray] = MappingProxyType({})  # all that it remembers, a row per environment; is saved
     max_envs: int | None = None  # how many environments it can act in at once: a person can in one
+    estimate: np.ndarray | None = None  # where it took the sheet to be in the last step: x, y (m), yaw (rad), (N, 3)
     quit: bool = False  # a person has had enough: the episode under way does not count, and no other follows
 
     def reset(self, mask: np.ndarray) -> None:
@@ -354,21 +355,26 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "finalists": list, "base_fingerprint": str,
     },
     "so101 clone 3": {"script": str, "args": dict, "clone": dict},
+    "so101 student 1": {
+        "script": str, "args": dict, "task": dict, "base": dict, "base_fingerprint": str, "global_step": int,
+        "student": dict, "training": (dict, type(None)),
+    },
 }  # fmt: skip
-CHECKPOINT, CLONE = SCHEMAS
+CHECKPOINT, CLONE, STUDENT = SCHEMAS
+WEIGHTS = {CHECKPOINT: "agent", CLONE: "clone", STUDENT: "student"}  # where they are
 
 
-def load_file(path: str | Path, kind: str) -> dict[str, Any]:
+def load_file(path: str | Path, *kinds: str) -> dict[str, Any]:
     """Read a policy's file, and check its checksums, its keys, and that its weights are finite.
 
     Args:
         path: the file.
-        kind: CHECKPOINT or CLONE.
+        kinds: what it may be: CHECKPOINT, CLONE, STUDENT. The file says which, in "format".
 
     Raises:
         SO101Error: missing, damaged, or of another kind.
     """
-    noun = kind.split()[1]
+    noun = kinds[0].split()[1]
     if not Path(path).is_file():
         raise SO101Error(f"{path}: no such file")
     try:
@@ -380,13 +386,15 @@ def load_file(path: str | Path, kind: str) -> dict[str, Any]:
         raise SO101Error(text) from error
     if damaged:
         raise SO101Error(f"{path}: damaged, the checksum of {damaged} is wrong; take another {noun}")
-    if not isinstance(saved, dict) or saved.get("format") != kind:
+    if not isinstance(saved, dict) or saved.get("format") not in kinds:
         found = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
-        raise SO101Error(f"{path}: not a {noun} of this version, which reads {kind!r}; the file says {found!r}")
+        known = " or ".join(map(repr, kinds))
+        raise SO101Error(f"{path}: not a {noun} of this version, which reads {known}; the file says {found!r}")
+    kind = saved["format"]
     for key, expected in SCHEMAS[kind].items():
         if not isinstance(saved.get(key, ...), expected):
             raise SO101Error(f"{path}: {key} is missing or of a wrong type; take another {noun}")
-    for name, tensor in saved["agent" if kind == CHECKPOINT else "clone"].items():
+    for name, tensor in saved[WEIGHTS[kind]].items():
         if not isinstance(tensor, torch.Tensor) or not torch.isfinite(tensor).all():
             raise SO101Error(f"{path}: weight {name} is not finite; take another {noun}")
     return saved
@@ -469,14 +477,15 @@ class Checkpoint(NamedTuple):
         load_weights(agent, self.saved["agent"], path)
         return agent
 
-    def check_base(self, base_policy: BasePolicy | None, path: str | Path) -> None:
-        """Raise SO101Error if the base policy is no longer the one that the residual was trained on."""
-        now, then = base_policy.fingerprint if base_policy else "", self.saved["base_fingerprint"]
-        if now != then:
-            raise SO101Error(
-                f"{path}: trained on base policy {self.args.base.base_policy} with weights {then[:12] or 'none'}, it "
-                f"now has {now[:12] or 'none'}; put the old one back"
-            )
+
+def check_base(saved: dict[str, Any], spec: str, base_policy: BasePolicy | None, path: str | Path) -> None:
+    """Raise SO101Error if the base policy is no longer the one that the residual saved in path was trained on."""
+    now, then = base_policy.fingerprint if base_policy else "", saved["base_fingerprint"]
+    if now != then:
+        raise SO101Error(
+            f"{path}: trained on base policy {spec} with weights {then[:12] or 'none'}, it now has "
+            f"{now[:12] or 'none'}; put the old one back"
+        )
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -506,21 +515,14 @@ def hash_weights(state_dict: dict[str, torch.Tensor], also: str = "") -> str:
 # base policies from files and modules
 
 
-class CheckpointPolicy(BasePolicy):
-    """A frozen policy of a training script, its own base policy included: residuals stack."""
+class StackedPolicy(BasePolicy):
+    """A frozen residual on a base policy of its own: residuals stack. Its `act` remains to be written."""
 
-    def __init__(self, path: str):
-        checkpoint = load_checkpoint(path)
-        args = checkpoint.args
-        self.base = load_policy(args.base.base_policy, args.base.server)
-        self.agent = checkpoint.agent(path)
-        checkpoint.check_base(self.base, path)
-        self.observe_base, self.scale_rad = args.base.observe_base, args.task.alpha * args.task.act_scale
+    def __init__(self, base: BasePolicy | None):
+        self.base = base
         self.residual = np.zeros((0, ACT_DIM))  # its own, of the last step, rad
-        also = f"{checkpoint.saved['base_fingerprint']} {self.scale_rad}"
-        self.fingerprint = hash_weights(checkpoint.saved["agent"], also)
-        if self.base is not None:
-            self.cameras, self.image_size = self.base.cameras, self.base.image_size
+        if base is not None:
+            self.cameras, self.image_size = base.cameras, base.image_size
 
     def reset(self, mask: np.ndarray) -> None:
         """Forget the last residual; passed on to its own base policy."""
@@ -543,22 +545,43 @@ class CheckpointPolicy(BasePolicy):
             base = {name: array for name, array in memory.items() if name != "residual"}
             self.base.memory = {name.removeprefix("base."): array for name, array in base.items()}
 
-    def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
-        """Joint deltas in rad (N, 6): what its own base policy and its residual ask for together."""
-        flat = flat_observation(obs)
-        base = np.zeros((len(flat), ACT_DIM))
-        if self.base is not None:  # which is corrected twice
-            base = self.base.act(obs.with_residual(obs[RESIDUAL] + self.residual), mask)
-        if self.observe_base:
-            flat = np.concatenate([flat, base.astype(np.float32)], axis=1)
-        residual = self.scale_rad * self.agent.act(flat).astype(np.float64)
-        self.residual[mask] = residual[mask]
-        return base + residual
+    def base_delta(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
+        """Joint deltas in rad (N, 6) of its own base policy, which is corrected twice."""
+        if self.base is None:
+            return np.zeros((len(mask), ACT_DIM))
+        return self.base.act(obs.with_residual(obs[RESIDUAL] + self.residual), mask)
 
     def close(self) -> None:
         """Release what its own base policy holds."""
         if self.base is not None:
             self.base.close()
+
+
+class CheckpointPolicy(StackedPolicy):
+    """A frozen policy of a training script, its own base policy included."""
+
+    def __init__(self, path: str):
+        checkpoint = load_checkpoint(path)
+        self.args = args = checkpoint.args
+        super().__init__(load_policy(args.base.base_policy, args.base.server))
+        self.agent = checkpoint.agent(path)
+        check_base(checkpoint.saved, args.base.base_policy, self.base, path)
+        self.observe_base, self.scale_rad = args.base.observe_base, args.task.alpha * args.task.act_scale
+        also = f"{checkpoint.saved['base_fingerprint']} {self.scale_rad}"
+        self.fingerprint = hash_weights(checkpoint.saved["agent"], also)
+
+    def agent_residual(self, obs: np.ndarray, base_delta: np.ndarray) -> np.ndarray:
+        """The agent's residual (N, 6) in [-1, 1] for observations (N, 25) and its base's deltas (N, 6), rad."""
+        if self.observe_base:
+            obs = np.concatenate([obs, base_delta.astype(np.float32)], axis=1)
+        return self.agent.act(obs)
+
+    def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
+        """Joint deltas in rad (N, 6): what its own base policy and its residual ask for together."""
+        base = self.base_delta(obs, mask)
+        residual = self.scale_rad * self.agent_residual(flat_observation(obs), base).astype(np.float64)
+        self.residual[mask] = residual[mask]
+        return base + residual
 
 
 def new_chunks(num_envs: int, steps: int) -> dict[str, np.ndarray]:
@@ -746,6 +769,9 @@ def load_policy(spec: str, server: Server = Server()) -> BasePolicy | None:
     if spec == "keyboard":
         return _own_policy("so101_teleop", "KeyboardPolicy")
     if kind == "checkpoint" and rest:
+        saved = load_file(rest, CHECKPOINT, STUDENT)
+        if saved["format"] == STUDENT:
+            return load_script(saved["script"], rest).StudentPolicy(saved, rest)
         return CheckpointPolicy(rest)
     if kind == "bc" and rest:
         saved = load_file(rest, CLONE)

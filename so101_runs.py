@@ -10,7 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from so101_env import ACT_DIM, JOINTS, OBS, SO101Error, SO101ResidualVectorEnv, check_ranges, sheet_pose
+from so101_env import ACT_DIM, JOINTS, OBS, SO101Error, SO101ResidualVectorEnv, check_ranges, sheet_pose, wrap_angle
 
 # Episodes of training, of the evaluations during training, of demonstrations, and of eval_so101.py never share a seed:
 # the best model is chosen on the second, and reported on the last.
@@ -249,8 +249,9 @@ def evaluate(
     Returns:
         A dict per seed, in order: seed, success, return, length, final_distance_m, final_yaw_error_rad,
         residual_magnitude, failure ("", "non_finite" or "out_of_reach"), initial_distance_m, initial_yaw_rad; with a
-        base policy also base_delta_rad and residual_delta_rad, the episode's mean absolute values per joint. Fewer than
-        the seeds if a person who is the base policy quits.
+        base policy also base_delta_rad and residual_delta_rad, the episode's mean absolute values per joint; with one
+        that estimates where the sheet lies, estimate_error_m and estimate_error_rad, means over the episode. Fewer
+        than the seeds if a person who is the base policy quits.
     """
     episodes: list[dict[str, Any]] = []
     for start in range(0, len(seeds), envs.num_envs):
@@ -261,13 +262,14 @@ def evaluate(
         results: list[dict[str, Any]] = [{} for _ in chunk]
         running, states, observations, commands = mask.copy(), [envs.qpos], [], []
         deltas = np.zeros((2, envs.num_envs, ACT_DIM))  # sums of what base and residual moved the targets, rad
+        misses = np.zeros((2, envs.num_envs))  # sums of how far estimates are from the sheet, m and rad
         seen = envs.full_observation
         initial_distance = np.linalg.norm(seen[:, OBS["tape_minus_sheet"]][:, :2], axis=1)
         initial_yaw, look_seed = sheet_pose(seen)[1], envs.look_seed
         while running.any():
             if envs.base_policy is not None and envs.base_policy.quit:
                 return episodes
-            action = act(obs)
+            action, sheet = act(obs), envs.qpos[:, 6:]
             if trace:
                 observations.append(envs.full_observation)
             obs, _, terminated, truncated, infos = envs.step(action)
@@ -277,6 +279,9 @@ def evaluate(
             if envs.base_policy is not None:
                 residual_delta = envs.task.alpha * envs.task.act_scale * np.clip(action, -1, 1)
                 deltas += np.abs([infos["base_delta_rad"], residual_delta])
+            if (estimate := getattr(envs.base_policy, "estimate", None)) is not None:
+                misses[0] += np.linalg.norm(estimate[:, :2] - sheet[:, :2], axis=1)
+                misses[1] += np.abs(wrap_angle(estimate[:, 2] - sheet[:, 3]))
             for i in np.flatnonzero(running & (terminated | truncated)):
                 running[i] = False
                 summary = {key: values[i] for key, values in infos["episode_summary"].items()}
@@ -295,6 +300,9 @@ def evaluate(
                 if envs.base_policy is not None:
                     means = deltas[:, i] / results[i]["length"]
                     results[i] |= {"base_delta_rad": means[0].tolist(), "residual_delta_rad": means[1].tolist()}
+                if estimate is not None:
+                    names = ("estimate_error_m", "estimate_error_rad")
+                    results[i] |= {name: float(sums[i] / summary["length"]) for name, sums in zip(names, misses)}
                 if trace:
                     trajectories = {"qpos": states, "obs": observations, "command": commands}
                     results[i] |= {key: np.array([row[i] for row in rows]) for key, rows in trajectories.items()}
@@ -332,14 +340,18 @@ def write_video(
     columns: Mapping[str, list[dict[str, Any]]],
     path: Path,
     size: tuple[int, int] | None = None,
+    blind: Collection[str] = (),
 ) -> None:
     """Film traced episodes, one after the other: MP4 in real time, or a small GIF of every third frame.
+
+    What a policy sees through cameras is shown in the corner.
 
     Args:
         columns: the episodes by what is written above them; several columns are shown side by side. How an episode
             ended, and when, is written below it; the next one follows when it has ended in all columns.
         path: ends in .mp4 or .gif.
         size: width and height of a column, pixels, even; None: 640 x 480, or 480 x 360 for a GIF.
+        blind: columns whose policy does not look through the cameras of envs.
     """
     import imageio.v2 as imageio
     from PIL import Image, ImageDraw
@@ -350,12 +362,22 @@ def write_video(
     mp4 = {"fps": fps, "macro_block_size": 1, "ffmpeg_log_level": "quiet"}
     options = {"duration": 1000 * every / fps, "loop": 0} if gif else mp4
 
+    cameras, seen_size = envs.cameras, envs.image_size
+    if not cameras and envs.base_policy is not None:
+        cameras, seen_size = envs.base_policy.cameras, tuple(envs.base_policy.image_size)
+
     def picture(title: str, episode: dict[str, Any], t: int) -> np.ndarray:
-        qpos, text = episode["qpos"], height // 20
-        image = Image.fromarray(envs.render_state(qpos[min(t, len(qpos) - 1)], (height, width)))
+        step, text, seed = min(t, len(episode["qpos"]) - 1), height // 20, episode["look_seed"]
+        qpos = episode["qpos"][step]
+        image = Image.fromarray(envs.render_state(qpos, (height, width), seed))
+        for number, camera in enumerate(cameras if title not in blind else ()):
+            seen = envs.camera_images(qpos[None], camera, seen_size, np.array([seed]), np.array([step]))[0]
+            inset_width = round(height / 3 * seen_size[1] / seen_size[0])
+            inset = Image.fromarray(seen).resize((inset_width, height // 3), Image.Resampling.NEAREST)
+            image.paste(inset, (width - inset_width, number * (height // 3 + 2)))
         draw = ImageDraw.Draw(image)
         draw.text((text // 2, text // 2), title, fill="black", font_size=text)
-        if t >= len(qpos) - 1:
+        if step == len(episode["qpos"]) - 1:
             end = "success" if episode["success"] else episode["failure"].replace("_", " ") or "no success"
             end += f", {episode['length'] / fps:.1f} s"
             draw.text(

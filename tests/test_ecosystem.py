@@ -112,6 +112,22 @@ def test_stable_baselines3_learns_on_it(algorithm):
     assert model.predict(obs, deterministic=True)[0] in env.action_space
 
 
+def test_stable_baselines3_trains_from_pixels():
+    """MultiInputPolicy on the pictures and what the arm measures, as they come."""
+    sb3 = pytest.importorskip("stable_baselines3")
+    from stable_baselines3.common.env_checker import check_env
+
+    env = gym.make("SO101Residual-v0", base_policy="jacobian", observe="pixels", image_size=(64, 64))
+    check_env(env)
+    model = sb3.PPO("MultiInputPolicy", env, seed=1, device="cpu", n_steps=128, batch_size=64, n_epochs=2)
+    before = {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
+    model.learn(384)
+    changed = {name for name, tensor in model.policy.state_dict().items() if (tensor != before[name]).any()}
+    assert any("pixels_top.cnn" in name for name in changed)
+    obs, _ = env.reset(seed=0)
+    assert model.predict(obs, deterministic=True)[0] in env.action_space
+
+
 def test_minari_records_it(tmp_path, monkeypatch):
     minari = pytest.importorskip("minari")
     pytest.importorskip("jax")

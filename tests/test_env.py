@@ -8,10 +8,12 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 import pytest
+from conftest import ROOT
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import so101_env
+import so101_scene
 from so101_env import (
     ACT_DIM,
     MAX_EPISODE_STEPS,
@@ -39,9 +41,12 @@ def place_sheet(envs: SO101ResidualVectorEnv, x: float, y: float, yaw: float = 0
 
 
 @pytest.mark.filterwarnings("ignore:.*Box observation space.*")
-@pytest.mark.parametrize("randomization", [None, DomainRandomization.full()])
-def test_gymnasium_check_env(randomization):
-    check_env(SO101ResidualEnv(randomization=randomization), skip_render_check=True)
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"full_randomization": True}, {"observe": "pixels", "cameras": ("wrist", "top"), "visual_randomization": True}],
+)
+def test_gymnasium_check_env(kwargs):
+    check_env(SO101ResidualEnv(**kwargs), skip_render_check=True)
 
 
 def test_registered():
@@ -63,14 +68,17 @@ def assert_same_info(ours: dict, gymnasiums: dict, where: np.ndarray) -> None:
         if isinstance(gymnasiums[key], dict):
             assert_same_info(ours[key], gymnasiums[key], rows)
         for i in np.flatnonzero(rows) if isinstance(gymnasiums[key], np.ndarray) else ():
-            np.testing.assert_array_equal(ours[key][i], gymnasiums[key][i], err_msg=key)
+            np.testing.assert_equal(ours[key][i], gymnasiums[key][i], err_msg=key)
 
 
-@pytest.mark.parametrize("full", [False, True])
+PIXELS = {"observe": "pixels", "image_size": (20, 24), "visual_randomization": True, "observe_base": True}
+
+
+@pytest.mark.parametrize("more", [{}, {"full_randomization": True}, PIXELS], ids=["state", "full", "pixels"])
 @pytest.mark.parametrize("mode", list(AutoresetMode))
-def test_vector_env_is_what_gymnasium_makes_of_single_ones(mode, full):
+def test_vector_env_is_what_gymnasium_makes_of_single_ones(mode, more):
     """All of what reset and step return, across autoresets, for any number of threads; equal, not close."""
-    kwargs = {"base_policy": "jacobian", "max_episode_steps": 90, "shaping_gamma": 0.98, "full_randomization": full}
+    kwargs = {"base_policy": "jacobian", "max_episode_steps": 90, "shaping_gamma": 0.98, **more}
     one_thread = SO101ResidualVectorEnv(4, num_threads=1, autoreset_mode=mode, **kwargs)
     envs = SO101ResidualVectorEnv(4, num_threads=2, autoreset_mode=mode, **kwargs)
     reference = SyncVectorEnv([lambda: SO101ResidualEnv(**kwargs)] * 4, autoreset_mode=mode)
@@ -80,14 +88,16 @@ def test_vector_env_is_what_gymnasium_makes_of_single_ones(mode, full):
     for _ in range(190):
         (*ours, info), (*same, _), (*gymnasiums, expected_info) = results
         for a, b, c in zip(ours, same, gymnasiums):
-            np.testing.assert_array_equal(a, b)
-            np.testing.assert_array_equal(a, c)
+            for key in a if isinstance(a, dict) else (...,):  # a picture for each camera, and the state
+                np.testing.assert_array_equal(a[key], b[key])
+                np.testing.assert_array_equal(a[key], c[key])
         assert_same_info(info, expected_info, everyone)
         if len(ours) == 4:
             ends += [(bool(a), bool(b)) for a, b in zip(*ours[2:]) if a or b]
             if mode == AutoresetMode.DISABLED and (done := ours[2] | ours[3]).any():
                 results = [each.reset(options={"reset_mask": done.copy()}) for each in (envs, one_thread, reference)]
-                np.testing.assert_array_equal(results[0][0], results[2][0])
+                if "observe" not in more:
+                    np.testing.assert_array_equal(results[0][0], results[2][0])
         actions = rng.uniform(-0.6, 0.6, (4, ACT_DIM))
         results = [each.step(actions) for each in (envs, one_thread, reference)]
     assert set(ends) == {(True, False), (False, True)}  # successes and time-outs
@@ -120,8 +130,9 @@ def test_disabled_autoreset_lets_finished_environments_rest():
         envs.step(np.zeros((2, ACT_DIM)))
 
 
-def test_state_saved_and_restored_continues_to_the_bit():
-    kwargs = {"max_episode_steps": 20, "randomization": DomainRandomization.full()}
+@pytest.mark.parametrize("more", [{}, PIXELS | {"observe_base": False}], ids=["state", "pixels"])
+def test_state_saved_and_restored_continues_to_the_bit(more):
+    kwargs = {"max_episode_steps": 20, "randomization": DomainRandomization.full(), **more}
     envs, other = SO101ResidualVectorEnv(3, **kwargs), SO101ResidualVectorEnv(3, **kwargs)
     envs.reset(seed=0)
     actions = np.random.default_rng(0).uniform(-1, 1, (60, 3, ACT_DIM))
@@ -130,7 +141,90 @@ def test_state_saved_and_restored_continues_to_the_bit():
     other.set_state(envs.get_state())
     for t in range(25, 60):
         for ours, theirs in zip(envs.step(actions[t])[:4], other.step(actions[t])[:4]):
-            np.testing.assert_array_equal(ours, theirs)
+            for key in ours if isinstance(ours, dict) else (...,):
+                np.testing.assert_array_equal(ours[key], theirs[key])
+
+
+# -- pictures
+
+
+def test_pixels_hold_what_a_real_arm_has_and_info_the_rest():
+    """The sheet is moved: pictures change, the rest of the observation does not."""
+    kwargs = {"cameras": ("top", "wrist"), "image_size": (24, 32), "randomize": False}
+    envs = SO101ResidualVectorEnv(2, observe="pixels", **kwargs)
+    assert list(envs.single_observation_space) == ["pixels_top", "pixels_wrist", "state"]
+    qpos = np.tile(envs._home["qpos"], (2, 1))
+    qpos[1, 7], qpos[1, 9] = 0.03, 0.2
+    obs, info = envs.reset(seed=0, options={"qpos": qpos})
+    assert obs in envs.observation_space and obs["pixels_top"].shape == (2, 24, 32, 3) and obs["state"].shape == (2, 15)
+    np.testing.assert_array_equal(obs["state"][0], obs["state"][1])
+    for camera in ("pixels_top", "pixels_wrist"):
+        assert np.abs(obs[camera][0].astype(int) - obs[camera][1]).max() > 50
+    blind = SO101ResidualVectorEnv(2, randomize=False)
+    full = blind.reset(seed=0, options={"qpos": qpos})[0]
+    np.testing.assert_array_equal(info["full_observation"], full)
+    np.testing.assert_array_equal(obs["state"], full[:, [*range(12), 22, 23, 24]])
+    before = obs["pixels_top"].copy()
+    later, *_ = envs.step(np.ones((2, ACT_DIM)))
+    assert not np.array_equal(later["pixels_top"], before) and np.array_equal(obs["pixels_top"], before)
+    for one in (envs, blind):
+        one.close()
+
+
+def test_looks_are_seeded_vary_within_their_ranges_and_leave_the_physics_alone():
+    kwargs = {"observe": "pixels", "image_size": (48, 48), "max_episode_steps": 5}
+    plain, envs = (SO101ResidualVectorEnv(8, visual_randomization=on, **kwargs) for on in (False, True))
+    actions = np.random.default_rng(0).uniform(-1, 1, (12, 8, ACT_DIM))
+
+    def play(envs):
+        observations = [envs.reset(seed=3)[0], *(envs.step(action)[0] for action in actions)]
+        return {key: np.array([obs[key] for obs in observations]) for key in ("pixels_top", "state")}, envs.look_seed
+
+    (nominal, _), (first, seeds), (again, _) = play(plain), play(envs), play(envs)
+    np.testing.assert_array_equal(first["state"], nominal["state"])  # episodes are the same, autoresets included
+    np.testing.assert_array_equal(first["pixels_top"], again["pixels_top"])
+    assert len(set(seeds)) == 8
+    means = first["pixels_top"].astype(float).mean((2, 3, 4))
+    assert np.std(means[0]) > 10 > 5 > np.std(nominal["pixels_top"].astype(float).mean((2, 3, 4))[0])
+    assert np.abs(np.diff(means[:5], axis=0)).max() < 5 < np.abs(means[4] - means[5]).mean()  # one look an episode
+    still = envs.camera_images(envs.qpos[:1].repeat(2, 0), "top", (48, 48), seeds[:1].repeat(2), np.arange(2))
+    assert 0 < np.abs(still[0].astype(int) - still[1]).mean() < 10  # noise is another in every step
+
+    looks = [so101_scene.draw_look(envs.model, envs.visuals, seed) for seed in range(300)]
+    moved = np.array([look.fields["cam_pos"] for look in looks]) - envs.model.cam_pos
+    assert 0.0045 < np.abs(moved).max() <= 0.005
+    dots = np.abs(np.sum([look.fields["cam_quat"] * envs.model.cam_quat for look in looks], axis=2)).clip(0, 1)
+    assert 1.8 < np.rad2deg(2 * np.arccos(dots)).max() <= 2.0001
+    assert 0.4 < np.mean([look.shadows for look in looks]) < 0.6
+    for name in so101_scene.LOOK_FIELDS:  # all of it varies, and nothing of the model was changed by drawing
+        assert len(np.unique([look.fields[name] for look in looks], axis=0)) >= 5, name
+    np.testing.assert_array_equal(so101_scene.nominal_look(envs.model).fields["mat_rgba"], plain.model.mat_rgba)
+    for one in (plain, envs):
+        one.close()
+
+
+def test_a_shadow_is_drawn_where_the_look_has_one():
+    """Noise, colours and cameras as they are: only the lamp's shadow differs, and it is dark."""
+    model = so101_env.load_model()
+    home = SO101ResidualVectorEnv(1)._home["qpos"]
+    painter, look = so101_scene.Painter(model, (64, 64), fast=True), so101_scene.nominal_look(model)
+    plain = painter.paint(home, "top", look).astype(int)
+    shadowed = painter.paint(home, "top", look._replace(shadows=True)).astype(int)
+    difference = (shadowed - plain).sum(2)
+    assert (difference < -30).mean() > 0.01 and (difference > 10).mean() < 0.01
+    np.testing.assert_array_equal(painter.paint(home, "top"), plain)
+    painter.close()
+
+
+def test_environments_with_pictures_end_quietly():
+    """With threads that draw, dropped or left open at the end, as users do: no traceback, no hang."""
+    code = (
+        "import so101_env\nfor _ in range(2):\n"
+        "    env = so101_env.SO101ResidualVectorEnv(4, observe='pixels', num_threads=2)\n    env.reset(seed=0)\n"
+        "del env\nenv = so101_env.SO101ResidualVectorEnv(4, observe='pixels', num_threads=2)\nenv.reset(seed=0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_state_only_use_does_not_touch_opengl():
