@@ -55,12 +55,12 @@ from so101_env import (
     flat_observation,
     sheet_pose,
 )
-from so101_scene import ASSETS
 from so101_policies import (
     STUDENT,
     CheckpointPolicy,
     Server,
     StackedPolicy,
+    add_cameras,
     check_base,
     hash_weights,
     load_file,
@@ -86,6 +86,7 @@ from so101_runs import (
     to_plain,
     write_json,
 )
+from so101_scene import ASSETS
 
 SCRIPT = Path(__file__).name
 # the sheet's pose as the network has it: x and y from the tape's centre, and yaw
@@ -210,7 +211,7 @@ MEASURED_DIM = sum(len(part.names) for _, part in _MEASURED_PARTS) + ACT_DIM
 
 
 def measured(obs: BaseObservation) -> np.ndarray:
-    """What the student knows beside pictures, (N, 21) float32: joints, velocities, tip and lag, as networks see them."""
+    """What the student knows beside pictures, (N, 21) float32, as networks see it: joints, velocities, tip, lag."""
     flat = flat_observation(obs)
     parts = [(flat[:, where] - part.mean) / part.scale for where, part in _MEASURED_PARTS]
     lag = (obs[COMMAND] - flat[:, OBS["joint_pos"]]) / LAG_SCALE_RAD
@@ -307,13 +308,8 @@ class StudentPolicy(StackedPolicy):
         """Act as student, and with this base policy, which looks through the same cameras or none."""
         super().__init__(base)
         size = (net.image_size, net.image_size)
-        if self.cameras and tuple(self.image_size) != size:
-            raise SO101Error(
-                f"--image-size {net.image_size}: the teacher's base policy sees pictures of {self.image_size} pixels, and "
-                "they are the same for both"
-            )
-        self.cameras = tuple(dict.fromkeys((*net.cameras, *self.cameras)))
-        self.student, self.own_cameras, self.image_size = student, net.cameras, size
+        self.cameras, self.image_size = add_cameras(base, net.cameras, size, "the student")
+        self.student, self.own_cameras = student, net.cameras
         self.scale_rad, self.act_scale = task.alpha * task.act_scale, task.act_scale
 
     @torch.inference_mode()
@@ -340,7 +336,7 @@ class StudentPolicy(StackedPolicy):
         return residual
 
     def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
-        """Joint deltas in rad (N, 6): those of the base policy, on the student's estimate, and the student's residual."""
+        """Joint deltas in rad (N, 6): the base policy's, on the student's estimate, and the student's residual."""
         look = self.look(obs, mask)
         base = self.base_delta(with_estimate(obs, self.estimate), mask)
         residual = self.own_residual(look, base, mask)
@@ -358,15 +354,16 @@ class Dagger(StudentPolicy):
     def __init__(self, student: Student, teacher: CheckpointPolicy, net: Networks, task: Task):
         self.teacher, self.teacher_acts, self.seen = teacher, False, {}
         self.setup(student, teacher.base, net, task)
+        self.cameras, _ = add_cameras(teacher, net.cameras, self.image_size, "the student")
 
     def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
         """Joint deltas in rad (N, 6); `seen` then has a row (n, ...) for each environment in mask."""
-        look, flat = self.look(obs, mask), flat_observation(obs)
+        look, flat = self.look(obs, mask), flat_observation(obs)[mask]
         base = self.base_delta(obs if self.teacher_acts else with_estimate(obs, self.estimate), mask)
         residual = self.own_residual(look, base, mask)
-        answer = self.teacher.agent_residual(flat, base)
+        answer = self.teacher.agent_residual(obs, base, mask)
         xy, yaw = sheet_pose(flat)
-        pose = np.column_stack([xy - TAPE_CENTER_M, yaw])[mask] / POSE_SCALE
+        pose = np.column_stack([xy - TAPE_CENTER_M, yaw]) / POSE_SCALE
         self.seen = {
             "images": look["images"], "measured": look["measured"], "base_delta": look["base_delta"],
             "residual": answer[mask], "pose": pose.astype(np.float32),
@@ -563,8 +560,8 @@ def main() -> int:
     num_envs = min(args.dagger.num_envs, args.total_timesteps)
     print(
         f"from step {resumed['global_step']} to" if resumed else "distilling for",
-        f"{args.total_timesteps} steps in {num_envs} environments, tape margin {1000 * task.tape_margin:.0f} mm, teacher",
-        f"{args.teacher}, cameras {' '.join(args.networks.cameras)}, seed {args.seed}", flush=True,
+        f"{args.total_timesteps} steps in {num_envs} environments, tape margin {1000 * task.tape_margin:.0f} mm,",
+        f"teacher {args.teacher}, cameras {' '.join(args.networks.cameras)}, seed {args.seed}", flush=True,
     )  # fmt: skip
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)

@@ -721,7 +721,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             if seeds[i] is not None or self._rngs[i] is None:
                 self._rngs[i] = seeding.np_random(seeds[i])[0]
         self._start_episodes(np.flatnonzero(mask), options.get("qpos") if options else None)
-        return self._observation(), self._info(self._scene())
+        return self.observation, self._info(self._scene())
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One control step, 1/30 s.
@@ -735,7 +735,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             return (unshaped), length, residual_magnitude (the mean), (N,) each; with a base policy base_delta_rad
             (N, 6); with pixels full_observation (N, 25). With SAME_STEP autoreset, obs and info of a finished
             environment are the next episode's first, and info has final_obs and final_info (all of the above), valid
-            where _final_obs and _final_info are True. With NEXT_STEP, they are the next episode's in the step after, whose action counts for nothing.
+            where _final_obs and _final_info are True. With NEXT_STEP, they are the next episode's in the step after,
+            whose action counts for nothing.
 
         Raises:
             ValueError: actions of another shape, or not finite.
@@ -794,7 +795,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             info = self._restart(finished, info) | final | {f"_{name}": finished for name in final}
         if restarting.any():
             info = self._restart(restarting, info)
-        return self._observation(), reward, terminated, truncated, info
+        return self.observation, reward, terminated, truncated, info
 
     @property
     def command(self) -> np.ndarray:
@@ -976,8 +977,9 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         for camera, pixels in self._pixels.items() if mask.any() else ():
             pixels[mask] = self._camera_images(camera, np.flatnonzero(mask), self.image_size)
 
-    def _observation(self) -> Any:
-        """What the learner sees, a copy."""
+    @property
+    def observation(self) -> Any:
+        """Copy of the observation that reset or step returned last."""
         if not self.observe_pixels:
             return self._obs.copy()
         pixels = {f"pixels_{camera}": pixels.copy() for camera, pixels in self._pixels.items()}
@@ -985,7 +987,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
     def _final_observation(self, finished: np.ndarray) -> np.ndarray:
         """The same for info["final_obs"], a row per environment: with pixels a dict each, as Gymnasium has it."""
-        obs = self._observation()
+        obs = self.observation
         if not self.observe_pixels:
             return obs
         rows = np.full(self.num_envs, None)
@@ -1152,9 +1154,7 @@ class SO101ResidualEnv(gym.Env):
         if render_mode == "human":
             check_display()
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Start an episode; returns the observation and info. options {"qpos": (10,)} as in the vector env."""
         super().reset(seed=seed)
         self._envs._rngs[0] = self.np_random  # one generator, so that env.np_random is the one in use

@@ -39,6 +39,7 @@ from so101_env import (
     HOME_RAD,
     IMAGES,
     JOINT_MIRROR,
+    MEASURED,
     OBS,
     OBSERVATION,
     RESIDUAL,
@@ -515,6 +516,19 @@ def hash_weights(state_dict: dict[str, torch.Tensor], also: str = "") -> str:
 # base policies from files and modules
 
 
+def add_cameras(
+    base: BasePolicy | None, cameras: tuple[str, ...], image_size: tuple[int, int], path: str | Path
+) -> tuple[tuple[str, ...], tuple[int, int]]:
+    """Cameras and size of the pictures for a policy and its base policy. Raises SO101Error if the sizes differ."""
+    others = () if base is None else base.cameras
+    if others and tuple(base.image_size) != tuple(image_size):
+        raise SO101Error(
+            f"{path}: looks at pictures of {image_size} pixels, its base policy at {tuple(base.image_size)}; one size "
+            "must do for both"
+        )
+    return tuple(dict.fromkeys((*cameras, *others))), tuple(image_size)
+
+
 class StackedPolicy(BasePolicy):
     """A frozen residual on a base policy of its own: residuals stack. Its `act` remains to be written."""
 
@@ -566,20 +580,30 @@ class CheckpointPolicy(StackedPolicy):
         super().__init__(load_policy(args.base.base_policy, args.base.server))
         self.agent = checkpoint.agent(path)
         check_base(checkpoint.saved, args.base.base_policy, self.base, path)
-        self.observe_base, self.scale_rad = args.base.observe_base, args.task.alpha * args.task.act_scale
+        self.observe_base = getattr(args.base, "observe_base", self.base is not None)  # one that sees always does
+        self.scale_rad = args.task.alpha * args.task.act_scale
+        self.own_cameras = tuple(getattr(self.agent, "cameras", ()))
+        if self.own_cameras:
+            self.cameras, self.image_size = add_cameras(self.base, self.own_cameras, self.agent.image_size, path)
         also = f"{checkpoint.saved['base_fingerprint']} {self.scale_rad}"
         self.fingerprint = hash_weights(checkpoint.saved["agent"], also)
 
-    def agent_residual(self, obs: np.ndarray, base_delta: np.ndarray) -> np.ndarray:
-        """The agent's residual (N, 6) in [-1, 1] for observations (N, 25) and its base's deltas (N, 6), rad."""
+    def agent_residual(self, obs: BaseObservation, base_delta: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """The agent's residual (N, 6) in [-1, 1] for its base's deltas (N, 6), rad; zero where mask is not."""
+        flat, residual = flat_observation(obs)[mask], np.zeros((len(mask), ACT_DIM), np.float32)
+        if self.own_cameras:
+            flat = np.concatenate([flat[:, OBS[name]] for name in MEASURED], axis=1)
         if self.observe_base:
-            obs = np.concatenate([obs, base_delta.astype(np.float32)], axis=1)
-        return self.agent.act(obs)
+            flat = np.concatenate([flat, base_delta[mask].astype(np.float32)], axis=1)
+        seen = obs.rows(mask)
+        pixels = {f"pixels_{camera}": seen[IMAGES + camera] for camera in self.own_cameras}
+        residual[mask] = self.agent.act(pixels | {"state": flat} if pixels else flat)
+        return residual
 
     def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
         """Joint deltas in rad (N, 6): what its own base policy and its residual ask for together."""
         base = self.base_delta(obs, mask)
-        residual = self.scale_rad * self.agent_residual(flat_observation(obs), base).astype(np.float64)
+        residual = self.scale_rad * self.agent_residual(obs, base, mask).astype(np.float64)
         self.residual[mask] = residual[mask]
         return base + residual
 

@@ -316,9 +316,9 @@ def episode_mean(episodes: Iterable[dict[str, Any]], key: str) -> float:
     return float(np.mean([episode[key] for episode in episodes]))
 
 
-def no_residual(obs: np.ndarray) -> np.ndarray:
-    """The base policy alone: residuals (N, 6) of zero."""
-    return np.zeros((len(obs), ACT_DIM), np.float32)
+def no_residual(obs: Any) -> np.ndarray:
+    """The base policy alone: residuals (N, 6) of zero, for observations of any kind."""
+    return np.zeros((len(obs["state"] if isinstance(obs, dict) else obs), ACT_DIM), np.float32)
 
 
 def residual_to_base(episodes: list[dict[str, Any]]) -> dict[str, float]:

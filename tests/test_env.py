@@ -43,7 +43,11 @@ def place_sheet(envs: SO101ResidualVectorEnv, x: float, y: float, yaw: float = 0
 @pytest.mark.filterwarnings("ignore:.*Box observation space.*")
 @pytest.mark.parametrize(
     "kwargs",
-    [{}, {"full_randomization": True}, {"observe": "pixels", "cameras": ("wrist", "top"), "visual_randomization": True}],
+    [
+        {},
+        {"full_randomization": True},
+        {"observe": "pixels", "cameras": ("wrist", "top"), "visual_randomization": True},
+    ],
 )
 def test_gymnasium_check_env(kwargs):
     check_env(SO101ResidualEnv(**kwargs), skip_render_check=True)
