@@ -480,7 +480,7 @@ def update(
 def learning_rate(args: Args, global_step: int) -> float:
     """Rises over the first tenth, then falls to zero along half a cosine."""
     done = global_step / args.total_timesteps
-    return args.dagger.learning_rate * min(1.0, 10 * done) * 0.5 * (1 + np.cos(np.pi * min(1.0, done)))
+    return float(args.dagger.learning_rate * min(1.0, 10 * done) * 0.5 * (1 + np.cos(np.pi * done)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

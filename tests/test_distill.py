@@ -1,0 +1,313 @@
+"""Students that see: DAgger, and what becomes of a student."""
+
+import dataclasses
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import refusal, run_script, train
+from gymnasium.vector import AutoresetMode
+
+import distill_so101
+from distill_so101 import Args, DAgger, Dagger, Networks, Samples, Student, measured, with_estimate
+from so101_env import (
+    ACT_DIM,
+    OBS,
+    TAPE_CENTER_M,
+    SO101Error,
+    SO101ResidualVectorEnv,
+    base_observation,
+    sheet_pose,
+    sheet_to_tip_feature,
+)
+from so101_policies import CheckpointPolicy, load_policy
+from so101_runs import evaluate, no_residual
+
+NET = Networks(image_size=32, hidden_size=32)
+# a few seconds that still have every part: the teacher acts, the student acts, checkpoints, evaluations, a short end
+TINY = (
+    "--total-timesteps 1000 --num-envs 8 --num-steps 16 --teacher-steps 256 --updates 3 --minibatch-size 15 "
+    "--image-size 32 --hidden-size 32 --train-episode-steps 20 --checkpoint-every 500 --eval-every 500 "
+    "--eval-episodes 2 --visual-randomization"
+).split()
+
+
+def distil(monkeypatch: pytest.MonkeyPatch, log_dir: Path, *flags: str) -> Path:
+    """Distil to the end, in this process; returns the run's directory."""
+    before = set(log_dir.glob("*"))
+    monkeypatch.setattr("sys.argv", ["distill_so101.py", "--log-dir", str(log_dir), *flags])
+    assert distill_so101.main() == 0
+    (run,) = set(log_dir.glob("*")) - before
+    return run
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory) -> str:
+    """A residual on the pusher that is worth distilling: it moves."""
+    flags = "--base-policy jacobian --total-timesteps 2048 --eval-every 0 --tape-margin 0.03".split()
+    return str(train(tmp_path_factory.mktemp("teacher"), *flags) / "final_model.pt")
+
+
+@pytest.fixture(scope="session")
+def run(teacher, tmp_path_factory) -> Path:
+    """The directory of a finished tiny distillation, as a user starts it."""
+    log_dir = tmp_path_factory.mktemp("distill")
+    done = run_script("distill_so101.py", "--teacher", teacher, "--log-dir", str(log_dir), *TINY)
+    assert done.returncode == 0, done.stderr
+    (run,) = log_dir.iterdir()
+    assert f"--model {run / 'student.pt'}" in done.stdout and "success: student" in done.stdout
+    return run
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(a: object, b: object) -> None:
+    """Equal to the bit, all the way down."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+# -- what the student may know, and what it is told
+
+
+@pytest.mark.parametrize("base", ["zero", "jacobian"])
+def test_a_student_acts_on_what_a_real_arm_has(teacher, base, tmp_path):
+    """Elsewhere in the observation, not in the pictures, the sheet is moved: nothing that the student does changes."""
+    torch.manual_seed(0)
+    path = teacher if base == "jacobian" else str(Path(distill_so101.ASSETS) / "pretrained.pt")
+    rng, answers = np.random.default_rng(0), []
+    flat = rng.normal(0, 0.1, (2, 25)).astype(np.float32)
+    images, command = rng.integers(0, 255, (2, 32, 32, 3)).astype(np.uint8), rng.normal(0, 0.1, (2, 6))
+    student = Student(NET)
+    for _ in range(2):
+        policy = distill_so101.StudentPolicy.__new__(distill_so101.StudentPolicy)
+        checkpoint = CheckpointPolicy(path)
+        policy.setup(student, checkpoint.base, NET, checkpoint.args.task)
+        policy.reset(np.ones(2, bool))
+        obs = base_observation(flat, command, cameras=("top",), render=lambda camera, ids: images[ids])
+        answers.append([policy.act(obs, np.ones(2, bool)) for _ in range(3)])
+        for name in ("sheet_pos", "sheet_quat", "tape_minus_sheet"):
+            flat[:, OBS[name]] += 0.3
+    np.testing.assert_array_equal(*answers)
+    assert np.abs(answers[0]).max() > 0
+    images = images[::-1].copy()  # and it does look
+    obs = base_observation(flat, command, cameras=("top",), render=lambda camera, ids: images[ids])
+    assert not np.array_equal(policy.act(obs, np.ones(2, bool)), answers[0][2])
+
+
+def test_estimated_observation_puts_the_sheet_where_it_is_thought_to_be():
+    rng = np.random.default_rng(0)
+    envs = SO101ResidualVectorEnv(4, "jacobian")
+    envs.reset(seed=0)
+    envs.step(rng.uniform(-1, 1, (4, 6)))
+    obs = base_observation(envs.full_observation, envs.command)
+    xy, yaw = sheet_pose(envs.full_observation)
+    told = distill_so101.flat_observation(with_estimate(obs, np.column_stack([xy, yaw])))
+    np.testing.assert_allclose(told, envs.full_observation, atol=1e-4)  # the sheet's height is that at rest
+    elsewhere = with_estimate(obs, np.column_stack([xy + 0.02, yaw - 0.1]))
+    moved_xy, moved_yaw = sheet_pose(distill_so101.flat_observation(elsewhere))
+    np.testing.assert_allclose(moved_xy, xy + 0.02, atol=1e-6)
+    np.testing.assert_allclose(moved_yaw, yaw - 0.1, atol=1e-6)
+    student, state = Student(NET), torch.from_numpy(measured(obs))
+    pose = np.column_stack([xy - TAPE_CENTER_M, yaw]) / distill_so101.POSE_SCALE
+    gap = student.sheet_to_tip(torch.tensor(pose, dtype=torch.float32), state)
+    np.testing.assert_allclose(gap, sheet_to_tip_feature(envs.full_observation), atol=1e-4)
+
+
+def test_while_the_teacher_acts_episodes_are_its_own_and_every_answer_is_kept(teacher):
+    """To the bit, over resets; the kept poses are where the sheets are, the kept answers what moved the arm."""
+    policy = CheckpointPolicy(teacher)
+    task = policy.args.task
+    kwargs = {"task": task, "max_episode_steps": 40}
+    alone = SO101ResidualVectorEnv(3, CheckpointPolicy(teacher), **kwargs)
+    dagger, samples = Dagger(Student(NET), policy, NET, task), Samples(180, NET)
+    envs = SO101ResidualVectorEnv(3, dagger, **kwargs)
+    dagger.teacher_acts = True
+    alone.reset(seed=4)
+    envs.reset(seed=4)
+    steps, sheets, deltas = np.zeros(3, np.int64), [], []
+    for _ in range(60):
+        sheets.append(envs.qpos[:, 6:])
+        steps = distill_so101.rollout(envs, dagger, samples, 1, steps)
+        *_, info = alone.step(np.zeros((3, ACT_DIM)))
+        deltas.append(info["base_delta_rad"])  # of an episode that has ended, the next one's: left out below
+        np.testing.assert_array_equal(envs.qpos, alone.qpos)
+    assert samples.count == 180 and set(samples.rows["steps"]) == set(range(40))
+    sheets = np.concatenate(sheets)
+    pose = samples.rows["pose"] * distill_so101.POSE_SCALE
+    np.testing.assert_allclose(pose[:, :2] + TAPE_CENTER_M, sheets[:, :2], atol=1e-5)
+    np.testing.assert_allclose(pose[:, 2], sheets[:, 3], atol=1e-5)
+    moved = samples.rows["base_delta"] * task.act_scale + samples.rows["residual"] * task.alpha * task.act_scale
+    goes_on = np.append(samples.rows["steps"], steps)[3:] > 0
+    np.testing.assert_allclose(moved[goes_on], np.concatenate(deltas)[goes_on], atol=1e-6)
+    assert goes_on.sum() > 160
+
+
+def test_an_update_follows_the_gradient_of_the_whole_minibatch():
+    """The halves that two threads take add up to what one thread computes of all of it."""
+    torch.manual_seed(0)
+    student, samples, rng = Student(NET), Samples(64, NET), np.random.default_rng(0)
+    rows = {name: rng.normal(0, 1, array.shape).astype(array.dtype) for name, array in samples.rows.items()}
+    samples.add([rng.integers(0, 255, (64, 32, 32, 3)).astype(np.uint8)], **rows)
+    args = DAgger(updates=1, minibatch_size=16, max_grad_norm=1e6, pose_coef=0.7)
+    chosen = torch.randint(64, (16,), generator=torch.Generator().manual_seed(3)).numpy()
+    state, base, residual, pose = (torch.from_numpy(rows[name][chosen]) for name in
+                                   ("measured", "base_delta", "residual", "pose"))  # fmt: skip
+    features, estimate = student.look([torch.from_numpy(samples.images[0][chosen])], state)
+    loss = (student.act(features, estimate, state, base) - residual).abs().mean() + 0.7 * (estimate - pose).abs().mean()
+    expected = torch.autograd.grad(loss, list(student.parameters()))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
+    with ThreadPoolExecutor(2) as pool:
+        errors = distill_so101.update(student, optimizer, samples, args, torch.Generator().manual_seed(3), pool)
+    for parameter, gradient in zip(student.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+    off = (estimate - pose).detach().numpy() * distill_so101.POSE_SCALE
+    assert errors["position_error_m"] == pytest.approx(np.linalg.norm(off[:, :2], axis=1).mean(), rel=1e-4)
+    assert errors["yaw_error_rad"] == pytest.approx(np.abs(off[:, 2]).mean(), rel=1e-4)
+
+
+# -- the script as a user runs it
+
+
+def test_artefacts(run):
+    names = {path.name for path in run.iterdir()}
+    assert names == {"checkpoints", "config.json", "eval_results", "student.pt", "tensorboard", "training_summary.json"}
+    steps = [json.loads(line)["step"] for line in (run / "eval_results" / "evaluations.jsonl").read_text().splitlines()]
+    assert steps == [512, 1000] and {path.name for path in (run / "checkpoints").iterdir()} == {
+        "distill_so101_512_steps.pt", "distill_so101_1000_steps.pt"
+    }  # fmt: skip
+    saved = load(run / "student.pt")
+    assert saved["training"] is None and saved["global_step"] == 1000 and saved["task"]["tape_margin"] == 0.03
+    assert (run / "student.pt").stat().st_size < 1e6
+
+
+def test_every_resume_equals_the_uninterrupted_run_whatever_the_threads(run, teacher, tmp_path, monkeypatch):
+    """Its pictures are drawn again, with the noise that they had."""
+    again = distil(monkeypatch, tmp_path, "--teacher", teacher, "--num-threads", "1", *TINY)
+    first, last = (run / "checkpoints" / f"distill_so101_{step}_steps.pt" for step in (512, 1000))
+    assert_same(load(again / "checkpoints" / last.name)["training"], load(last)["training"])
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy / "run")
+    resumed = distil(
+        monkeypatch, copy, "--resume", str(copy / "run" / "checkpoints" / first.name), "--num-threads", "1"
+    )
+    assert_same(load(resumed / "checkpoints" / last.name)["training"], load(last)["training"])
+    assert_same(load(resumed / "student.pt")["student"], load(run / "student.pt")["student"])
+
+
+def test_a_student_is_evaluated_beside_its_teacher_filmed_and_recorded(run, tmp_path):
+    flags = ["--model", str(run / "student.pt"), "--episodes", "2"]
+    result, film, demos = tmp_path / "result.json", tmp_path / "film.gif", tmp_path / "demos"
+    done = run_script(
+        "eval_so101.py",
+        *flags,
+        "--json",
+        str(result),
+        "--video",
+        str(film),
+        "--video-episodes",
+        "1",
+        "--size",
+        "96",
+        "96",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "student" in done.stdout and "teacher" in done.stdout and "visual too" in done.stdout
+    content = json.loads(result.read_text())
+    teacher = content["base"]
+    assert teacher["success_rate"] == content["base_success_rate"] and "mean_estimate_error_m" not in teacher
+    assert 0.001 < content["mean_estimate_error_m"] < 0.5 and film.stat().st_size > 1000
+    assert content["visual_randomization"] is True
+    done = run_script("eval_so101.py", *flags, "--no-base", "--visual-randomization", "False", "--json", str(result))
+    assert done.returncode == 0 and json.loads(result.read_text())["visual_randomization"] is False
+    done = run_script("eval_so101.py", *flags, "--no-base", "--record", str(demos), "--cameras", "top")
+    assert done.returncode == 0 and (demos / "meta" / "info.json").is_file(), done.stderr
+
+
+def test_a_student_can_be_corrected(run, tmp_path):
+    """As a base policy it does what it does alone, to the bit, until a residual is learned; and the run resumes."""
+    spec = f"checkpoint:{run / 'student.pt'}"
+    flags = (
+        "--num-envs 4 --num-steps 16 --minibatch-size 32 --total-timesteps 128 --checkpoint-every 64 --eval-every 128 "
+    )
+    flags += "--eval-episodes 2 --final-eval-episodes 0 --visual-randomization --tape-margin 0.03"
+    whole = train(tmp_path, "--base-policy", spec, *flags.split())
+    first = json.loads((whole / "eval_results" / "evaluations.jsonl").read_text().splitlines()[0])
+    student = load_policy(spec)
+    envs = SO101ResidualVectorEnv(2, student, student.task, autoreset_mode=AutoresetMode.DISABLED)
+    episodes = evaluate(no_residual, envs, [distill_so101.VALIDATION_SEED, distill_so101.VALIDATION_SEED + 1])
+    assert first["mean_return"] == np.mean([episode["return"] for episode in episodes])
+    resumed = train(tmp_path, "--resume", str(whole / "checkpoints" / "ppo_residual_64_steps.pt"))
+    assert_same(load(resumed / "final_model.pt")["agent"], load(whole / "final_model.pt")["agent"])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--teacher nowhere.pt", "nowhere.pt: no such file"),
+        ("--teacher STUDENT", "not a checkpoint of this version"),
+        ("--cameras roof", "--cameras roof: give one or more of top and wrist"),
+        ("--cameras top top", "--cameras top top"),
+        ("--image-size 4", "--image-size"),
+        ("--updates 0", "--updates"),
+        ("--minibatch-size 1", "--minibatch-size"),
+        ("--run-name a/b", "--run-name 'a/b'"),
+        ("--resume STUDENT", "is finished"),
+        ("--resume FIRST --updates 7", "--updates 7: FIRST was trained with 3"),
+    ],
+)
+def test_bad_flags_are_refused(run, tmp_path, monkeypatch, flags, words):
+    names = {"STUDENT": str(run / "student.pt"), "FIRST": str(run / "checkpoints" / "distill_so101_512_steps.pt")}
+    for name, path in names.items():
+        flags, words = flags.replace(name, path), words.replace(name, path)
+    line = refusal(monkeypatch, "distill_so101.py", "--log-dir", str(tmp_path / "logs"), *flags.split())
+    assert words in line and "\n" not in line and not (tmp_path / "logs").exists()
+
+
+def test_students_that_cannot_be_used_end_with_one_line(run, tmp_path, monkeypatch):
+    finished, first = load(run / "student.pt"), load(run / "checkpoints" / "distill_so101_512_steps.pt")
+    path = tmp_path / "damaged.pt"
+    for damaged in (
+        {**finished, "args": {**finished["args"], "networks": {"cameras": ("top",)}}},
+        {**finished, "base_fingerprint": "other"},
+        {**finished, "student": {}},
+        {**finished, "task": {}},
+        {key: value for key, value in finished.items() if key != "base"},
+    ):
+        torch.save(damaged, path)
+        with pytest.raises(SO101Error, match=str(path)):
+            load_policy(f"checkpoint:{path}")
+    for key, value in (
+        ("teacher_fingerprint", "other"), ("samples", {}), ("steps", torch.zeros(3)), ("optimizer", {}), ("envs", {})
+    ):  # fmt: skip
+        torch.save({**first, "training": {**first["training"], key: value}}, path)
+        line = refusal(monkeypatch, "distill_so101.py", "--resume", str(path), "--log-dir", str(tmp_path / "logs"))
+        assert line.startswith(f"{path}: cannot be continued") and not (tmp_path / "logs").exists()
+    moved = finished["args"] | {"teacher": "gone.pt"}
+    torch.save({**finished, "args": moved}, path)
+    line = refusal(monkeypatch, "eval_so101.py", "--model", str(path))
+    assert "its teacher, gone.pt, is not there; --no-base does without it" in line
+
+
+def test_settings_are_those_of_the_file(run):
+    """No default of today decides about a student of yesterday."""
+    student = load_policy(f"checkpoint:{run / 'student.pt'}")
+    assert dataclasses.asdict(student.task) == load(run / "student.pt")["task"]
+    assert student.task.visual_randomization and Args().networks.image_size != 32 == student.image_size[0]
