@@ -1,0 +1,191 @@
+"""PPO from pixels."""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import refusal, run_script
+from gymnasium.vector import AutoresetMode
+from test_distill import assert_same, load
+
+import ppo_residual_so101 as state_trainer
+import ppo_residual_so101_rgb as rgb
+from so101_env import ACT_DIM, SO101ResidualVectorEnv, sheet_pose, sheet_to_tip_feature
+from so101_policies import load_policy
+from so101_runs import evaluate, no_residual
+
+TINY = (
+    "--base-policy jacobian --total-timesteps 1000 --num-envs 8 --num-steps 32 --minibatch-size 65 --update-epochs 2 "
+    "--train-episode-steps 60 --checkpoint-every 256 --eval-every 512 --eval-episodes 2 --final-eval-episodes 0 "
+    "--actor-image-size 32 --hidden-size 32 --visual-randomization"
+).split()
+
+
+def train(monkeypatch: pytest.MonkeyPatch, log_dir: Path, *flags: str) -> Path:
+    """Train to the end, in this process; returns the run's directory."""
+    before = set(log_dir.glob("*"))
+    monkeypatch.setattr("sys.argv", ["ppo_residual_so101_rgb.py", "--log-dir", str(log_dir), *flags])
+    assert rgb.main() == 0
+    (run,) = set(log_dir.glob("*")) - before
+    return run
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Path:
+    """The directory of a finished tiny run, as a user starts it."""
+    log_dir = tmp_path_factory.mktemp("rgb")
+    done = run_script("ppo_residual_so101_rgb.py", "--log-dir", str(log_dir), *TINY)
+    assert done.returncode == 0, done.stderr
+    return next(log_dir.iterdir())
+
+
+@pytest.fixture
+def small():
+    """An agent, its environments, and what a rollout of it gives."""
+    torch.manual_seed(0)
+    args = rgb.Args()
+    args.ppo.num_envs, args.ppo.train_episode_steps, args.ppo.minibatch_size = 4, 10, 48
+    args.networks.actor_image_size = args.networks.hidden_size = 32
+    agent, envs = rgb.Agent(args), rgb.make_envs(args, 4)
+    obs, info = envs.reset(seed=0)
+    full = info["full_observation"]
+    buffers, next_obs, next_full, _ = rgb.rollout(agent, envs, obs, full, 24, torch.Generator().manual_seed(0))
+    yield args, agent, envs, buffers, next_obs, next_full
+    envs.close()
+
+
+def test_rollout_keeps_what_each_side_sees(small):
+    _, agent, envs, buffers, next_obs, next_full = small
+    full, after = buffers["full"].numpy(), buffers["real_next_full"].numpy()
+    np.testing.assert_array_equal(buffers["state"].numpy(), full[..., [*range(12), 22, 23, 24]])
+    done = buffers["dones"].numpy().astype(bool)
+    assert done.sum() == 8 and done[9].all() and not buffers["terminations"].any()  # time-outs after 10 steps
+    np.testing.assert_array_equal(after[:-1][~done[:-1]], full[1:][~done[:-1]])
+    assert np.abs(after[:-1][done[:-1]] - full[1:][done[:-1]]).max() > 0.01  # the final one, not the next episode's
+    np.testing.assert_array_equal(next_full, envs.full_observation)
+    np.testing.assert_array_equal(next_obs["pixels_top"], envs.observation["pixels_top"])
+    image, state = buffers["pixels_top"].flatten(0, 1), agent.normalize(buffers["state"].flatten(0, 1))
+    with torch.no_grad():
+        mean, logstd, pose = agent.get_gaussian([image], state)
+        again = rgb.log_density(mean, logstd, buffers["actions"].flatten(0, 1))
+        normal = torch.distributions.Normal(mean, logstd.exp()).log_prob(buffers["actions"].flatten(0, 1)).sum(1)
+        flat = full.reshape(-1, 25)
+        xy, yaw = sheet_pose(flat)
+        true = np.column_stack([xy - rgb.TAPE_CENTER_M, yaw]) / rgb.POSE_SCALE
+        gap = agent.sheet_to_tip(torch.tensor(true, dtype=torch.float32), state)
+    torch.testing.assert_close(again, buffers["logprobs"].flatten(), atol=1e-4, rtol=1e-4)  # so the first ratio is 1
+    torch.testing.assert_close(again, normal, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(gap, sheet_to_tip_feature(flat), atol=1e-4)
+
+
+def test_first_update_against_the_formulas(small):
+    """One minibatch of everything, where every ratio is 1: gradients by hand, and the sibling's own advantages."""
+    args, agent, envs, buffers, *_ = small
+    args.ppo.update_epochs, args.ppo.minibatch_size, args.ppo.max_grad_norm = 1, 96, 1e9
+    critic = list(agent.critic.parameters())
+    actor = [each for each in agent.parameters() if all(each is not other for other in critic)]
+    optimizer = torch.optim.SGD([{"params": actor}, {"params": critic}], lr=0.0)
+    with ThreadPoolExecutor(2) as pool:
+        metrics = rgb.update(agent, optimizer, buffers, args.ppo, torch.Generator().manual_seed(0), pool)
+    got = [parameter.grad.clone() for parameter in actor + critic]
+    full = buffers["full"].flatten(0, 1).numpy()
+    x, next_x = (agent.features(buffers[name].flatten(0, 1).numpy()) for name in ("full", "real_next_full"))
+    with torch.no_grad():
+        values, next_values = (agent.get_value(each).view(24, 4) for each in (x, next_x))
+    advantages = state_trainer.compute_gae(
+        buffers["rewards"], values, next_values, buffers["terminations"], buffers["dones"], args.ppo.gamma,
+        args.ppo.gae_lambda,
+    ).flatten()  # fmt: skip
+    returns = advantages + values.flatten()
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    mean, logstd, pose = agent.get_gaussian(
+        [buffers["pixels_top"].flatten(0, 1)], agent.normalize(buffers["state"].flatten(0, 1))
+    )
+    logprob = rgb.log_density(mean, logstd, buffers["actions"].flatten(0, 1))
+    xy, yaw = sheet_pose(full)
+    true = torch.tensor(np.column_stack([xy - rgb.TAPE_CENTER_M, yaw]) / rgb.POSE_SCALE, dtype=torch.float32)
+    loss = -(advantages * logprob).mean()  # at a ratio of 1 the gradient of PPO's loss is the policy gradient
+    loss = loss + 0.5 * args.ppo.vf_coef * (agent.get_value(x[:, :1]) - returns).square().mean()
+    loss = loss + args.ppo.pose_coef * (pose - true).abs().mean()
+    for ours, expected in zip(got, torch.autograd.grad(loss, actor + critic)):
+        torch.testing.assert_close(ours, expected, rtol=2e-3, atol=2e-5)
+    assert metrics["approx_kl"] == pytest.approx(0, abs=1e-6) and metrics["clip_fraction"] == 0
+    off = (pose - true).detach().numpy() * rgb.POSE_SCALE
+    assert metrics["position_error_m"] == pytest.approx(np.linalg.norm(off[:, :2], axis=1).mean(), rel=1e-3)
+
+
+def test_every_resume_equals_the_uninterrupted_run_whatever_the_threads(run, tmp_path, monkeypatch):
+    again = train(monkeypatch, tmp_path, "--num-threads", "1", *TINY)
+    keys = ("agent", "optimizer", "generator", "envs", "next_obs", "recent_episodes", "finalists")
+    whole = load(run / "final_model.pt")
+    assert_same({key: load(again / "final_model.pt")[key] for key in keys}, {key: whole[key] for key in keys})
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy / "run")
+    model = copy / "run" / "checkpoints" / "ppo_residual_512_steps.pt"
+    resumed = train(monkeypatch, copy, "--resume", str(model), "--num-threads", "1")
+    assert_same({key: load(resumed / "final_model.pt")[key] for key in keys}, {key: whole[key] for key in keys})
+    assert_same(
+        load(resumed / "best_model" / "best_model.pt")["agent"], load(run / "best_model" / "best_model.pt")["agent"]
+    )
+
+
+def test_an_agent_that_sees_is_evaluated_filmed_and_can_be_corrected(run, tmp_path):
+    """As a base policy it does what it does as an agent."""
+    model, result = str(run / "final_model.pt"), tmp_path / "result.json"
+    film = ["--video", str(tmp_path / "film.gif"), "--video-episodes", "1", "--size", "96", "96"]
+    done = run_script("eval_so101.py", "--model", model, "--episodes", "3", "--json", str(result), *film)
+    assert done.returncode == 0, done.stderr
+    agent = json.loads(result.read_text())["episode_list"]
+    assert json.loads(result.read_text())["visual_randomization"] and (tmp_path / "film.gif").stat().st_size > 1000
+    task = rgb.Task(visual_randomization=True)
+    seeds = [episode["seed"] for episode in agent]
+    base = load_policy(f"checkpoint:{model}")
+    assert base.cameras == ("top",) and base.image_size == (32, 32)
+    envs = SO101ResidualVectorEnv(3, base, task, autoreset_mode=AutoresetMode.DISABLED)
+    for ours, theirs in zip(evaluate(no_residual, envs, seeds), agent):
+        assert ours["length"] == theirs["length"] and ours["success"] == theirs["success"]
+        # base and residual are added up in another order, and contacts enlarge the difference
+        assert ours["final_distance_m"] == pytest.approx(theirs["final_distance_m"], abs=1e-6)
+    student = run_script(
+        "distill_so101.py", "--teacher", model, "--log-dir", str(tmp_path / "logs"), "--total-timesteps", "64",
+        "--num-envs", "4", "--num-steps", "16", "--updates", "1", "--image-size", "32", "--eval-episodes", "2",
+    )  # fmt: skip
+    assert student.returncode == 0, student.stderr
+    assert "success: student" in student.stdout
+
+
+def test_untrained_residual_leaves_every_episode_to_the_base(small):
+    args, *_ = small
+    args.base.base_policy = "jacobian"
+    agent = rgb.Agent(args)
+    envs = rgb.make_envs(args, 2)
+    obs, _ = envs.reset(seed=0)
+    assert obs["state"].shape == (2, 21) and np.abs(obs["state"][:, 15:]).max() > 0
+    np.testing.assert_array_equal(agent.act(obs), np.zeros((2, ACT_DIM)))
+    envs.close()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--actor-cameras roof", "--actor-cameras roof: give one or more of top and wrist"),
+        ("--actor-image-size 4", "--actor-image-size"),
+        ("--pose-coef -1", "--pose-coef"),
+        ("--critic-learning-rate 0", "--critic-learning-rate"),
+        ("--resume MODEL --pose-coef 0", "--pose-coef 0.0: MODEL was trained with 1.0"),
+    ],
+)
+def test_bad_flags_are_refused(run, tmp_path, monkeypatch, flags, words):
+    model = str(run / "final_model.pt")
+    line = refusal(
+        monkeypatch,
+        "ppo_residual_so101_rgb.py",
+        "--log-dir",
+        str(tmp_path / "logs"),
+        *flags.replace("MODEL", model).split(),
+    )
+    assert words.replace("MODEL", model) in line and "\n" not in line and not (tmp_path / "logs").exists()
