@@ -45,6 +45,8 @@ class BenchmarkArgs:
     """measure stable-baselines3, too"""
     scaling: bool = True
     """then show how steps/s grows with the number of environments and threads"""
+    pixels: bool = True
+    """then show steps/s with a picture of each step"""
 
 
 def num_steps(num_envs: int) -> int:
@@ -139,6 +141,21 @@ def time_env(args: BenchmarkArgs) -> float:
     return args.steps / (time.perf_counter() - start)
 
 
+def time_pixels(args: BenchmarkArgs, size: int, threads: int, visual: bool = False) -> float:
+    """Steps/s of the batched environment with a picture of each step, random actions."""
+    kwargs = {"observe": "pixels", "image_size": (size, size), "visual_randomization": visual}
+    envs = SO101ResidualVectorEnv(args.num_envs, num_threads=threads, **kwargs)
+    envs.reset(seed=0)
+    actions = np.random.default_rng(0).uniform(-1, 1, (100, args.num_envs, ACT_DIM)).astype(np.float32)
+    steps = max(1, args.steps // args.num_envs // 20)  # slow, and steady enough
+    start = time.perf_counter()
+    for t in range(steps):
+        envs.step(actions[t % 100])
+    elapsed = time.perf_counter() - start
+    envs.close()
+    return steps * args.num_envs / elapsed
+
+
 def make_single_env() -> gym.Env:
     """One environment for a worker process."""
     import so101_env
@@ -216,6 +233,16 @@ def main() -> None:
                 env, training = time_env(setting), time_training(setting, args.steps, "--eval-every", "0")
                 cells.append(f"{count} threads {env:8.0f} {training:8.0f}")
             print(f"{num_envs:4} environments  " + "   ".join(cells), flush=True)
+    if args.pixels:
+        print("\nsteps/s with a picture of each step, random actions: plain, and with visual randomisation")
+        for size in (64, 96, 128):
+            cells = []
+            for count in sorted({1, args.num_threads}):
+                plain, visual = (
+                    max(time_pixels(args, size, count, on) for _ in range(args.repeats)) for on in (False, True)
+                )
+                cells.append(f"{count} threads {plain:6.0f} {visual:6.0f}")
+            print(f"{size:4} pixels  " + "   ".join(cells), flush=True)
 
 
 if __name__ == "__main__":
