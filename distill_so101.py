@@ -8,6 +8,7 @@ student's estimate. The student acts, the teacher says what it would have done, 
 said so far (DAgger: Ross et al. 2011, arXiv:1011.0686). Top to bottom: Args, Student, StudentPolicy, Dagger, loss,
 update, checkpoints, main.
 
+A copy of this file works like the original: a student is loaded through the script that wrote it, by its load_student.
 The result is a policy like any other: `--model student.pt` in eval_so101.py, `--base-policy checkpoint:student.pt`.
 """
 
@@ -57,6 +58,7 @@ from so101_env import (
 )
 from so101_policies import (
     STUDENT,
+    BasePolicy,
     CheckpointPolicy,
     Server,
     StackedPolicy,
@@ -286,30 +288,13 @@ class Student(nn.Module):
 
 
 class StudentPolicy(StackedPolicy):
-    """A student as base policy. `saved` is what so101_policies.load_file read from path.
+    """A student as base policy, with a base policy of its own, which may look through cameras, too."""
 
-    Raises SO101Error if it does not fit.
-    """
-
-    def __init__(self, saved: dict[str, Any], path: str):
-        args = restore_settings(Args, saved["args"], path)
-        check_args(args)
-        self.task = restore_settings(Task, saved["task"], path)
-        self.teacher, self.global_step = args.teacher, saved["global_step"]
-        base = restore_settings(Base, saved["base"], path)
-        policy = load_policy(base.base_policy, base.server)
-        check_base(saved, base.base_policy, policy, path)
-        student = Student(args.networks)
-        load_weights(student, saved["student"], path)
-        self.setup(student, policy, args.networks, self.task)
-        self.fingerprint = hash_weights(saved["student"], f"{saved['base_fingerprint']} {self.scale_rad}")
-
-    def setup(self, student: Student, base: Any, net: Networks, task: Task) -> None:
-        """Act as student, and with this base policy, which looks through the same cameras or none."""
+    def __init__(self, student: Student, base: BasePolicy | None, net: Networks, task: Task):
         super().__init__(base)
         size = (net.image_size, net.image_size)
         self.cameras, self.image_size = add_cameras(base, net.cameras, size, "the student")
-        self.student, self.own_cameras = student, net.cameras
+        self.student, self.own_cameras, self.task = student, net.cameras, task
         self.scale_rad, self.act_scale = task.alpha * task.act_scale, task.act_scale
 
     @torch.inference_mode()
@@ -344,6 +329,22 @@ class StudentPolicy(StackedPolicy):
         return base + residual
 
 
+def load_student(saved: dict[str, Any], path: str) -> StudentPolicy:
+    """The student in what so101_policies.load_file read from path; has `teacher`, a path, and `global_step`, too.
+
+    Raises SO101Error if it does not fit.
+    """
+    args, base = restore_settings(Args, saved["args"], path), restore_settings(Base, saved["base"], path)
+    check_args(args)
+    student, base_policy = Student(args.networks), load_policy(base.base_policy, base.server)
+    check_base(saved, base.base_policy, base_policy, path)
+    load_weights(student, saved["student"], path)
+    policy = StudentPolicy(student, base_policy, args.networks, restore_settings(Task, saved["task"], path))
+    policy.fingerprint = hash_weights(saved["student"], f"{saved['base_fingerprint']} {policy.scale_rad}")
+    policy.teacher, policy.global_step = args.teacher, saved["global_step"]
+    return policy
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # DAgger
 
@@ -352,8 +353,8 @@ class Dagger(StudentPolicy):
     """The student as it acts, or watches its teacher act, with the teacher's answers beside what it saw."""
 
     def __init__(self, student: Student, teacher: CheckpointPolicy, net: Networks, task: Task):
+        super().__init__(student, teacher.base, net, task)
         self.teacher, self.teacher_acts, self.seen = teacher, False, {}
-        self.setup(student, teacher.base, net, task)
         self.cameras, _ = add_cameras(teacher, net.cameras, self.image_size, "the student")
 
     def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
@@ -579,14 +580,14 @@ def main() -> int:
     )
     envs.camera_images(envs.qpos[:1], args.networks.cameras[0], dagger.image_size)  # refuses before anything is written
 
-    def make_eval_envs(policy: Any) -> SO101ResidualVectorEnv:
+    def make_eval_envs(policy: BasePolicy) -> SO101ResidualVectorEnv:
         return SO101ResidualVectorEnv(
             args.run.eval_episodes, policy, task, max_episode_steps=MAX_EPISODE_STEPS,
             num_threads=args.run.num_threads, autoreset_mode=AutoresetMode.DISABLED,
         )  # fmt: skip
 
-    acting = StudentPolicy.__new__(StudentPolicy)  # with a base policy of its own, whose memory is of other episodes
-    acting.setup(student, load_policy(base.base_policy, base.server), args.networks, task)
+    # with a base policy of its own, whose memory is of other episodes
+    acting = StudentPolicy(student, load_policy(base.base_policy, base.server), args.networks, task)
     eval_envs = make_eval_envs(acting)
     seeds = [VALIDATION_SEED + i for i in range(args.run.eval_episodes)]
     if resumed:

@@ -795,7 +795,7 @@ def load_policy(spec: str, server: Server = Server()) -> BasePolicy | None:
     if kind == "checkpoint" and rest:
         saved = load_file(rest, CHECKPOINT, STUDENT)
         if saved["format"] == STUDENT:
-            return load_script(saved["script"], rest).StudentPolicy(saved, rest)
+            return load_script(saved["script"], rest).load_student(saved, rest)
         return CheckpointPolicy(rest)
     if kind == "bc" and rest:
         saved = load_file(rest, CLONE)

@@ -69,7 +69,7 @@ def main() -> int:
     bins = ", ".join(f"{low} to {high} mm" for low, high in zip(DISTANCES_MM[:-1], DISTANCES_MM[1:]))
     lines = [
         "# Students that see\n",
-        "100 held-out episodes each, from pictures and what the arm measures. Estimate: how far the sheet is from where "
+        "Held-out episodes, from pictures and what the arm measures. Estimate: how far the sheet is from where "
         "the student takes it to be, median over episodes of an episode's mean; of those that fail, in "
         f"brackets. Distance: success by the sheet's initial distance, {bins}.\n",
         "| student | seeds | teacher | student | each seed | steps an episode, teacher and student | estimate, mm | by "

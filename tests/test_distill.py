@@ -97,9 +97,8 @@ def test_a_student_acts_on_what_a_real_arm_has(teacher, base, tmp_path):
     images, command = rng.integers(0, 255, (2, 32, 32, 3)).astype(np.uint8), rng.normal(0, 0.1, (2, 6))
     student = Student(NET)
     for _ in range(2):
-        policy = distill_so101.StudentPolicy.__new__(distill_so101.StudentPolicy)
         checkpoint = CheckpointPolicy(path)
-        policy.setup(student, checkpoint.base, NET, checkpoint.args.task)
+        policy = distill_so101.StudentPolicy(student, checkpoint.base, NET, checkpoint.args.task)
         policy.reset(np.ones(2, bool))
         obs = base_observation(flat, command, cameras=("top",), render=lambda camera, ids: images[ids])
         answers.append([policy.act(obs, np.ones(2, bool)) for _ in range(3)])
