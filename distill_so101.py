@@ -17,6 +17,7 @@ if __name__ == "__main__":  # Ctrl+C while importing ends the program, without a
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import copy
 import dataclasses
 import json
 import os
@@ -330,10 +331,7 @@ class StudentPolicy(StackedPolicy):
 
 
 def load_student(saved: dict[str, Any], path: str) -> StudentPolicy:
-    """The student in what so101_policies.load_file read from path; has `teacher`, a path, and `global_step`, too.
-
-    Raises SO101Error if it does not fit.
-    """
+    """The student in what so101_policies.load_file read from path. Raises SO101Error if it does not fit."""
     args, base = restore_settings(Args, saved["args"], path), restore_settings(Base, saved["base"], path)
     check_args(args)
     student, base_policy = Student(args.networks), load_policy(base.base_policy, base.server)
@@ -341,7 +339,17 @@ def load_student(saved: dict[str, Any], path: str) -> StudentPolicy:
     load_weights(student, saved["student"], path)
     policy = StudentPolicy(student, base_policy, args.networks, restore_settings(Task, saved["task"], path))
     policy.fingerprint = hash_weights(saved["student"], f"{saved['base_fingerprint']} {policy.scale_rad}")
-    policy.teacher, policy.global_step = args.teacher, saved["global_step"]
+    return policy
+
+
+def load_teacher(saved: dict[str, Any], path: str) -> CheckpointPolicy:
+    """The teacher of the student in what so101_policies.load_file read from path. Raises SO101Error if it has gone."""
+    teacher = restore_settings(Args, saved["args"], path).teacher
+    if not Path(teacher).is_file():
+        raise SO101Error(f"{path}: its teacher, {teacher}, is not there; --no-base does without it")
+    policy = CheckpointPolicy(teacher)
+    if policy.fingerprint != saved["teacher_fingerprint"]:
+        raise SO101Error(f"{path}: its teacher, {teacher}, has other weights now; --no-base does without it")
     return policy
 
 
@@ -531,7 +539,7 @@ def restore(
     training = saved["training"]
     load_weights(student, saved["student"], path)
     try:
-        if training["teacher_fingerprint"] != teacher.fingerprint:
+        if saved["teacher_fingerprint"] != teacher.fingerprint:
             raise SO101Error("its teacher has other weights now; put the old one back")
         envs.set_state(to_numpy(training["envs"]))
         samples.set_state(to_numpy(training["samples"]), envs)
@@ -616,15 +624,15 @@ def main() -> int:
         settings = dataclasses.asdict(args)
         settings["run"]["resume"] = None
         training = {
-            "teacher_fingerprint": teacher.fingerprint, "teacher_success": teacher_success,
-            "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
-            "envs": to_plain(envs.get_state()), "samples": to_plain(samples.get_state()),
-            "steps": torch.from_numpy(steps),
+            "teacher_success": teacher_success, "optimizer": optimizer.state_dict(),
+            "generator": generator.get_state(), "envs": to_plain(envs.get_state()),
+            "samples": to_plain(samples.get_state()), "steps": torch.from_numpy(steps),
         }  # fmt: skip
         return {
             "format": STUDENT, "script": SCRIPT, "args": settings, "task": dataclasses.asdict(task),
             "base": dataclasses.asdict(base), "base_fingerprint": teacher.base.fingerprint if teacher.base else "",
-            "global_step": samples.count, "student": student.state_dict(), "training": None if finished else training,
+            "teacher_fingerprint": teacher.fingerprint, "global_step": samples.count,
+            "student": student.state_dict(), "training": None if finished else training,
         }  # fmt: skip
 
     def eval_and_log() -> dict[str, Any]:
@@ -662,7 +670,9 @@ def main() -> int:
             teacher_success = episode_mean(evaluate(no_residual, teacher_envs, seeds), "success")
             teacher_envs.close()
         while args.total_timesteps - samples.count >= num_envs and not interrupts.signum:
-            before, before_failure = samples.count, checkpoint()
+            before = samples.count
+            if teacher.base is not None:  # it can fail at any step: then this pass of the loop is done again
+                before_failure = copy.deepcopy(checkpoint())
             optimizer.param_groups[0]["lr"] = learning_rate(args, before)
             num_steps = min(args.dagger.num_steps, (args.total_timesteps - before) // num_envs)
             dagger.teacher_acts = before < args.dagger.teacher_steps

@@ -47,12 +47,12 @@ from so101_policies import (
     CHECKPOINT,
     STUDENT,
     BasePolicy,
-    CheckpointPolicy,
     Server,
     check_base,
     load_checkpoint,
     load_file,
     load_policy,
+    load_script,
 )
 from so101_runs import (
     HOLD_S,
@@ -300,7 +300,8 @@ def main() -> int:
     check_eval_args(args)
     torch.set_num_threads(1)
     policy, steps, num_envs = no_residual, None, min(args.episodes, 50)
-    kind = load_file(args.model, CHECKPOINT, STUDENT)["format"] if args.model else None
+    saved = load_file(args.model, CHECKPOINT, STUDENT) if args.model else {}
+    kind = saved.get("format")
     visual = {} if args.visual_randomization is None else {"visual_randomization": args.visual_randomization}
 
     def base_envs(base_policy: BasePolicy | None, task: Task) -> SO101ResidualVectorEnv:
@@ -324,10 +325,9 @@ def main() -> int:
         if args.base_policy is not None:
             raise SO101Error(f"--base-policy {args.base_policy}: the student of --model has its own; drop it")
         base_policy = f"checkpoint:{args.model}"
-        student = load_policy(base_policy)
-        if args.base and not Path(student.teacher).is_file():
-            raise SO101Error(f"{args.model}: its teacher, {student.teacher}, is not there; --no-base does without it")
-        steps, envs = student.global_step, base_envs(student, student.task)
+        script, student = load_script(saved["script"], args.model), load_policy(base_policy)
+        steps, envs = saved["global_step"], base_envs(student, student.task)
+        teacher_envs = base_envs(script.load_teacher(saved, args.model), student.task) if args.base else None
     else:
         task, base_policy = Task() if args.tape_margin is None else Task(tape_margin=args.tape_margin), args.base_policy
         envs = base_envs(load_policy(base_policy, args.server), task)
@@ -353,8 +353,7 @@ def main() -> int:
     columns, moves = {name: summary}, base_policy != "zero"
     films = {"base and residual" if kind == CHECKPOINT and moves else name: episodes[: args.video_episodes]}
     if args.model and args.base:
-        other_envs = base_envs(CheckpointPolicy(student.teacher), student.task) if kind == STUDENT else envs
-        alone = evaluate(no_residual, other_envs, seeds, trace=bool(args.video))
+        alone = evaluate(no_residual, teacher_envs if kind == STUDENT else envs, seeds, trace=bool(args.video))
         base = summarize(alone)
         columns[other if kind == STUDENT else f"{other} ({base_policy.partition(':')[0]})"] = base
         if moves:

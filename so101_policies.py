@@ -357,8 +357,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     },
     "so101 clone 3": {"script": str, "args": dict, "clone": dict},
     "so101 student 1": {
-        "script": str, "args": dict, "task": dict, "base": dict, "base_fingerprint": str, "global_step": int,
-        "student": dict, "training": (dict, type(None)),
+        "script": str, "args": dict, "task": dict, "base": dict, "base_fingerprint": str, "teacher_fingerprint": str,
+        "global_step": int, "student": dict, "training": (dict, type(None)),
     },
 }  # fmt: skip
 CHECKPOINT, CLONE, STUDENT = SCHEMAS

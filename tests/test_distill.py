@@ -294,15 +294,20 @@ def test_students_that_cannot_be_used_end_with_one_line(run, tmp_path, monkeypat
         with pytest.raises(SO101Error, match=str(path)):
             load_policy(f"checkpoint:{path}")
     for key, value in (
-        ("teacher_fingerprint", "other"), ("samples", {}), ("steps", torch.zeros(3)), ("optimizer", {}), ("envs", {})
+        ("samples", {}), ("steps", torch.zeros(3)), ("optimizer", {}), ("envs", {}), ("generator", torch.zeros(3))
     ):  # fmt: skip
         torch.save({**first, "training": {**first["training"], key: value}}, path)
         line = refusal(monkeypatch, "distill_so101.py", "--resume", str(path), "--log-dir", str(tmp_path / "logs"))
         assert line.startswith(f"{path}: cannot be continued") and not (tmp_path / "logs").exists()
-    moved = finished["args"] | {"teacher": "gone.pt"}
-    torch.save({**finished, "args": moved}, path)
-    line = refusal(monkeypatch, "eval_so101.py", "--model", str(path))
-    assert "its teacher, gone.pt, is not there; --no-base does without it" in line
+    torch.save({**first, "teacher_fingerprint": "other"}, path)
+    line = refusal(monkeypatch, "distill_so101.py", "--resume", str(path), "--log-dir", str(tmp_path / "logs"))
+    assert "its teacher has other weights now" in line
+    for damaged, words in (
+        ({**finished, "args": finished["args"] | {"teacher": "gone.pt"}}, "its teacher, gone.pt, is not there"),
+        ({**finished, "teacher_fingerprint": "other"}, "has other weights now; --no-base does without it"),
+    ):
+        torch.save(damaged, path)
+        assert words in refusal(monkeypatch, "eval_so101.py", "--model", str(path))
 
 
 def test_settings_are_those_of_the_file(run):
