@@ -315,3 +315,40 @@ def test_settings_are_those_of_the_file(run):
     student = load_policy(f"checkpoint:{run / 'student.pt'}")
     assert dataclasses.asdict(student.task) == load(run / "student.pt")["task"]
     assert student.task.visual_randomization and Args().networks.image_size != 32 == student.image_size[0]
+
+
+FLAKY = """
+from pathlib import Path
+from so101_policies import JacobianPolicy, BasePolicyError
+
+class Flaky(JacobianPolicy):
+    def act(self, obs, mask):
+        left = Path("calls_left")  # until it fails; without the file it does not
+        if left.exists():
+            left.write_text(str(int(left.read_text()) - 1))
+            if int(left.read_text()) < 0:
+                raise BasePolicyError("the cable is out")
+        return super().act(obs, mask)
+"""
+
+
+@pytest.mark.parametrize("calls", [60, 370])
+def test_a_base_policy_that_fails_loses_nothing(calls, tmp_path, monkeypatch):
+    """Whether in a rollout or, later, in an evaluation: what is resumed equals the run in which it did not fail."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "flaky.py").write_text(FLAKY)
+    flags = "--base-policy flaky:Flaky --total-timesteps 512 --eval-every 0 --eval-episodes 1 --final-eval-episodes 0"
+    path = str(train(tmp_path / "teacher", *flags.split()) / "final_model.pt")
+    flags = ["--teacher", path, *TINY]
+    flags[flags.index("--eval-every") + 1] = "300"
+    whole = distil(monkeypatch, tmp_path / "whole", *flags)
+    (tmp_path / "calls_left").write_text(str(calls + 800))  # two evaluations of 400 steps, of the teacher and at 384
+    line = refusal(monkeypatch, "distill_so101.py", "--log-dir", str(tmp_path / "logs"), *flags)
+    (run,) = (tmp_path / "logs").iterdir()
+    model = run / "interrupted_model.pt"
+    assert "the cable is out" in line and line.endswith(f"--resume {model}")
+    assert 0 < load(model)["global_step"] < 1000
+    (tmp_path / "calls_left").unlink()
+    resumed = distil(monkeypatch, tmp_path / "logs", "--resume", str(model))
+    assert_same(load(resumed / "student.pt")["student"], load(whole / "student.pt")["student"])
