@@ -389,12 +389,13 @@ def write_video(
     steps = [(episodes, t) for episodes, length in rows for t in range(0, length + round(HOLD_S * fps), every)]
 
     def write(temporary: Path) -> None:
-        palette = None  # of the first frame, for all, without dithering: what rests is then stored once
+        if gif:  # one palette for all, without dithering: what rests is then stored once
+            starts = [np.hstack([picture(*each, 0) for each in zip(columns, episodes)]) for episodes, _ in rows]
+            palette = Image.fromarray(np.vstack(starts)).quantize(256)
         with imageio.get_writer(temporary, **options) as writer:
             for episodes, t in tqdm(steps, f"filming {path.name}", unit="frame", dynamic_ncols=True, leave=False):
                 image = Image.fromarray(np.hstack([picture(*each, t) for each in zip(columns, episodes)]))
                 if gif:
-                    palette = palette or image.quantize(128)
                     image = image.quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB")
                 writer.append_data(np.asarray(image))
 

@@ -97,7 +97,7 @@ class Look(NamedTuple):
     noise: float  # standard deviation, of 255
 
 
-TABLES = ("wood", "plain", "speckled", "tiles", "boards")  # materials in paper_in_square.xml
+TABLES = ("wood", "plain", "speckled", "tiles", "blotches")  # materials in paper_in_square.xml
 LAMP_DISTANCE_M = 1.3
 LOOK_FIELDS = (
     "mat_rgba", "geom_matid", "cam_pos", "cam_quat", "cam_fovy", "light_pos", "light_dir", "light_diffuse"
