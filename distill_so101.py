@@ -150,7 +150,7 @@ class Run:
     run_name: str | None = None
     """name of that directory (default: the script's name, the time and the seed)"""
     num_threads: int | None = None
-    """threads of physics and pictures (default: every core); the results do not depend on it"""
+    """physics threads (default: every core); the results do not depend on it"""
     checkpoint_every: int = 10_000
     """steps between checkpoints"""
     eval_every: int = 10_000

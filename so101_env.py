@@ -31,12 +31,12 @@ from so101_scene import (
     SHEET_HALF_THICKNESS_M,
     TAPE_CENTER_M,
     TAPE_MARGIN_M,
-    Cameras,
     Look,
     Painter,
     SO101Error,
     Viewer,
     VisualRandomization,
+    add_noise,
     camera_names,
     check_display,
     draw_look,
@@ -579,9 +579,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._base = np.zeros((n, ACT_DIM))  # with observe_base: the base policy's deltas for self._obs, rad
         self._pixels = {camera: np.zeros((n, *self.image_size, 3), np.uint8) for camera in self.cameras}
         self._looks_by_seed: dict[int, Look] = {}
-        # make renderers when first used; freed by close
-        self._cameras = Cameras(self.model, threads)  # for policies
-        self._painters: dict[tuple[int, int], Painter] = {}  # for people, by the picture's size
+        # made when first used, freed by close; by the picture's size, and whether it is for policies
+        self._painters: dict[tuple[tuple[int, int], bool], Painter] = {}
 
     # -- the task: what a subclass overrides
 
@@ -835,10 +834,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         Raises:
             SO101Error: the machine cannot render off screen.
         """
-        size = size or (self.height, self.width)
-        if size not in self._painters:
-            self._painters[size] = Painter(self.model, size, fast=False)
-        return self._painters[size].paint(qpos, self.camera_name, self._draw_look(look_seed))
+        painter = self._painter(size or (self.height, self.width), fast=False)
+        return painter.paint(qpos, self.camera_name, self._draw_look(look_seed))
 
     def camera_images(
         self,
@@ -861,8 +858,21 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         Raises:
             SO101Error: no such camera, or a machine that cannot render off screen.
         """
-        looks = [None] * len(qpos) if look_seed is None else [self._draw_look(seed) for seed in look_seed]
-        return self._cameras.draw(qpos, camera, size, looks, np.zeros(len(qpos)) if steps is None else steps)
+        if camera not in camera_names():
+            raise SO101Error(f"camera {camera}: the scene has no such camera, it has {' and '.join(camera_names())}")
+        pictures, number = np.empty((len(qpos), *size, 3), np.uint8), camera_names().index(camera)
+        for i, row in enumerate(qpos):
+            look = None if look_seed is None else self._draw_look(look_seed[i])
+            pictures[i] = self._painter(size, fast=True).paint(row, camera, look)
+            if look is not None:
+                add_noise(pictures[i], look, 0 if steps is None else int(steps[i]), number)
+        return pictures
+
+    def _painter(self, size: tuple[int, int], fast: bool) -> Painter:
+        """Draws in this thread: Mesa's software OpenGL crashes, rarely, when two threads draw at once."""
+        if (size, fast) not in self._painters:
+            self._painters[size, fast] = Painter(self.model, size, fast)
+        return self._painters[size, fast]
 
     def _draw_look(self, seed: int | None) -> Look | None:
         """The look of an episode; None, the nominal one, without visual randomisation."""
@@ -876,7 +886,6 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
     def close_extras(self, **kwargs: Any) -> None:
         """Free the renderers and the base policy."""
-        self._cameras.close()
         for painter in self._painters.values():
             painter.close()
         self._painters = {}

@@ -10,9 +10,6 @@ import sys
 import threading
 import time
 import warnings
-import weakref
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -231,64 +228,6 @@ class Painter:
     def close(self) -> None:
         """Free the renderer."""
         self.renderer.close()
-
-
-class Cameras:
-    """Draws what policies see, on several threads. A picture does not depend on their number.
-
-    An OpenGL context belongs to one thread: every thread has its own painters, makes them and closes them.
-    """
-
-    def __init__(self, model: mujoco.MjModel, num_threads: int):
-        self._model, self._threads = model, [ThreadPoolExecutor(1) for _ in range(num_threads)]
-        self._painters: list[dict[tuple[int, int], Painter]] = [{} for _ in range(num_threads)]  # by size
-        self._close = weakref.finalize(self, _close_painters, self._threads, self._painters)
-        self._close.atexit = False  # the threads have ended by then
-
-    def draw(
-        self, qpos: np.ndarray, camera: str, size: tuple[int, int], looks: Sequence[Look | None], steps: np.ndarray
-    ) -> np.ndarray:
-        """Pictures (n, H, W, 3) uint8.
-
-        Args:
-            qpos: positions (n, 10).
-            camera: of the scene.
-            size: height and width, pixels.
-            looks: of the n episodes, None for the nominal one.
-            steps: how many steps each episode has had, (n,): the noise depends on it.
-
-        Raises:
-            SO101Error: no such camera, or the machine cannot render off screen.
-        """
-        if camera not in camera_names():
-            raise SO101Error(f"camera {camera}: the scene has no such camera, it has {' and '.join(camera_names())}")
-        pictures, number = np.empty((len(qpos), *size, 3), np.uint8), camera_names().index(camera)
-
-        def draw_some(painters: dict[tuple[int, int], Painter], rows: np.ndarray) -> None:
-            if size not in painters:
-                painters[size] = Painter(self._model, size, fast=True)
-            for i in rows:
-                pictures[i] = painters[size].paint(qpos[i], camera, looks[i])
-                if looks[i] is not None:
-                    add_noise(pictures[i], looks[i], int(steps[i]), number)
-
-        parts = [part for part in np.array_split(np.arange(len(qpos)), len(self._threads)) if len(part)]
-        jobs = [thread.submit(draw_some, *job) for thread, *job in zip(self._threads, self._painters, parts)]
-        for job in jobs:
-            job.result()
-        return pictures
-
-    def close(self) -> None:
-        """Free the renderers."""
-        self._close()
-
-
-def _close_painters(threads: list[ThreadPoolExecutor], painters: list[dict[tuple[int, int], Painter]]) -> None:
-    for thread, own in zip(threads, painters):
-        for painter in own.values():
-            thread.submit(painter.close).result()
-        own.clear()
-        thread.shutdown()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
