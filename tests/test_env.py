@@ -143,6 +143,7 @@ def test_state_saved_and_restored_continues_to_the_bit(more):
     for t in range(25):
         envs.step(actions[t])
     other.set_state(envs.get_state())
+    np.testing.assert_equal(other.observation, envs.observation)
     for t in range(25, 60):
         for ours, theirs in zip(envs.step(actions[t])[:4], other.step(actions[t])[:4]):
             for key in ours if isinstance(ours, dict) else (...,):
@@ -181,8 +182,9 @@ def test_looks_are_seeded_vary_within_their_ranges_and_leave_the_physics_alone()
     actions = np.random.default_rng(0).uniform(-1, 1, (12, 8, ACT_DIM))
 
     def play(envs):
-        observations = [envs.reset(seed=3)[0], *(envs.step(action)[0] for action in actions)]
-        return {key: np.array([obs[key] for obs in observations]) for key in ("pixels_top", "state")}, envs.look_seed
+        results = [envs.reset(seed=3), *(envs.step(action) for action in actions)]
+        pixels, full = [obs["pixels_top"] for obs, *_ in results], [info["full_observation"] for *_, info in results]
+        return {"pixels_top": np.array(pixels), "state": np.array(full)}, envs.look_seed
 
     (nominal, _), (first, seeds), (again, _) = play(plain), play(envs), play(envs)
     np.testing.assert_array_equal(first["state"], nominal["state"])  # episodes are the same, autoresets included
