@@ -44,8 +44,6 @@ from so101_env import (
     OBS,
     OBS_DIM,
     OBSERVATION,
-    SHAPING_INSET_M,
-    SHEET_HALF_M,
     SHEET_HALF_THICKNESS_M,
     TAPE_CENTER_M,
     BaseObservation,
@@ -53,15 +51,16 @@ from so101_env import (
     SO101Error,
     SO101ResidualVectorEnv,
     Task,
-    camera_names,
     flat_observation,
-    sheet_pose,
 )
 from so101_policies import (
+    MEASURED_DIM,
+    POSE_SCALE,
     STUDENT,
     BasePolicy,
     CheckpointPolicy,
     Server,
+    SheetFinder,
     StackedPolicy,
     add_cameras,
     check_base,
@@ -70,11 +69,14 @@ from so101_policies import (
     load_policy,
     load_weights,
     restore_settings,
+    scaled_pose,
 )
 from so101_runs import (
     VALIDATION_SEED,
     Interrupts,
+    check_cameras,
     check_flags,
+    check_run_name,
     command_of,
     describe_run,
     episode_mean,
@@ -83,6 +85,7 @@ from so101_runs import (
     flat_settings,
     make_run_dir,
     no_residual,
+    run_dir_of,
     run_script,
     save_tensors,
     to_numpy,
@@ -92,8 +95,6 @@ from so101_runs import (
 from so101_scene import ASSETS
 
 SCRIPT = Path(__file__).name
-# the sheet's pose as the network has it: x and y from the tape's centre, and yaw
-POSE_SCALE = np.array([0.1, 0.1, 0.3], np.float32)  # m, m, rad
 LAG_SCALE_RAD = 0.02  # of the commanded minus the measured joint positions: they tell how hard the finger presses
 # Two halves of every minibatch, always, however many cores there are: so their sum is the same everywhere.
 SHARDS = 2
@@ -189,12 +190,8 @@ def check_args(args: Args) -> None:
     """Raise SO101Error with the name of the first flag that is out of range."""
     for settings in (args, args.networks, args.dagger, args.run):
         check_flags(settings, RANGES)
-    cameras = args.networks.cameras
-    if not cameras or len({*cameras}) < len(cameras) or not {*cameras} <= {*camera_names()}:
-        known = " and ".join(camera_names())
-        raise SO101Error(f"--cameras {' '.join(cameras)}: give one or more of {known}, each once")
-    if args.run.run_name is not None and Path(args.run.run_name).parts != (args.run.run_name,):
-        raise SO101Error(f"--run-name {args.run.run_name!r}: give a name; --log-dir says where")
+    check_cameras("--cameras", args.networks.cameras)
+    check_run_name(args.run.run_name)
 
 
 @dataclasses.dataclass
@@ -210,7 +207,7 @@ class Base:
 
 
 _MEASURED_PARTS = [(OBS[name], OBSERVATION[name]) for name in MEASURED]
-MEASURED_DIM = sum(len(part.names) for _, part in _MEASURED_PARTS) + ACT_DIM
+KNOWN_DIM = MEASURED_DIM + ACT_DIM  # what is measured, and the lag
 
 
 def measured(obs: BaseObservation) -> np.ndarray:
@@ -223,9 +220,9 @@ def measured(obs: BaseObservation) -> np.ndarray:
 
 def with_estimate(obs: BaseObservation, pose: np.ndarray) -> BaseObservation:
     """The observation with the sheet where `pose` (N, 3), m and rad, says: nothing of the true one is left."""
-    flat = np.zeros((len(pose), OBS_DIM), np.float32)
+    known, flat = flat_observation(obs), np.zeros((len(pose), OBS_DIM), np.float32)
     for where, _ in _MEASURED_PARTS:
-        flat[:, where] = flat_observation(obs)[:, where]
+        flat[:, where] = known[:, where]
     flat[:, OBS["sheet_pos"]] = np.column_stack([pose[:, :2], np.full(len(pose), SHEET_HALF_THICKNESS_M)])
     flat[:, OBS["tape_minus_sheet"]][:, :2] = TAPE_CENTER_M - pose[:, :2]
     quat = flat[:, OBS["sheet_quat"]]
@@ -234,58 +231,20 @@ def with_estimate(obs: BaseObservation, pose: np.ndarray) -> BaseObservation:
 
 
 class Student(nn.Module):
-    """Where the sheet lies, and the residual, from pictures and what the arm measures.
-
-    A convolutional trunk for each camera; from their features and the measurements the sheet's pose; from all of these,
-    and what the base policy asks for, the residual.
-    """
+    """Where the sheet lies, and the residual, from pictures, what the arm measures and what its base asks for."""
 
     def __init__(self, net: Networks):
         super().__init__()
-        width, size = net.hidden_size, -(-net.image_size // 8)  # of the last feature map
-
-        def trunk() -> nn.Sequential:
-            return nn.Sequential(
-                nn.Conv2d(3, 32, 7, 4, 3), nn.ReLU(), nn.Conv2d(32, 32, 3, 2, 1), nn.ReLU(),
-                nn.Conv2d(32, 32, 3, 1, 1), nn.ReLU(), nn.Flatten(),
-            ).to(memory_format=torch.channels_last)  # fmt: skip
-
-        self.trunks = nn.ModuleList([trunk() for _ in net.cameras])
-        self.features = nn.Sequential(nn.Linear(32 * size**2 * len(net.cameras), width), nn.LayerNorm(width), nn.ReLU())
-        self.pose = nn.Sequential(nn.Linear(width + MEASURED_DIM, width), nn.ReLU(), nn.Linear(width, 3))
-        self.latent = nn.Linear(width, 32)
+        width = net.hidden_size
+        self.finder = SheetFinder(len(net.cameras), net.image_size, KNOWN_DIM, width)
         self.residual = nn.Sequential(
-            nn.Linear(MEASURED_DIM + 3 + 2 + 32 + ACT_DIM, width), nn.ReLU(), nn.Linear(width, width),
+            nn.Linear(KNOWN_DIM + SheetFinder.DIM + ACT_DIM, width), nn.ReLU(), nn.Linear(width, width),
             nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, ACT_DIM),
         )  # fmt: skip
-        tip, inner = OBSERVATION["tip_pos"], SHEET_HALF_M - SHAPING_INSET_M
-        for name, array in {"tip_scale_m": tip.scale[:2], "pose_scale": POSE_SCALE, "inner_half_m": inner}.items():
-            self.register_buffer(name, torch.tensor(np.asarray(array), dtype=torch.float32))
 
-    def look(self, images: list[torch.Tensor], measured: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (B, hidden) and the sheet's pose (B, 3), in POSE_SCALE from the tape's centre.
-
-        Args:
-            images: (B, H, W, 3) uint8, for each camera.
-            measured: (B, 21).
-        """
-        maps = [trunk((image.permute(0, 3, 1, 2).float() - 128) / 64) for trunk, image in zip(self.trunks, images)]
-        features = self.features(torch.cat(maps, dim=1))
-        return features, self.pose(torch.cat([features, measured], dim=1))
-
-    def sheet_to_tip(self, pose: torch.Tensor, measured: torch.Tensor) -> torch.Tensor:
-        """so101_env.sheet_to_tip_feature (B, 2) of the estimate: it can be differentiated."""
-        x, y = ((measured[:, 12:14] * self.tip_scale_m) - pose[:, :2] * self.pose_scale[:2]).unbind(1)
-        c, s = torch.cos(pose[:, 2] * self.pose_scale[2]), torch.sin(pose[:, 2] * self.pose_scale[2])
-        tip = torch.stack([c * x + s * y, c * y - s * x], dim=1)
-        return (tip - torch.clamp(tip, -self.inner_half_m, self.inner_half_m)) / 0.03
-
-    def act(
-        self, features: torch.Tensor, pose: torch.Tensor, measured: torch.Tensor, base_delta: torch.Tensor
-    ) -> torch.Tensor:
-        """Residual (B, 6), unclipped, from what `look` gives, and the base policy's deltas (B, 6) in act_scale."""
-        gap = self.sheet_to_tip(pose, measured)
-        return self.residual(torch.cat([measured, pose, gap, self.latent(features), base_delta], dim=1))
+    def act(self, found: torch.Tensor, measured: torch.Tensor, base_delta: torch.Tensor) -> torch.Tensor:
+        """Residual (B, 6), unclipped, from what `finder` found, and the base policy's deltas (B, 6) in act_scale."""
+        return self.residual(torch.cat([measured, found, base_delta], dim=1))
 
 
 class StudentPolicy(StackedPolicy):
@@ -304,19 +263,19 @@ class StudentPolicy(StackedPolicy):
         seen = obs.rows(mask)
         images = [seen[IMAGES + camera] for camera in self.own_cameras]
         state = measured(seen)
-        features, pose = self.student.look([torch.from_numpy(image) for image in images], torch.from_numpy(state))
+        found, pose = self.student.finder([torch.from_numpy(image) for image in images], torch.from_numpy(state))
         estimate = np.zeros((len(mask), 3))
         estimate[mask] = pose.numpy() * POSE_SCALE
         estimate[:, :2] += TAPE_CENTER_M
         self.estimate = estimate
-        return {"images": images, "measured": state, "features": features, "pose": pose}
+        return {"images": images, "measured": state, "found": found}
 
     @torch.inference_mode()
     def own_residual(self, look: dict[str, Any], base_delta: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """The student's residual (N, 6), rad, of what `look` gave and the base policy's deltas (N, 6), rad."""
         look["base_delta"] = (base_delta[mask] / self.act_scale).astype(np.float32)
         state, base = (torch.from_numpy(look[name]) for name in ("measured", "base_delta"))
-        own = self.student.act(look["features"], look["pose"], state, base)
+        own = self.student.act(look["found"], state, base)
         residual = np.zeros((len(mask), ACT_DIM))
         residual[mask] = self.scale_rad * own.clamp(-1, 1).numpy()
         return residual
@@ -371,11 +330,9 @@ class Dagger(StudentPolicy):
         base = self.base_delta(obs if self.teacher_acts else with_estimate(obs, self.estimate), mask)
         residual = self.own_residual(look, base, mask)
         answer = self.teacher.agent_residual(obs, base, mask)
-        xy, yaw = sheet_pose(flat)
-        pose = np.column_stack([xy - TAPE_CENTER_M, yaw]) / POSE_SCALE
         self.seen = {
             "images": look["images"], "measured": look["measured"], "base_delta": look["base_delta"],
-            "residual": answer[mask], "pose": pose.astype(np.float32),
+            "residual": answer[mask], "pose": scaled_pose(flat),
         }  # fmt: skip
         if self.teacher_acts:
             residual = self.scale_rad * answer.astype(np.float64)
@@ -393,7 +350,7 @@ class Samples:
         size = (capacity, net.image_size, net.image_size, 3)
         self.count, self.cameras = 0, net.cameras
         self.images = [np.empty(size, np.uint8) for _ in net.cameras]
-        widths = {"measured": MEASURED_DIM, "base_delta": ACT_DIM, "residual": ACT_DIM, "pose": 3}
+        widths = {"measured": KNOWN_DIM, "base_delta": ACT_DIM, "residual": ACT_DIM, "pose": 3}
         self.rows = {name: np.empty((capacity, width), np.float32) for name, width in widths.items()}
         self.rows |= {"qpos": np.empty((capacity, 10))}
         self.rows |= {name: np.empty(capacity, np.int64) for name in ("look_seed", "steps")}
@@ -452,11 +409,11 @@ def loss_of(student: Student, samples: Samples, rows: np.ndarray, pose_coef: flo
     state, base_delta, residual, pose = (
         torch.from_numpy(samples.rows[name][rows]) for name in ("measured", "base_delta", "residual", "pose")
     )
-    features, estimate = student.look([torch.from_numpy(images[rows]) for images in samples.images], state)
-    residual_error = (student.act(features, estimate, state, base_delta) - residual).abs().mean()
+    found, estimate = student.finder([torch.from_numpy(images[rows]) for images in samples.images], state)
+    residual_error = (student.act(found, state, base_delta) - residual).abs().mean()
     pose_error = (estimate - pose).abs()
     with torch.no_grad():
-        scaled = (pose_error * student.pose_scale).square()
+        scaled = (pose_error * student.finder.pose_scale).square()
         parts = [residual_error, scaled[:, :2].sum(1).sqrt().mean(), scaled[:, 2].sqrt().mean()]
     return residual_error + pose_coef * pose_error.mean(), np.array([float(part.detach()) for part in parts])
 
@@ -516,9 +473,8 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
     if saved["training"] is None:
         raise SO101Error(f"--resume {path}: is finished; there is nothing to go on with")
     then = restore_settings(Args, saved["args"], path)
-    parent = Path(path).resolve().parent
-    run_dir = parent.parent if parent.name == "checkpoints" else parent
-    then.run = dataclasses.replace(then.run, resume=None, log_dir=str(run_dir.parent), run_name=None, num_threads=None)
+    log_dir = str(run_dir_of(path).parent)
+    then.run = dataclasses.replace(then.run, resume=None, log_dir=log_dir, run_name=None, num_threads=None)
     args = tyro.cli(Args, description=__doc__, config=config, default=then)
     before, after = (flat_settings(dataclasses.asdict(each)) for each in (then, args))
     for name, new in after.items():

@@ -310,7 +310,7 @@ def main() -> int:
         return SO101ResidualVectorEnv(n, base_policy, task, **threads, **visual)
 
     if kind == CHECKPOINT:
-        checkpoint = load_checkpoint(args.model)
+        checkpoint = load_checkpoint(args.model, saved)
         base, steps = checkpoint.args.base, checkpoint.saved["global_step"]
         if args.base_policy is not None:
             if not all(spec.startswith("server:") for spec in (base.base_policy, args.base_policy)):
@@ -325,7 +325,8 @@ def main() -> int:
         if args.base_policy is not None:
             raise SO101Error(f"--base-policy {args.base_policy}: the student of --model has its own; drop it")
         base_policy = f"checkpoint:{args.model}"
-        script, student = load_script(saved["script"], args.model), load_policy(base_policy)
+        script = load_script(saved["script"], args.model)
+        student = script.load_student(saved, args.model)
         steps, envs = saved["global_step"], base_envs(student, student.task)
         teacher_envs = base_envs(script.load_teacher(saved, args.model), student.task) if args.base else None
     else:

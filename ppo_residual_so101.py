@@ -19,7 +19,6 @@ import copy
 import dataclasses
 import json
 import shlex
-import shutil
 import sys
 import time
 from collections import deque
@@ -45,26 +44,35 @@ from so101_policies import (
     load_weights,
 )
 from so101_runs import (
+    BEST_BY,
+    EVAL_TAGS,
+    FINALISTS,
+    RIVAL_EPISODES,
+    ROLLOUT_TAGS,
     VALIDATION_SEED,
     Interrupts,
     check_flags,
     check_rendering,
+    check_run_name,
     command_of,
+    copy_file,
     describe_run,
     episode_mean,
     evaluate,
+    evaluate_agent,
+    finalists_of,
     flag_of,
     flat_settings,
+    log_best,
     make_run_dir,
-    no_residual,
-    residual_to_base,
+    model_name,
+    ranking,
+    run_dir_of,
     run_script,
     save_tensors,
     to_numpy,
     to_plain,
-    write_atomically,
     write_json,
-    write_video,
 )
 
 SCRIPT = Path(__file__).name
@@ -196,8 +204,7 @@ def check_args(args: Args) -> None:
     """Raise SO101Error with the name of the first flag that is out of range, or contradicts another."""
     for settings in (args, args.ppo, args.networks, args.base.server, args.task, args.run):
         check_flags(settings, RANGES)
-    if args.run.run_name is not None and Path(args.run.run_name).parts != (args.run.run_name,):
-        raise SO101Error(f"--run-name {args.run.run_name!r}: give a name; --log-dir says where")
+    check_run_name(args.run.run_name)
     # a budget below one rollout shortens the rollout, and below num_envs takes fewer environments
     samples = args.ppo.num_envs * args.ppo.num_steps
     if samples > 2**22:
@@ -429,30 +436,6 @@ def update(
     return metrics
 
 
-def evaluate_agent(
-    agent: Agent, eval_envs: SO101ResidualVectorEnv, num_episodes: int, base_success: float | None, film: Path | None
-) -> dict[str, float]:
-    """Means over episodes on seeds that are used for nothing else.
-
-    base_success is that of the base policy alone, None to measure it; the first episode is filmed into film.
-    """
-    seeds = [VALIDATION_SEED + i for i in range(num_episodes)]
-    episodes = evaluate(agent.act, eval_envs, seeds, trace=film is not None)
-    success, magnitude = (episode_mean(episodes, key) for key in ("success", "residual_magnitude"))
-    if base_success is None:  # at the start, most agents are their base
-        base_success = episode_mean(evaluate(no_residual, eval_envs, seeds), "success") if magnitude else success
-    if film:
-        write_video(eval_envs, {"base and residual" if eval_envs.base_policy else "agent": episodes[:1]}, film)
-    return {
-        "success_rate": success,
-        "mean_return": episode_mean(episodes, "return"),
-        "mean_length": episode_mean(episodes, "length"),
-        "residual_magnitude": magnitude,
-        "base_success_rate": base_success,
-        **{f"residual_to_base/{joint}": ratio for joint, ratio in residual_to_base(episodes).items()},
-    }
-
-
 def choose_best(
     finalists: list[dict[str, Any]], run_dir: Path, eval_envs: SO101ResidualVectorEnv, run: Run
 ) -> dict[str, Any]:
@@ -472,30 +455,10 @@ def choose_best(
     return max(compared, key=ranking)
 
 
-def log_best(writer: Any, settings: dict[str, Any], best: dict[str, Any]) -> None:
-    """Settings and the best model's scores, for the table of runs in TensorBoard's tab HPARAMS."""
-    from torch.utils.tensorboard.summary import hparams
-
-    plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()}
-    scores = {f"best/{key}": best[key] for key in BEST_BY}
-    for summary in hparams(plain, scores):  # SummaryWriter.add_hparams would open a second event file
-        writer.file_writer.add_summary(summary)
-    for tag, value in scores.items():
-        writer.add_scalar(tag, value, best["step"])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints: all that a run needs to go on to the bit
 
 
-# where the means over the last 100 training episodes, and of an evaluation, go in TensorBoard
-ROLLOUT_TAGS = {
-    "success": "success_rate_100", "return": "ep_reward", "length": "ep_length", "failure": "failure_rate_100"
-}  # fmt: skip
-BEST_BY = ("success_rate", "mean_return")  # the second where the first ties
-FINALISTS = 3  # so many models are evaluated once more at the end,
-RIVAL_EPISODES = 2  # if they succeeded in at most this many episodes fewer than the best
-EVAL_TAGS = {"mean_return": "mean_reward", "mean_length": "mean_ep_length"}
 # flags that may differ from the run that is resumed: none of them changes what is learned, but a longer budget
 RESUMABLE = {
     "resume", "log_dir", "run_name", "num_threads", "total_timesteps", "track", "wandb_project_name", "capture_video",
@@ -530,32 +493,6 @@ def parse_args() -> tuple[Args, Checkpoint | None]:
         raise SO101Error(f"--total-timesteps {args.total_timesteps}: {path} has {steps} steps already")
     check_args(args)
     return args, checkpoint
-
-
-def run_dir_of(path: str) -> Path:
-    """The directory of the run that a checkpoint belongs to."""
-    parent = Path(path).resolve().parent
-    return parent.parent if parent.name in ("checkpoints", "best_model") else parent
-
-
-def model_name(global_step: int) -> str:
-    """File name of the model after so many steps."""
-    return f"ppo_residual_{global_step}_steps.pt"
-
-
-def ranking(evaluation: dict[str, Any]) -> list[float]:
-    """What the best of several evaluations has most of."""
-    return [evaluation[key] for key in (*BEST_BY, "step")]
-
-
-def finalists_of(path: str, finalists: list[dict[str, Any]]) -> list[Path]:
-    """The files that the run of a checkpoint keeps its best models in, for ever: best_model.pt may be a later one."""
-    return [run_dir_of(path) / "best_model" / model_name(finalist["step"]) for finalist in finalists]
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file; target is complete or as it was."""
-    write_atomically(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
 def restore(

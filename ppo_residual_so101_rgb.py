@@ -17,7 +17,6 @@ import copy
 import dataclasses
 import json
 import shlex
-import shutil
 import sys
 import time
 from collections import deque
@@ -38,52 +37,58 @@ from so101_env import (
     MEASURED,
     OBS_DIM,
     OBSERVATION,
-    SHAPING_INSET_M,
-    SHEET_HALF_M,
-    TAPE_CENTER_M,
     BasePolicyError,
     SO101Error,
     SO101ResidualVectorEnv,
     Task,
-    camera_names,
-    sheet_pose,
 )
 from so101_policies import (
     CHECKPOINT,
+    MEASURED_DIM,
     Checkpoint,
     Features,
     Server,
+    SheetFinder,
     check_base,
     load_checkpoint,
     load_policy,
     load_weights,
+    scaled_pose,
 )
 from so101_runs import (
+    BEST_BY,
+    EVAL_TAGS,
+    FINALISTS,
+    RIVAL_EPISODES,
+    ROLLOUT_TAGS,
     VALIDATION_SEED,
     Interrupts,
+    check_cameras,
     check_flags,
+    check_run_name,
     command_of,
+    copy_file,
     describe_run,
     episode_mean,
     evaluate,
+    evaluate_agent,
+    finalists_of,
     flag_of,
     flat_settings,
+    log_best,
     make_run_dir,
-    no_residual,
-    residual_to_base,
+    model_name,
+    ranking,
+    run_dir_of,
     run_script,
     save_tensors,
     to_numpy,
     to_plain,
-    write_atomically,
     write_json,
-    write_video,
 )
 
 SCRIPT = Path(__file__).name
 LOG_2PI = float(np.log(2 * np.pi))
-# the sheet's pose as the network has it: x and y from the tape's centre, and yaw
-POSE_SCALE = np.array([0.1, 0.1, 0.3], np.float32)  # m, m, rad
 # Two halves of every minibatch, always, however many cores there are: so their sum is the same everywhere.
 SHARDS = 2
 
@@ -215,8 +220,7 @@ def check_args(args: Args) -> None:
     """Raise SO101Error with the name of the first flag that is out of range, or contradicts another."""
     for settings in (args, args.ppo, args.networks, args.base.server, args.task, args.run):
         check_flags(settings, RANGES)
-    if args.run.run_name is not None and Path(args.run.run_name).parts != (args.run.run_name,):
-        raise SO101Error(f"--run-name {args.run.run_name!r}: give a name; --log-dir says where")
+    check_run_name(args.run.run_name)
     # a budget below one rollout shortens the rollout, and below num_envs takes fewer environments
     samples = args.ppo.num_envs * args.ppo.num_steps
     if samples > 2**22:
@@ -228,10 +232,7 @@ def check_args(args: Args) -> None:
         )
     if args.task.full_randomization and not args.task.randomize:
         raise SO101Error("--full-randomization contradicts --no-randomize: drop one of them")
-    cameras = args.networks.actor_cameras
-    if not cameras or len({*cameras}) < len(cameras) or not {*cameras} <= {*camera_names()}:
-        known = " and ".join(camera_names())
-        raise SO101Error(f"--actor-cameras {' '.join(cameras)}: give one or more of {known}, each once")
+    check_cameras("--actor-cameras", args.networks.actor_cameras)
 
 
 def make_envs(args: Args, num_envs: int, evaluation: bool = False, num_threads: int | None = None):
@@ -262,37 +263,20 @@ def layer_init(layer: nn.Linear, std: float = np.sqrt(2)) -> nn.Linear:
     return layer
 
 
-MEASURED_PARTS = [OBSERVATION[name] for name in MEASURED]
-MEASURED_DIM = sum(len(part.names) for part in MEASURED_PARTS)
-
-
 class Agent(nn.Module):
     """Gaussian actor that sees, and critic that knows.
 
-    The actor has a convolutional trunk for each camera; from their features and the measurements the sheet's pose; from
-    all of these, and what the base policy asks for, the residual.
+    From what the actor finds in the pictures, what the arm measures and what the base policy asks for, the residual.
     """
 
     def __init__(self, args: Args):
         super().__init__()
         net, moves = args.networks, args.base.base_policy != "zero"
-        width, size = net.hidden_size, -(-net.actor_image_size // 8)  # of the last feature map
-
-        def trunk() -> nn.Sequential:
-            return nn.Sequential(
-                nn.Conv2d(3, 32, 7, 4, 3), nn.ReLU(), nn.Conv2d(32, 32, 3, 2, 1), nn.ReLU(),
-                nn.Conv2d(32, 32, 3, 1, 1), nn.ReLU(), nn.Flatten(),
-            ).to(memory_format=torch.channels_last)  # fmt: skip
-
-        self.cameras, self.image_size = net.actor_cameras, (net.actor_image_size, net.actor_image_size)
-        self.trunks = nn.ModuleList([trunk() for _ in net.actor_cameras])
-        self.look = nn.Sequential(
-            nn.Linear(32 * size**2 * len(net.actor_cameras), width), nn.LayerNorm(width), nn.ReLU()
-        )
-        self.pose = nn.Sequential(nn.Linear(width + MEASURED_DIM, width), nn.ReLU(), nn.Linear(width, 3))
-        self.latent = nn.Linear(width, 32)
+        width, size = net.hidden_size, net.actor_image_size
+        self.cameras, self.image_size = net.actor_cameras, (size, size)
+        self.finder = SheetFinder(len(net.actor_cameras), size, MEASURED_DIM, width)
         self.actor_mean = nn.Sequential(
-            nn.Linear(MEASURED_DIM + ACT_DIM * moves + 3 + 2 + 32, width), nn.ReLU(), nn.Linear(width, width),
+            nn.Linear(MEASURED_DIM + ACT_DIM * moves + SheetFinder.DIM, width), nn.ReLU(), nn.Linear(width, width),
             nn.LayerNorm(width), nn.ReLU(),
             # with a base policy to start from, the residual starts at exactly zero
             layer_init(nn.Linear(width, ACT_DIM), std=0.0 if moves else 0.01),
@@ -303,14 +287,14 @@ class Agent(nn.Module):
             layer_init(nn.Linear(self.features.dim, hidden)), nn.ReLU(), layer_init(nn.Linear(hidden, hidden)),
             nn.LayerNorm(hidden), nn.ReLU(), layer_init(nn.Linear(hidden, 1), std=1.0),
         )  # fmt: skip
+        parts = [OBSERVATION[name] for name in MEASURED]
         mean, scale = (
-            np.concatenate([np.broadcast_to(getattr(part, key), len(part.names)) for part in MEASURED_PARTS])
+            np.concatenate([np.broadcast_to(getattr(part, key), len(part.names)) for part in parts])
             for key in ("mean", "scale")
         )
         if moves:  # the base policy's deltas come last
             mean, scale = np.append(mean, np.zeros(ACT_DIM)), np.append(scale, np.full(ACT_DIM, args.task.act_scale))
-        buffers = {"state_mean": mean, "state_scale": scale, "pose_scale": POSE_SCALE}
-        for name, array in (buffers | {"inner_half_m": SHEET_HALF_M - SHAPING_INSET_M}).items():
+        for name, array in {"state_mean": mean, "state_scale": scale}.items():
             self.register_buffer(name, torch.tensor(array, dtype=torch.float32))
 
     def normalize(self, state: torch.Tensor) -> torch.Tensor:
@@ -326,19 +310,8 @@ class Agent(nn.Module):
             images: (B, H, W, 3) uint8 for each camera.
             state: normalised, (B, 15 or 21).
         """
-        maps = [trunk((image.permute(0, 3, 1, 2).float() - 128) / 64) for trunk, image in zip(self.trunks, images)]
-        seen = self.look(torch.cat(maps, dim=1))
-        pose = self.pose(torch.cat([seen, state[:, :MEASURED_DIM]], dim=1))
-        mean = self.actor_mean(torch.cat([state, pose, self.sheet_to_tip(pose, state), self.latent(seen)], dim=1))
-        return mean, self.actor_logstd, pose
-
-    def sheet_to_tip(self, pose: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """so101_env.sheet_to_tip_feature (B, 2) of the estimated pose: it can be differentiated."""
-        tip = slice(MEASURED_DIM - 3, MEASURED_DIM - 1)
-        x, y = (state[:, tip] * self.state_scale[tip] - pose[:, :2] * self.pose_scale[:2]).unbind(1)
-        c, s = torch.cos(pose[:, 2] * self.pose_scale[2]), torch.sin(pose[:, 2] * self.pose_scale[2])
-        point = torch.stack([c * x + s * y, c * y - s * x], dim=1)
-        return (point - torch.clamp(point, -self.inner_half_m, self.inner_half_m)) / 0.03
+        found, pose = self.finder(images, state[:, :MEASURED_DIM])
+        return self.actor_mean(torch.cat([state, found], dim=1)), self.actor_logstd, pose
 
     def get_value(self, x: torch.Tensor) -> torch.Tensor:
         """Value (B,) of the shaped reward, for features (B, views, F) of what the critic knows."""
@@ -450,7 +423,7 @@ def ppo_loss(
     pose_error = (pose - mb["pose"]).abs()
     loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss + args.pose_coef * pose_error.mean()
     with torch.no_grad():
-        error = pose_error * agent.pose_scale
+        error = pose_error * agent.finder.pose_scale
         metrics = {
             "approx_kl": ((ratio - 1) - logratio).mean(),  # http://joschu.net/blog/kl-approx.html
             "clip_fraction": ((ratio - 1.0).abs() > args.clip_coef).float().mean(),
@@ -460,7 +433,7 @@ def ppo_loss(
             "position_error_m": error[:, :2].norm(dim=1).mean(),
             "yaw_error_rad": error[:, 2].mean(),
         }
-    return loss, {key: float(value) for key, value in metrics.items()}
+    return loss, {key: float(value.detach()) for key, value in metrics.items()}
 
 
 def update(
@@ -480,14 +453,13 @@ def update(
             buffers["rewards"], b_values.view(num_steps, n), real_next_values,
             buffers["terminations"], buffers["dones"], args.gamma, args.gae_lambda,
         )  # fmt: skip
-        xy, yaw = sheet_pose(full)
     b_advantages = advantages.flatten()
     b_returns, b_actions = b_advantages + b_values, buffers["actions"].flatten(0, 1)
     b_images = [buffers[f"pixels_{camera}"].flatten(0, 1) for camera in agent.cameras]
     b = {
         "state": agent.normalize(buffers["state"].flatten(0, 1)), "x": b_x, "actions": b_actions,
         "logprobs": buffers["logprobs"].flatten(), "returns": b_returns,
-        "pose": torch.from_numpy((np.column_stack([xy - TAPE_CENTER_M, yaw]) / POSE_SCALE).astype(np.float32)),
+        "pose": torch.from_numpy(scaled_pose(full)),
     }  # fmt: skip
 
     def gradient(rows: torch.Tensor, advantages: torch.Tensor, critic_view: int) -> tuple[Any, dict[str, float]]:
@@ -529,30 +501,6 @@ def update(
     return metrics
 
 
-def evaluate_agent(
-    agent: Agent, eval_envs: SO101ResidualVectorEnv, num_episodes: int, base_success: float | None, film: Path | None
-) -> dict[str, float]:
-    """Means over episodes on seeds that are used for nothing else.
-
-    base_success is that of the base policy alone, None to measure it; the first episode is filmed into film.
-    """
-    seeds = [VALIDATION_SEED + i for i in range(num_episodes)]
-    episodes = evaluate(agent.act, eval_envs, seeds, trace=film is not None)
-    success, magnitude = (episode_mean(episodes, key) for key in ("success", "residual_magnitude"))
-    if base_success is None:  # at the start, most agents are their base
-        base_success = episode_mean(evaluate(no_residual, eval_envs, seeds), "success") if magnitude else success
-    if film:
-        write_video(eval_envs, {"base and residual" if eval_envs.base_policy else "agent": episodes[:1]}, film)
-    return {
-        "success_rate": success,
-        "mean_return": episode_mean(episodes, "return"),
-        "mean_length": episode_mean(episodes, "length"),
-        "residual_magnitude": magnitude,
-        "base_success_rate": base_success,
-        **{f"residual_to_base/{joint}": ratio for joint, ratio in residual_to_base(episodes).items()},
-    }
-
-
 def choose_best(
     finalists: list[dict[str, Any]], run_dir: Path, eval_envs: SO101ResidualVectorEnv, run: Run
 ) -> dict[str, Any]:
@@ -572,30 +520,10 @@ def choose_best(
     return max(compared, key=ranking)
 
 
-def log_best(writer: Any, settings: dict[str, Any], best: dict[str, Any]) -> None:
-    """Settings and the best model's scores, for the table of runs in TensorBoard's tab HPARAMS."""
-    from torch.utils.tensorboard.summary import hparams
-
-    plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()}
-    scores = {f"best/{key}": best[key] for key in BEST_BY}
-    for summary in hparams(plain, scores):  # SummaryWriter.add_hparams would open a second event file
-        writer.file_writer.add_summary(summary)
-    for tag, value in scores.items():
-        writer.add_scalar(tag, value, best["step"])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints: all that a run needs to go on to the bit
 
 
-# where the means over the last 100 training episodes, and of an evaluation, go in TensorBoard
-ROLLOUT_TAGS = {
-    "success": "success_rate_100", "return": "ep_reward", "length": "ep_length", "failure": "failure_rate_100"
-}  # fmt: skip
-BEST_BY = ("success_rate", "mean_return")  # the second where the first ties
-FINALISTS = 3  # so many models are evaluated once more at the end,
-RIVAL_EPISODES = 2  # if they succeeded in at most this many episodes fewer than the best
-EVAL_TAGS = {"mean_return": "mean_reward", "mean_length": "mean_ep_length"}
 # flags that may differ from the run that is resumed: none of them changes what is learned, but a longer budget
 RESUMABLE = {
     "resume", "log_dir", "run_name", "num_threads", "total_timesteps", "track", "wandb_project_name", "capture_video",
@@ -630,32 +558,6 @@ def parse_args() -> tuple[Args, Checkpoint | None]:
         raise SO101Error(f"--total-timesteps {args.total_timesteps}: {path} has {steps} steps already")
     check_args(args)
     return args, checkpoint
-
-
-def run_dir_of(path: str) -> Path:
-    """The directory of the run that a checkpoint belongs to."""
-    parent = Path(path).resolve().parent
-    return parent.parent if parent.name in ("checkpoints", "best_model") else parent
-
-
-def model_name(global_step: int) -> str:
-    """File name of the model after so many steps."""
-    return f"ppo_residual_{global_step}_steps.pt"
-
-
-def ranking(evaluation: dict[str, Any]) -> list[float]:
-    """What the best of several evaluations has most of."""
-    return [evaluation[key] for key in (*BEST_BY, "step")]
-
-
-def finalists_of(path: str, finalists: list[dict[str, Any]]) -> list[Path]:
-    """The files that the run of a checkpoint keeps its best models in, for ever: best_model.pt may be a later one."""
-    return [run_dir_of(path) / "best_model" / model_name(finalist["step"]) for finalist in finalists]
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file; target is complete or as it was."""
-    write_atomically(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
 def restore(

@@ -861,9 +861,10 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         if camera not in camera_names():
             raise SO101Error(f"camera {camera}: the scene has no such camera, it has {' and '.join(camera_names())}")
         pictures, number = np.empty((len(qpos), *size, 3), np.uint8), camera_names().index(camera)
+        painter = self._painter(size, fast=True)
         for i, row in enumerate(qpos):
             look = None if look_seed is None else self._draw_look(look_seed[i])
-            pictures[i] = self._painter(size, fast=True).paint(row, camera, look)
+            pictures[i] = painter.paint(row, camera, look)
             if look is not None:
                 add_noise(pictures[i], look, 0 if steps is None else int(steps[i]), number)
         return pictures

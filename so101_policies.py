@@ -43,7 +43,10 @@ from so101_env import (
     OBS,
     OBSERVATION,
     RESIDUAL,
+    SHAPING_INSET_M,
+    SHEET_HALF_M,
     STATE,
+    TAPE_CENTER_M,
     TASK_TEXT,
     BaseObservation,
     BasePolicyError,
@@ -345,6 +348,71 @@ class Features(nn.Module):
         return torch.from_numpy(x[:, None] * self.signs.numpy())
 
 
+# the sheet's pose as networks have it: x and y from the tape's centre, and yaw
+POSE_SCALE = np.array([0.1, 0.1, 0.3], np.float32)  # m, m, rad
+MEASURED_DIM = sum(len(OBSERVATION[name].names) for name in MEASURED)
+
+
+def scaled_pose(obs: np.ndarray) -> np.ndarray:
+    """The sheet's true pose (N, 3) float32, in POSE_SCALE from the tape's centre, in observations (N, 25)."""
+    xy, yaw = sheet_pose(obs)
+    return (np.column_stack([xy - TAPE_CENTER_M, yaw]) / POSE_SCALE).astype(np.float32)
+
+
+class SheetFinder(nn.Module):
+    """Where the sheet lies, and what else matters, from pictures and what the arm measures.
+
+    A convolutional trunk for each camera; from their features and the measurements the sheet's pose.
+
+    Args:
+        num_cameras, image_size: of the pictures, which are square.
+        measured_dim: of the measurements; the first are the normalised parts of MEASURED.
+        width: of the features and of a hidden layer.
+    """
+
+    LATENT = 32
+    DIM = 3 + 2 + LATENT  # of `found`
+
+    def __init__(self, num_cameras: int, image_size: int, measured_dim: int, width: int):
+        super().__init__()
+        size = -(-image_size // 8)  # of the last feature map
+
+        def trunk() -> nn.Sequential:
+            return nn.Sequential(
+                nn.Conv2d(3, 32, 7, 4, 3), nn.ReLU(), nn.Conv2d(32, 32, 3, 2, 1), nn.ReLU(),
+                nn.Conv2d(32, 32, 3, 1, 1), nn.ReLU(), nn.Flatten(),
+            ).to(memory_format=torch.channels_last)  # fmt: skip
+
+        self.trunks = nn.ModuleList([trunk() for _ in range(num_cameras)])
+        self.features = nn.Sequential(nn.Linear(32 * size**2 * num_cameras, width), nn.LayerNorm(width), nn.ReLU())
+        self.pose = nn.Sequential(nn.Linear(width + measured_dim, width), nn.ReLU(), nn.Linear(width, 3))
+        self.latent = nn.Linear(width, self.LATENT)
+        inner = SHEET_HALF_M - SHAPING_INSET_M
+        buffers = {"tip_scale_m": OBSERVATION["tip_pos"].scale[:2], "pose_scale": POSE_SCALE, "inner_half_m": inner}
+        for name, array in buffers.items():
+            self.register_buffer(name, torch.tensor(np.asarray(array), dtype=torch.float32))
+
+    def forward(self, images: list[torch.Tensor], measured: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All that was found (B, 37), for a policy's network, and of it the sheet's pose (B, 3), in POSE_SCALE.
+
+        Args:
+            images: (B, H, W, 3) uint8 for each camera.
+            measured: (B, measured_dim), normalised.
+        """
+        maps = [trunk((image.permute(0, 3, 1, 2).float() - 128) / 64) for trunk, image in zip(self.trunks, images)]
+        features = self.features(torch.cat(maps, dim=1))
+        pose = self.pose(torch.cat([features, measured], dim=1))
+        return torch.cat([pose, self.sheet_to_tip(pose, measured), self.latent(features)], dim=1), pose
+
+    def sheet_to_tip(self, pose: torch.Tensor, measured: torch.Tensor) -> torch.Tensor:
+        """so101_env.sheet_to_tip_feature (B, 2) of an estimated pose: it can be differentiated."""
+        tip = slice(MEASURED_DIM - 3, MEASURED_DIM - 1)
+        x, y = (measured[:, tip] * self.tip_scale_m - pose[:, :2] * self.pose_scale[:2]).unbind(1)
+        c, s = torch.cos(pose[:, 2] * self.pose_scale[2]), torch.sin(pose[:, 2] * self.pose_scale[2])
+        point = torch.stack([c * x + s * y, c * y - s * x], dim=1)
+        return (point - torch.clamp(point, -self.inner_half_m, self.inner_half_m)) / 0.03
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # files
 
@@ -489,9 +557,12 @@ def check_base(saved: dict[str, Any], spec: str, base_policy: BasePolicy | None,
         )
 
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint through the script that wrote it. Raises SO101Error, naming what is wrong with it."""
-    saved = load_file(path, CHECKPOINT)
+def load_checkpoint(path: str | Path, saved: dict[str, Any] | None = None) -> Checkpoint:
+    """Read a checkpoint through the script that wrote it. Raises SO101Error, naming what is wrong with it.
+
+    saved is what load_file read from path, if it has been read.
+    """
+    saved = saved or load_file(path, CHECKPOINT)
     script = load_script(saved["script"], path)
     for name in ("Args", "Agent", "make_envs", "check_args"):
         if not hasattr(script, name):
@@ -574,8 +645,8 @@ class StackedPolicy(BasePolicy):
 class CheckpointPolicy(StackedPolicy):
     """A frozen policy of a training script, its own base policy included."""
 
-    def __init__(self, path: str):
-        checkpoint = load_checkpoint(path)
+    def __init__(self, path: str, saved: dict[str, Any] | None = None):
+        checkpoint = load_checkpoint(path, saved)
         self.args = args = checkpoint.args
         super().__init__(load_policy(args.base.base_policy, args.base.server))
         self.agent = checkpoint.agent(path)
@@ -796,7 +867,7 @@ def load_policy(spec: str, server: Server = Server()) -> BasePolicy | None:
         saved = load_file(rest, CHECKPOINT, STUDENT)
         if saved["format"] == STUDENT:
             return load_script(saved["script"], rest).load_student(saved, rest)
-        return CheckpointPolicy(rest)
+        return CheckpointPolicy(rest, saved)
     if kind == "bc" and rest:
         saved = load_file(rest, CLONE)
         return load_script(saved["script"], rest).ClonePolicy(saved, rest)

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from so101_env import ACT_DIM, JOINTS, OBS, SO101Error, SO101ResidualVectorEnv, check_ranges, sheet_pose, wrap_angle
+from so101_env import (
+    ACT_DIM,
+    JOINTS,
+    OBS,
+    SO101Error,
+    SO101ResidualVectorEnv,
+    camera_names,
+    check_ranges,
+    sheet_pose,
+    wrap_angle,
+)
 
 # Episodes of training, of the evaluations during training, of demonstrations, and of eval_so101.py never share a seed:
 # the best model is chosen on the second, and reported on the last.
@@ -103,6 +114,19 @@ def flag_of(name: str) -> str:
 def check_flags(settings: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
     """Raise SO101Error, naming the flag, for the first number that is not finite or out of its range."""
     check_ranges(settings, ranges, flag_of)
+
+
+def check_run_name(name: str | None) -> None:
+    """Raise SO101Error for a --run-name that is no name of a directory."""
+    if name is not None and Path(name).parts != (name,):
+        raise SO101Error(f"--run-name {name!r}: give a name; --log-dir says where")
+
+
+def check_cameras(flag: str, cameras: tuple[str, ...]) -> None:
+    """Raise SO101Error, naming the flag, for cameras that the scene does not have, none, or one twice."""
+    if not cameras or len({*cameras}) < len(cameras) or not {*cameras} <= {*camera_names()}:
+        known = " and ".join(camera_names())
+        raise SO101Error(f"{flag} {' '.join(cameras)}: give one or more of {known}, each once")
 
 
 def check_output(flag: str, path: str | None, suffixes: tuple[str, ...] = ()) -> None:
@@ -400,3 +424,79 @@ def write_video(
                 writer.append_data(np.asarray(image))
 
     write_atomically(path, write)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what trainers keep of a run
+
+
+# where the means over the last 100 training episodes, and of an evaluation, go in TensorBoard
+ROLLOUT_TAGS = {
+    "success": "success_rate_100", "return": "ep_reward", "length": "ep_length", "failure": "failure_rate_100"
+}  # fmt: skip
+BEST_BY = ("success_rate", "mean_return")  # the second where the first ties
+FINALISTS = 3  # so many models are evaluated once more at the end,
+RIVAL_EPISODES = 2  # if they succeeded in at most this many episodes fewer than the best
+EVAL_TAGS = {"mean_return": "mean_reward", "mean_length": "mean_ep_length"}
+
+
+def evaluate_agent(
+    agent: Any, eval_envs: SO101ResidualVectorEnv, num_episodes: int, base_success: float | None, film: Path | None
+) -> dict[str, float]:
+    """Means over episodes on seeds that are used for nothing else, of an agent with `act`.
+
+    base_success is that of the base policy alone, None to measure it; the first episode is filmed into film.
+    """
+    seeds = [VALIDATION_SEED + i for i in range(num_episodes)]
+    episodes = evaluate(agent.act, eval_envs, seeds, trace=film is not None)
+    success, magnitude = (episode_mean(episodes, key) for key in ("success", "residual_magnitude"))
+    if base_success is None:  # at the start, most agents are their base
+        base_success = episode_mean(evaluate(no_residual, eval_envs, seeds), "success") if magnitude else success
+    if film:
+        write_video(eval_envs, {"base and residual" if eval_envs.base_policy else "agent": episodes[:1]}, film)
+    return {
+        "success_rate": success,
+        "mean_return": episode_mean(episodes, "return"),
+        "mean_length": episode_mean(episodes, "length"),
+        "residual_magnitude": magnitude,
+        "base_success_rate": base_success,
+        **{f"residual_to_base/{joint}": ratio for joint, ratio in residual_to_base(episodes).items()},
+    }
+
+
+def log_best(writer: Any, settings: dict[str, Any], best: dict[str, Any]) -> None:
+    """Settings and the best model's scores, for the table of runs in TensorBoard's tab HPARAMS."""
+    from torch.utils.tensorboard.summary import hparams
+
+    plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()}
+    scores = {f"best/{key}": best[key] for key in BEST_BY}
+    for summary in hparams(plain, scores):  # SummaryWriter.add_hparams would open a second event file
+        writer.file_writer.add_summary(summary)
+    for tag, value in scores.items():
+        writer.add_scalar(tag, value, best["step"])
+
+
+def run_dir_of(path: str) -> Path:
+    """The directory of the run that a checkpoint belongs to."""
+    parent = Path(path).resolve().parent
+    return parent.parent if parent.name in ("checkpoints", "best_model") else parent
+
+
+def model_name(global_step: int) -> str:
+    """File name of the model after so many steps."""
+    return f"ppo_residual_{global_step}_steps.pt"
+
+
+def ranking(evaluation: dict[str, Any]) -> list[float]:
+    """What the best of several evaluations has most of."""
+    return [evaluation[key] for key in (*BEST_BY, "step")]
+
+
+def finalists_of(path: str, finalists: list[dict[str, Any]]) -> list[Path]:
+    """The files that the run of a checkpoint keeps its best models in, for ever: best_model.pt may be a later one."""
+    return [run_dir_of(path) / "best_model" / model_name(finalist["step"]) for finalist in finalists]
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file; target is complete or as it was."""
+    write_atomically(target, lambda temporary: shutil.copyfile(source, temporary))

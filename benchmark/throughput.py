@@ -130,30 +130,28 @@ def time_batch(args: BenchmarkArgs, record: list) -> float:
     return len(record) * args.num_envs / (time.perf_counter() - start)
 
 
-def time_env(args: BenchmarkArgs) -> float:
-    """Steps/s of the batched environment under random actions."""
-    envs = SO101ResidualVectorEnv(args.num_envs, num_threads=args.num_threads)
+def time_steps(envs: gym.vector.VectorEnv, steps: int) -> float:
+    """Steps/s of environments under random actions, over about so many steps; closes them."""
     envs.reset(seed=0)
-    actions = np.random.default_rng(0).uniform(-1, 1, (100, args.num_envs, ACT_DIM)).astype(np.float32)
-    start = time.perf_counter()
-    for t in range(args.steps // args.num_envs):
-        envs.step(actions[t % 100])
-    return args.steps / (time.perf_counter() - start)
-
-
-def time_pixels(args: BenchmarkArgs, size: int, threads: int, visual: bool = False) -> float:
-    """Steps/s of the batched environment with a picture of each step, random actions."""
-    kwargs = {"observe": "pixels", "image_size": (size, size), "visual_randomization": visual}
-    envs = SO101ResidualVectorEnv(args.num_envs, num_threads=threads, **kwargs)
-    envs.reset(seed=0)
-    actions = np.random.default_rng(0).uniform(-1, 1, (100, args.num_envs, ACT_DIM)).astype(np.float32)
-    steps = max(1, args.steps // args.num_envs // 20)  # slow, and steady enough
-    start = time.perf_counter()
-    for t in range(steps):
+    actions = np.random.default_rng(0).uniform(-1, 1, (100, envs.num_envs, ACT_DIM)).astype(np.float32)
+    count, start = max(1, steps // envs.num_envs), time.perf_counter()
+    for t in range(count):
         envs.step(actions[t % 100])
     elapsed = time.perf_counter() - start
     envs.close()
-    return steps * args.num_envs / elapsed
+    return count * envs.num_envs / elapsed
+
+
+def time_env(args: BenchmarkArgs) -> float:
+    """Steps/s of the batched environment."""
+    return time_steps(SO101ResidualVectorEnv(args.num_envs, num_threads=args.num_threads), args.steps)
+
+
+def time_pixels(args: BenchmarkArgs, size: int, threads: int, visual: bool = False) -> float:
+    """Steps/s of the batched environment with a picture of each step."""
+    kwargs = {"observe": "pixels", "image_size": (size, size), "visual_randomization": visual}
+    envs = SO101ResidualVectorEnv(args.num_envs, num_threads=threads, **kwargs)
+    return time_steps(envs, args.steps // 20)  # slow, and steady enough
 
 
 def make_single_env() -> gym.Env:
@@ -164,17 +162,8 @@ def make_single_env() -> gym.Env:
 
 
 def time_gymnasium(args: BenchmarkArgs, vector_env: type[gym.vector.VectorEnv]) -> float:
-    """Steps/s of a Gymnasium vector environment over our single one, random actions."""
-    envs = vector_env([make_single_env] * args.num_envs)
-    envs.reset(seed=0)
-    actions = np.random.default_rng(0).uniform(-1, 1, (100, args.num_envs, ACT_DIM)).astype(np.float32)
-    steps = args.steps // args.num_envs // 4  # slow, and steady enough
-    start = time.perf_counter()
-    for t in range(steps):
-        envs.step(actions[t % 100])
-    elapsed = time.perf_counter() - start
-    envs.close()
-    return steps * args.num_envs / elapsed
+    """Steps/s of a Gymnasium vector environment over our single one."""
+    return time_steps(vector_env([make_single_env] * args.num_envs), args.steps // 4)  # slow, and steady enough
 
 
 def time_sb3(args: BenchmarkArgs) -> float:

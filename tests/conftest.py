@@ -36,13 +36,13 @@ def run_script(name: str, *flags: str, **env: str | None) -> subprocess.Complete
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
-def train(log_dir: Path, *flags: str) -> Path:
+def train(log_dir: Path, *flags: str, script: str = "ppo_residual_so101.py") -> Path:
     """Train to the end, in this process, and return the run's directory."""
     before = set(log_dir.glob("*")) if log_dir.exists() else set()
     argv, handlers = sys.argv, {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv = ["ppo_residual_so101.py", "--log-dir", str(log_dir), *flags]
+    sys.argv = [script, "--log-dir", str(log_dir), *flags]
     try:
-        assert load_script("ppo_residual_so101.py").main() == 0
+        assert load_script(script).main() == 0
     finally:
         sys.argv = argv
         for signum, handler in handlers.items():

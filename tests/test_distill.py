@@ -36,13 +36,9 @@ TINY = (
 ).split()
 
 
-def distil(monkeypatch: pytest.MonkeyPatch, log_dir: Path, *flags: str) -> Path:
+def distil(log_dir: Path, *flags: str) -> Path:
     """Distil to the end, in this process; returns the run's directory."""
-    before = set(log_dir.glob("*"))
-    monkeypatch.setattr("sys.argv", ["distill_so101.py", "--log-dir", str(log_dir), *flags])
-    assert distill_so101.main() == 0
-    (run,) = set(log_dir.glob("*")) - before
-    return run
+    return train(log_dir, *flags, script="distill_so101.py")
 
 
 @pytest.fixture(scope="session")
@@ -126,7 +122,7 @@ def test_estimated_observation_puts_the_sheet_where_it_is_thought_to_be():
     np.testing.assert_allclose(moved_yaw, yaw - 0.1, atol=1e-6)
     student, state = Student(NET), torch.from_numpy(measured(obs))
     pose = np.column_stack([xy - TAPE_CENTER_M, yaw]) / distill_so101.POSE_SCALE
-    gap = student.sheet_to_tip(torch.tensor(pose, dtype=torch.float32), state)
+    gap = student.finder.sheet_to_tip(torch.tensor(pose, dtype=torch.float32), state)
     np.testing.assert_allclose(gap, sheet_to_tip_feature(envs.full_observation), atol=1e-4)
 
 
@@ -169,8 +165,8 @@ def test_an_update_follows_the_gradient_of_the_whole_minibatch():
     chosen = torch.randint(64, (16,), generator=torch.Generator().manual_seed(3)).numpy()
     state, base, residual, pose = (torch.from_numpy(rows[name][chosen]) for name in
                                    ("measured", "base_delta", "residual", "pose"))  # fmt: skip
-    features, estimate = student.look([torch.from_numpy(samples.images[0][chosen])], state)
-    loss = (student.act(features, estimate, state, base) - residual).abs().mean() + 0.7 * (estimate - pose).abs().mean()
+    found, estimate = student.finder([torch.from_numpy(samples.images[0][chosen])], state)
+    loss = (student.act(found, state, base) - residual).abs().mean() + 0.7 * (estimate - pose).abs().mean()
     expected = torch.autograd.grad(loss, list(student.parameters()))
     optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
     with ThreadPoolExecutor(2) as pool:
@@ -197,16 +193,14 @@ def test_artefacts(run):
     assert (run / "student.pt").stat().st_size < 1e6
 
 
-def test_every_resume_equals_the_uninterrupted_run_whatever_the_threads(run, teacher, tmp_path, monkeypatch):
+def test_every_resume_equals_the_uninterrupted_run_whatever_the_threads(run, teacher, tmp_path):
     """Its pictures are drawn again, with the noise that they had."""
-    again = distil(monkeypatch, tmp_path, "--teacher", teacher, "--num-threads", "1", *TINY)
+    again = distil(tmp_path, "--teacher", teacher, "--num-threads", "1", *TINY)
     first, last = (run / "checkpoints" / f"distill_so101_{step}_steps.pt" for step in (512, 1000))
     assert_same(load(again / "checkpoints" / last.name)["training"], load(last)["training"])
     copy = tmp_path / "copy"
     shutil.copytree(run, copy / "run")
-    resumed = distil(
-        monkeypatch, copy, "--resume", str(copy / "run" / "checkpoints" / first.name), "--num-threads", "1"
-    )
+    resumed = distil(copy, "--resume", str(copy / "run" / "checkpoints" / first.name), "--num-threads", "1")
     assert_same(load(resumed / "checkpoints" / last.name)["training"], load(last)["training"])
     assert_same(load(resumed / "student.pt")["student"], load(run / "student.pt")["student"])
 
@@ -342,7 +336,7 @@ def test_a_base_policy_that_fails_loses_nothing(calls, tmp_path, monkeypatch):
     path = str(train(tmp_path / "teacher", *flags.split()) / "final_model.pt")
     flags = ["--teacher", path, *TINY]
     flags[flags.index("--eval-every") + 1] = "300"
-    whole = distil(monkeypatch, tmp_path / "whole", *flags)
+    whole = distil(tmp_path / "whole", *flags)
     (tmp_path / "calls_left").write_text(str(calls + 800))  # two evaluations of 400 steps, of the teacher and at 384
     line = refusal(monkeypatch, "distill_so101.py", "--log-dir", str(tmp_path / "logs"), *flags)
     (run,) = (tmp_path / "logs").iterdir()
@@ -350,5 +344,5 @@ def test_a_base_policy_that_fails_loses_nothing(calls, tmp_path, monkeypatch):
     assert "the cable is out" in line and line.endswith(f"--resume {model}")
     assert 0 < load(model)["global_step"] < 1000
     (tmp_path / "calls_left").unlink()
-    resumed = distil(monkeypatch, tmp_path / "logs", "--resume", str(model))
+    resumed = distil(tmp_path / "logs", "--resume", str(model))
     assert_same(load(resumed / "student.pt")["student"], load(whole / "student.pt")["student"])

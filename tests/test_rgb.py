@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import refusal, run_script
+from conftest import refusal, run_script, train
 from gymnasium.vector import AutoresetMode
 from test_distill import assert_same, load
 
 import ppo_residual_so101 as state_trainer
 import ppo_residual_so101_rgb as rgb
-from so101_env import ACT_DIM, SO101ResidualVectorEnv, sheet_pose, sheet_to_tip_feature
-from so101_policies import load_policy
+from so101_env import ACT_DIM, TAPE_CENTER_M, SO101ResidualVectorEnv, sheet_pose, sheet_to_tip_feature
+from so101_policies import POSE_SCALE, load_policy
 from so101_runs import evaluate, no_residual
 
+SCRIPT = "ppo_residual_so101_rgb.py"
 TINY = (
     "--base-policy jacobian --total-timesteps 1000 --num-envs 8 --num-steps 32 --minibatch-size 65 --update-epochs 2 "
     "--train-episode-steps 60 --checkpoint-every 256 --eval-every 512 --eval-episodes 2 --final-eval-episodes 0 "
@@ -25,20 +26,11 @@ TINY = (
 ).split()
 
 
-def train(monkeypatch: pytest.MonkeyPatch, log_dir: Path, *flags: str) -> Path:
-    """Train to the end, in this process; returns the run's directory."""
-    before = set(log_dir.glob("*"))
-    monkeypatch.setattr("sys.argv", ["ppo_residual_so101_rgb.py", "--log-dir", str(log_dir), *flags])
-    assert rgb.main() == 0
-    (run,) = set(log_dir.glob("*")) - before
-    return run
-
-
 @pytest.fixture(scope="session")
 def run(tmp_path_factory) -> Path:
     """The directory of a finished tiny run, as a user starts it."""
     log_dir = tmp_path_factory.mktemp("rgb")
-    done = run_script("ppo_residual_so101_rgb.py", "--log-dir", str(log_dir), *TINY)
+    done = run_script(SCRIPT, "--log-dir", str(log_dir), *TINY)
     assert done.returncode == 0, done.stderr
     return next(log_dir.iterdir())
 
@@ -75,8 +67,8 @@ def test_rollout_keeps_what_each_side_sees(small):
         normal = torch.distributions.Normal(mean, logstd.exp()).log_prob(buffers["actions"].flatten(0, 1)).sum(1)
         flat = full.reshape(-1, 25)
         xy, yaw = sheet_pose(flat)
-        true = np.column_stack([xy - rgb.TAPE_CENTER_M, yaw]) / rgb.POSE_SCALE
-        gap = agent.sheet_to_tip(torch.tensor(true, dtype=torch.float32), state)
+        true = np.column_stack([xy - TAPE_CENTER_M, yaw]) / POSE_SCALE
+        gap = agent.finder.sheet_to_tip(torch.tensor(true, dtype=torch.float32), state)
     torch.testing.assert_close(again, buffers["logprobs"].flatten(), atol=1e-4, rtol=1e-4)  # so the first ratio is 1
     torch.testing.assert_close(again, normal, atol=1e-4, rtol=1e-4)
     np.testing.assert_allclose(gap, sheet_to_tip_feature(flat), atol=1e-4)
@@ -107,26 +99,26 @@ def test_first_update_against_the_formulas(small):
     )
     logprob = rgb.log_density(mean, logstd, buffers["actions"].flatten(0, 1))
     xy, yaw = sheet_pose(full)
-    true = torch.tensor(np.column_stack([xy - rgb.TAPE_CENTER_M, yaw]) / rgb.POSE_SCALE, dtype=torch.float32)
+    true = torch.tensor(np.column_stack([xy - TAPE_CENTER_M, yaw]) / POSE_SCALE, dtype=torch.float32)
     loss = -(advantages * logprob).mean()  # at a ratio of 1 the gradient of PPO's loss is the policy gradient
     loss = loss + 0.5 * args.ppo.vf_coef * (agent.get_value(x[:, :1]) - returns).square().mean()
     loss = loss + args.ppo.pose_coef * (pose - true).abs().mean()
     for ours, expected in zip(got, torch.autograd.grad(loss, actor + critic)):
         torch.testing.assert_close(ours, expected, rtol=2e-3, atol=2e-5)
     assert metrics["approx_kl"] == pytest.approx(0, abs=1e-6) and metrics["clip_fraction"] == 0
-    off = (pose - true).detach().numpy() * rgb.POSE_SCALE
+    off = (pose - true).detach().numpy() * POSE_SCALE
     assert metrics["position_error_m"] == pytest.approx(np.linalg.norm(off[:, :2], axis=1).mean(), rel=1e-3)
 
 
-def test_every_resume_equals_the_uninterrupted_run_whatever_the_threads(run, tmp_path, monkeypatch):
-    again = train(monkeypatch, tmp_path, "--num-threads", "1", *TINY)
+def test_every_resume_equals_the_uninterrupted_run_whatever_the_threads(run, tmp_path):
+    again = train(tmp_path, "--num-threads", "1", *TINY, script=SCRIPT)
     keys = ("agent", "optimizer", "generator", "envs", "next_obs", "recent_episodes", "finalists")
     whole = load(run / "final_model.pt")
     assert_same({key: load(again / "final_model.pt")[key] for key in keys}, {key: whole[key] for key in keys})
     copy = tmp_path / "copy"
     shutil.copytree(run, copy / "run")
     model = copy / "run" / "checkpoints" / "ppo_residual_512_steps.pt"
-    resumed = train(monkeypatch, copy, "--resume", str(model), "--num-threads", "1")
+    resumed = train(copy, "--resume", str(model), "--num-threads", "1", script=SCRIPT)
     assert_same({key: load(resumed / "final_model.pt")[key] for key in keys}, {key: whole[key] for key in keys})
     assert_same(
         load(resumed / "best_model" / "best_model.pt")["agent"], load(run / "best_model" / "best_model.pt")["agent"]
