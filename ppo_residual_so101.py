@@ -51,6 +51,7 @@ from so101_runs import (
     ROLLOUT_TAGS,
     VALIDATION_SEED,
     Interrupts,
+    Processes,
     check_flags,
     check_rendering,
     check_run_name,
@@ -93,15 +94,15 @@ class PPO:
     """steps per environment and rollout"""
     minibatch_size: int = 512
     """samples per gradient step"""
-    update_epochs: int = 5
+    update_epochs: int = 8
     """passes over each rollout"""
-    learning_rate: float = 5e-3
+    learning_rate: float = 3e-3
     """step size of Adam at the start"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero"""
     gamma: float = 0.98
     """discount factor"""
-    gae_lambda: float = 0.9
+    gae_lambda: float = 0.95
     """lambda of the generalised advantage estimation"""
     clip_coef: float = 0.3
     """clipping range of the probability ratio"""
@@ -113,6 +114,8 @@ class PPO:
     """norm to which larger gradients are scaled down"""
     norm_adv: bool = True
     """normalise advantages per minibatch"""
+    recompute_adv: bool = True
+    """compute values and advantages anew before every pass, with the critic that the last pass has improved"""
     shaping: bool = True
     """add the potential-based shaping term to the rewards that PPO learns from; logged returns are unshaped"""
     train_episode_steps: int = 150
@@ -123,7 +126,7 @@ class PPO:
 class Networks:
     """Actor and critic."""
 
-    hidden_size: int = 64
+    hidden_size: int = 128
     """units in each of the two hidden layers"""
     activation: Literal["relu", "tanh"] = "relu"
     """activation of the hidden layers"""
@@ -134,7 +137,7 @@ class Networks:
     symmetry: bool = True
     """average actor and critic over the scene and its left-right mirror image"""
     sheet_feature: bool = True
-    """show the networks the vector from the sheet's nearest point to the tip, computed from the observation"""
+    """show the networks where the tip is from the sheet, and whether it presses, computed from the observation"""
 
 
 @dataclasses.dataclass
@@ -251,7 +254,9 @@ class Agent(nn.Module):
     def __init__(self, args: Args):
         super().__init__()
         net = args.networks
-        derived = ("sheet_to_tip",) * net.sheet_feature + ("arrival_yaw",) * (args.task.arrival_yaw_weight > 0)
+        derived = ("sheet_to_tip", "contact") * net.sheet_feature + ("arrival_yaw",) * (
+            args.task.arrival_yaw_weight > 0
+        )
         self.features = Features(args.base.observe_base, derived, net.symmetry)
         width, activation = net.hidden_size, {"relu": lambda: nn.ReLU(inplace=True), "tanh": nn.Tanh}[net.activation]
 
@@ -269,12 +274,12 @@ class Agent(nn.Module):
 
     def get_gaussian(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean action (B, 6), unclipped, and its log standard deviation (1 or B, 6)."""
-        mean = self.actor_mean(x.flatten(0, 1)).view(len(x), -1, ACT_DIM)
+        mean = self.actor_mean(x.flatten(0, 1)).view(*x.shape[:2], ACT_DIM)
         return (mean * self.features.action_signs).mean(1), self.actor_logstd
 
     def get_value(self, x: torch.Tensor) -> torch.Tensor:
         """Value (B,) of the shaped reward."""
-        return self.critic(x.flatten(0, 1)).view(len(x), -1).mean(1)
+        return self.critic(x.flatten(0, 1)).view(x.shape[:2]).mean(1)
 
     def get_logprob(self, x: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-density (B,) of unclipped actions (B, 6), and the entropy (1 or B,) of the policy."""
@@ -294,14 +299,14 @@ class Agent(nn.Module):
 
 
 def rollout(
-    agent: Agent, envs: SO101ResidualVectorEnv, next_obs: np.ndarray, num_steps: int, generator: torch.Generator
+    agent: Agent, envs: SO101ResidualVectorEnv, next_obs: np.ndarray, noise: np.ndarray
 ) -> tuple[dict[str, torch.Tensor], np.ndarray, list[dict[str, float]]]:
-    """Act for num_steps with exploration.
+    """Act with exploration: a step for each row of the standard normal noise (num_steps, num_envs, 6).
 
     Returns the buffers (num_steps, num_envs, ...), the next observation (num_envs, 25 or 31), and one dict (success,
     return, length, failure) per finished episode.
     """
-    n, obs_dim = next_obs.shape
+    num_steps, (n, obs_dim) = len(noise), next_obs.shape
     buffers = {
         "obs": np.zeros((num_steps, n, obs_dim), np.float32),
         "real_next_obs": np.zeros((num_steps, n, obs_dim), np.float32),  # the final one where an episode ended
@@ -311,16 +316,14 @@ def rollout(
         "dones": np.zeros((num_steps, n), np.float32),  # terminated or truncated
     }
     episodes = []
-    noise = torch.randn(num_steps, n, ACT_DIM, generator=generator).numpy()
     with torch.inference_mode():
         for step in range(num_steps):
             # only the action is needed now: values and log-probabilities follow for the whole rollout at once
             mean, logstd = agent.get_gaussian(agent.features(next_obs))
             action = mean.numpy() + noise[step] * logstd.exp().numpy()
             buffers["obs"][step], buffers["actions"][step] = next_obs, action
-            next_obs, reward, terminations, truncations, infos = envs.step(
-                action
-            )  # which clips it and adds it to the base
+            # which clips the action and adds it to the base's
+            next_obs, reward, terminations, truncations, infos = envs.step(action)
             buffers["real_next_obs"][step], buffers["rewards"][step] = next_obs, reward
             if "final_info" in infos:
                 done, final = infos["_final_info"], infos["final_info"]
@@ -359,26 +362,28 @@ def compute_gae(
 
 def ppo_loss(
     agent: Agent, mb_x: torch.Tensor, critic_view: int, mb_actions: torch.Tensor, mb_logprobs: torch.Tensor,
-    mb_advantages: torch.Tensor, mb_returns: torch.Tensor, args: PPO,
+    mb_advantages: torch.Tensor, mb_returns: torch.Tensor, args: PPO, mb_size: int,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
-    """Loss of one minibatch and the metrics to log; (B, ...) each.
+    """Loss and metrics to log of this process's part (B, ...) of a minibatch of mb_size: sums over it, per mb_size.
 
     The critic learns from one view only, the scene or its mirror image: taking turns teaches as much, at half the cost.
     """
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        return x.sum() / mb_size
+
     logprob, entropy = agent.get_logprob(mb_x, mb_actions)
     logratio = logprob - mb_logprobs
     ratio = logratio.exp()
-    if args.norm_adv and len(mb_advantages) > 1:
-        mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * clipped_ratio).mean()
-    v_loss = 0.5 * (agent.get_value(mb_x[:, critic_view : critic_view + 1]) - mb_returns).square().mean()
-    entropy_loss = entropy.mean()
+    pg_loss = mean(torch.max(-mb_advantages * ratio, -mb_advantages * clipped_ratio))
+    v_loss = 0.5 * mean((agent.get_value(mb_x[:, critic_view : critic_view + 1]) - mb_returns).square())
+    entropy_loss = mean(entropy.expand(len(ratio)))
     loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
     with torch.no_grad():
         metrics = {
-            "approx_kl": ((ratio - 1) - logratio).mean(),  # http://joschu.net/blog/kl-approx.html
-            "clip_fraction": ((ratio - 1.0).abs() > args.clip_coef).float().mean(),
+            "approx_kl": mean((ratio - 1) - logratio),  # http://joschu.net/blog/kl-approx.html
+            "clip_fraction": mean(((ratio - 1.0).abs() > args.clip_coef).float()),
             "entropy_loss": -entropy_loss.detach(),
             "policy_gradient_loss": pg_loss.detach(),
             "value_loss": v_loss.detach(),
@@ -386,42 +391,58 @@ def ppo_loss(
     return loss, metrics
 
 
+def normalize(b_advantages: torch.Tensor, minibatches: list[torch.Tensor], processes: Processes) -> torch.Tensor:
+    """Advantages of mean 0 and standard deviation 1 in every minibatch, a list of rows of b_advantages."""
+    parts = [b_advantages[rows].double() for rows in minibatches]
+    sums = torch.stack([torch.stack([torch.ones_like(p).sum(), p.sum(), p.square().sum()]) for p in parts])
+    counts, sums, squares = processes.add_up(sums).T
+    means, normalized = sums / counts, b_advantages.clone()
+    stds = (squares / counts - means.square()).clamp(min=0).sqrt()
+    for rows, count, mean, std in zip(minibatches, counts, means, stds):
+        if count > 1:
+            normalized[rows] = (b_advantages[rows] - mean.float()) / (std.float() + 1e-8)
+    return normalized
+
+
 def update(
     agent: Agent, optimizer: torch.optim.Optimizer, buffers: dict[str, torch.Tensor], args: PPO,
-    generator: torch.Generator,
+    generator: torch.Generator, processes: Processes,
 ) -> dict[str, float]:  # fmt: skip
     """Improve the agent on one rollout; returns the metrics averaged over all minibatches."""
     parameters, (num_steps, n) = list(agent.parameters()), buffers["rewards"].shape
     b_actions = buffers["actions"].flatten(0, 1)
     with torch.no_grad():
         b_x = agent.features(buffers["obs"].flatten(0, 1).numpy())  # (num_steps * num_envs, views, F)
-        b_values = agent.get_value(b_x)
         b_logprobs, _ = agent.get_logprob(b_x, b_actions)
-        real_next_x = agent.features(buffers["real_next_obs"].flatten(0, 1).numpy())
-        real_next_values = agent.get_value(real_next_x).view(num_steps, n)
-        advantages = compute_gae(
-            buffers["rewards"], b_values.view(num_steps, n), real_next_values,
-            buffers["terminations"], buffers["dones"], args.gamma, args.gae_lambda,
-        )  # fmt: skip
-    b_advantages = advantages.flatten()
-    b_returns = b_advantages + b_values
-    tensors = (b_x, b_actions, b_logprobs, b_advantages, b_returns)
+        b_real_next_x = agent.features(buffers["real_next_obs"].flatten(0, 1).numpy())
 
     # minibatches of equal size, at most minibatch_size: a shortened rollout leaves no tiny rest
-    num_minibatches = -(-len(b_x) // args.minibatch_size)
+    batch_size = num_steps * processes.num_envs
+    num_minibatches = -(-batch_size // args.minibatch_size)
     sums: dict[str, torch.Tensor] = {}
     for epoch in range(args.update_epochs):
-        order = torch.randperm(len(b_x), generator=generator)
-        shuffled = [b[order].tensor_split(num_minibatches) for b in tensors]
-        for mb_x, mb_actions, mb_logprobs, mb_advantages, mb_returns in zip(*shuffled):
-            critic_view = epoch % b_x.shape[1]
-            loss, metrics = ppo_loss(
-                agent, mb_x, critic_view, mb_actions, mb_logprobs, mb_advantages, mb_returns, args
-            )  # fmt: skip
-            if not torch.isfinite(loss):
-                raise FloatingPointError("loss (" + ", ".join(f"{k} {v:.3g}" for k, v in metrics.items()) + ")")
+        if epoch == 0 or args.recompute_adv:
+            with torch.no_grad():
+                b_values = agent.get_value(b_x)
+                b_advantages = compute_gae(
+                    buffers["rewards"], b_values.view(num_steps, n), agent.get_value(b_real_next_x).view(num_steps, n),
+                    buffers["terminations"], buffers["dones"], args.gamma, args.gae_lambda,
+                ).flatten()  # fmt: skip
+            b_returns = b_advantages + b_values
+        if epoch == 0:
+            moments = [b_returns, b_returns.square(), b_returns - b_values, (b_returns - b_values).square()]
+        # every process draws the same order of all samples, and takes its own share of each minibatch
+        minibatches = torch.randperm(batch_size, generator=generator).tensor_split(num_minibatches)
+        sizes, minibatches = [len(rows) for rows in minibatches], [processes.own_rows(rows) for rows in minibatches]
+        mb_advantages = normalize(b_advantages, minibatches, processes) if args.norm_adv else b_advantages
+        tensors = (b_actions, b_logprobs, mb_advantages, b_returns)
+        for rows, size in zip(minibatches, sizes):
+            loss, metrics = ppo_loss(agent, b_x[rows], epoch % b_x.shape[1], *(b[rows] for b in tensors), args, size)
             optimizer.zero_grad()
             loss.backward()
+            metrics = processes.add_up_gradients(parameters, {"loss": loss.detach(), **metrics})
+            if not torch.isfinite(metrics.pop("loss")):
+                raise FloatingPointError("loss (" + ", ".join(f"{k} {v:.3g}" for k, v in metrics.items()) + ")")
             if not torch.isfinite(nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)):
                 raise FloatingPointError("gradient")
             optimizer.step()
@@ -430,9 +451,11 @@ def update(
         raise FloatingPointError("weights")
     count = args.update_epochs * num_minibatches
     metrics = {key: float(value) / count for key, value in sums.items()}
-    variance = b_returns.var(correction=0)
-    metrics["explained_variance"] = float(1 - (b_returns - b_values).var(correction=0) / variance) if variance else 0.0
-    metrics["residual_magnitude"] = float(b_actions.clamp(-1, 1).norm(dim=-1).mean())
+    moments = torch.stack([each.double().sum() for each in (*moments, b_actions.clamp(-1, 1).norm(dim=-1))])
+    returns, squares, error, squared_error, magnitude = (processes.add_up(moments) / batch_size).tolist()
+    variance = squares - returns**2
+    metrics["explained_variance"] = 1 - (squared_error - error**2) / variance if variance > 0 else 0.0
+    metrics["residual_magnitude"] = magnitude
     return metrics
 
 
@@ -497,7 +520,7 @@ def parse_args() -> tuple[Args, Checkpoint | None]:
 
 def restore(
     checkpoint: Checkpoint, path: str, agent: Agent, optimizer: torch.optim.Optimizer, generator: torch.Generator,
-    envs: SO101ResidualVectorEnv,
+    envs: SO101ResidualVectorEnv, processes: Processes,
 ) -> tuple[np.ndarray, int, list[dict[str, Any]], list[dict[str, float]]]:  # fmt: skip
     """Put everything back as it was; returns next_obs, global_step, the finalists and the last 100 episodes.
 
@@ -506,9 +529,9 @@ def restore(
     saved = checkpoint.saved
     check_base(saved, checkpoint.args.base.base_policy, envs.base_policy, path)
     load_weights(agent, saved["agent"], path)
-    next_obs = saved["next_obs"].numpy()
     try:
-        envs.set_state(to_numpy(saved["envs"]))
+        next_obs = processes.share(saved["next_obs"].numpy())
+        envs.set_state(processes.share(to_numpy(saved["envs"])))
         optimizer.load_state_dict(saved["optimizer"])
         generator.set_state(saved["generator"])
         if next_obs.shape != envs.observation_space.shape or next_obs.dtype != np.float32:
@@ -531,14 +554,19 @@ def restore(
 
 def main() -> int:
     """Train; returns the exit code."""
-    args, resumed = parse_args()
+    processes = Processes()
+    args, resumed = processes.together(parse_args)
     start_time, start_cpu = time.perf_counter(), time.process_time()
     num_envs = resumed.saved["num_envs"] if resumed else min(args.ppo.num_envs, args.total_timesteps)
-    print(
-        f"from step {resumed.saved['global_step']} to" if resumed else "training for",
-        f"{args.total_timesteps} steps in {num_envs} environments, tape margin {1000 * args.task.tape_margin:.0f} mm,",
-        f"base policy {args.base.base_policy}, seed {args.seed}", flush=True,
-    )  # fmt: skip
+    own_envs = processes.together(processes.split, num_envs)
+    if processes.first:
+        print(
+            f"from step {resumed.saved['global_step']} to" if resumed else "training for",
+            f"{args.total_timesteps} steps in {num_envs} environments,",
+            *([f"{processes.count} processes,"] * (processes.count > 1)),
+            f"tape margin {1000 * args.task.tape_margin:.0f} mm, base policy {args.base.base_policy}, seed {args.seed}",
+            flush=True,
+        )  # fmt: skip
     torch.set_num_threads(1)  # these networks are too small to share out, and one thread adds up in one order
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a help for debugging, at 3 % of an update
@@ -547,66 +575,78 @@ def main() -> int:
 
     agent = Agent(args)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.ppo.learning_rate, eps=1e-5, fused=True)
-    envs = make_envs(args, num_envs)
+    envs = processes.together(
+        make_envs, args, own_envs, num_threads=args.run.num_threads or processes.num_threads
+    )  # fmt: skip
     # as wide as the widest batch of episodes that are run at once
     width = max(args.run.eval_episodes, args.run.final_eval_episodes - args.run.eval_episodes)
     eval_envs = make_envs(args, width, evaluation=True)
     if args.run.capture_video:
-        check_rendering(eval_envs, "--capture-video")
-    if args.run.track:
+        processes.together(check_rendering, eval_envs, "--capture-video")
+    if args.run.track and processes.first:
         try:
             import wandb
         except ImportError as error:
             raise SO101Error("--track needs Weights & Biases: pip install wandb") from error
     recent: deque[dict[str, float]] = deque(maxlen=100)  # episodes
     if resumed:
-        next_obs, global_step, finalists, episodes = restore(
-            resumed, args.run.resume, agent, optimizer, generator, envs
+        next_obs, global_step, finalists, episodes = processes.together(
+            restore, resumed, args.run.resume, agent, optimizer, generator, envs, processes
         )
         recent.extend(episodes)
     else:
-        seeds = np.random.SeedSequence(args.seed).generate_state(envs.num_envs) % VALIDATION_SEED
+        seeds = np.random.SeedSequence(args.seed).generate_state(num_envs)[processes.own] % VALIDATION_SEED
         next_obs, global_step, finalists = envs.reset(seed=[int(seed) for seed in seeds])[0], 0, []
     name = args.run.run_name or (
         f"{Path(SCRIPT).stem.removesuffix('_so101')}_{time.strftime('%Y%m%d-%H%M%S')}_s{args.seed}"
     )
-    run_dir = make_run_dir(args.run.log_dir, name, "checkpoints", "best_model", "eval_results", "tensorboard")
-    for model in reversed(finalists_of(args.run.resume, finalists) if resumed else []):  # the best one last
-        for file in (model.name, "best_model.pt"):
-            copy_file(model, run_dir / "best_model" / file)
     interrupts = Interrupts()
-    try:
-        print(f"everything goes to {run_dir}", flush=True)
-    except BrokenPipeError:
-        interrupts.on_broken_pipe()
-    settings = flat_settings(dataclasses.asdict(args))
-    if args.run.track:
-        wandb.init(
-            project=args.run.wandb_project_name, name=run_dir.name, config=settings, sync_tensorboard=True,
-        )  # fmt: skip
-    from torch.utils.tensorboard import SummaryWriter  # after wandb, which patches it; and slow to import
+    if processes.first:  # the others only roll out and learn
+        run_dir = make_run_dir(args.run.log_dir, name, "checkpoints", "best_model", "eval_results", "tensorboard")
+        for model in reversed(finalists_of(args.run.resume, finalists) if resumed else []):  # the best one last
+            for file in (model.name, "best_model.pt"):
+                copy_file(model, run_dir / "best_model" / file)
+        try:
+            print(f"everything goes to {run_dir}", flush=True)
+        except BrokenPipeError:
+            interrupts.on_broken_pipe()
+        settings = flat_settings(dataclasses.asdict(args))
+        if args.run.track:
+            wandb.init(
+                project=args.run.wandb_project_name, name=run_dir.name, config=settings, sync_tensorboard=True,
+            )  # fmt: skip
+        from torch.utils.tensorboard import SummaryWriter  # after wandb, which patches it; and slow to import
 
-    writer = SummaryWriter(str(run_dir / "tensorboard"))
-    write_json(run_dir / "config.json", describe_run(SCRIPT, args))
-    writer.add_text("command", shlex.join(["python", *sys.argv]))
-    table = "".join(f"|{key}|{value}|\n" for key, value in settings.items())
-    writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{table}")
+        writer = SummaryWriter(str(run_dir / "tensorboard"))
+        write_json(run_dir / "config.json", describe_run(SCRIPT, args))
+        writer.add_text("command", shlex.join(["python", *sys.argv]))
+        table = "".join(f"|{key}|{value}|\n" for key, value in settings.items())
+        writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{table}")
+
+    def stopped() -> bool:
+        """Whether a signal has asked one of the processes to stop: the same answer in all of them."""
+        if signum := max(processes.gather(interrupts.signum)):
+            interrupts.signum = signum  # never back to 0: a signal may have come meanwhile
+        return bool(signum)
 
     def checkpoint() -> dict[str, Any]:
-        """Everything a resumed run needs, as tensors and plain values."""
+        """Everything a resumed run needs, as tensors and plain values; complete in the first process."""
         settings = dataclasses.asdict(args)
         settings["run"]["resume"] = None
         return {
-            "format": CHECKPOINT, "script": SCRIPT, "args": settings, "num_envs": envs.num_envs,
+            "format": CHECKPOINT, "script": SCRIPT, "args": settings, "num_envs": num_envs,
             "base_fingerprint": envs.base_policy.fingerprint if envs.base_policy else "", "global_step": global_step,
             "agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
-            "envs": to_plain(envs.get_state()), "next_obs": torch.from_numpy(next_obs),
+            "envs": to_plain(processes.join(envs.get_state())), "next_obs": torch.from_numpy(processes.join(next_obs)),
             "recent_episodes": list(recent), "finalists": finalists,
         }  # fmt: skip
 
-    def eval_and_log() -> dict[str, float]:
+    def eval_and_log() -> None:
         """Evaluate, log it, and keep the model if it is among the best so far."""
-        nonlocal finalists, base_success, eval_time
+        nonlocal finalists, base_success, eval_time, result, evaluated
+        evaluated, content = global_step, checkpoint()
+        if not processes.first:
+            return
         eval_start = time.perf_counter()
         film = run_dir / "eval_results" / f"step_{global_step}.mp4" if args.run.capture_video else None
         show_progress("evaluating")
@@ -624,11 +664,10 @@ def main() -> int:
         best = sorted([*others, own], key=ranking, reverse=True)[:FINALISTS]
         if own in best:
             finalists, model = best, run_dir / "best_model" / model_name(global_step)
-            save_tensors(model, checkpoint())
+            save_tensors(model, content | {"finalists": finalists})
             if own == best[0]:
                 copy_file(model, run_dir / "best_model" / "best_model.pt")
         eval_time += time.perf_counter() - eval_start
-        return result
 
     def show_progress(doing: str = "", steps: int = 0) -> None:
         """Say on the progress bar what is being done, or how good the agent is, and steps that were done."""
@@ -641,43 +680,51 @@ def main() -> int:
             interrupts.on_broken_pipe()
 
     first_step, eval_time, metrics, means = global_step, 0.0, {}, {}
-    result = None  # of the last evaluation
+    result = evaluated = None  # the last evaluation, and its step
     # an arm that rests moves nothing, and no sheet starts inside the tape
     base_success = 0.0 if envs.base_policy is None else None
     before_failure = None if envs.base_policy is None else copy.deepcopy(checkpoint())
     # the delay: nothing is drawn before show_progress, which knows what to do if nobody reads it
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, delay=1e-3)
+    bar = tqdm(
+        total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, delay=1e-3,
+        disable=not processes.first,
+    )  # fmt: skip
     try:
         if args.run.eval_every and not finalists:
-            result = eval_and_log()
-        while args.total_timesteps - global_step >= envs.num_envs and not interrupts.signum:
+            eval_and_log()
+        while args.total_timesteps - global_step >= num_envs and not stopped():
             if args.ppo.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.ppo.learning_rate * (1.0 - global_step / args.total_timesteps)
-            num_steps = min(args.ppo.num_steps, (args.total_timesteps - global_step) // envs.num_envs)
+            num_steps = min(args.ppo.num_steps, (args.total_timesteps - global_step) // num_envs)
             if envs.base_policy is not None:  # it can fail at any step: then this pass of the loop is done again
                 before_failure = copy.deepcopy(checkpoint())
-            buffers, next_obs, episodes = rollout(agent, envs, next_obs, num_steps, generator)
-            metrics = update(agent, optimizer, buffers, args.ppo, generator)
-            before, global_step = global_step, global_step + num_steps * envs.num_envs
+            noise = torch.randn(num_steps, num_envs, ACT_DIM, generator=generator).numpy()[:, processes.own]
+            buffers, next_obs, episodes = processes.together(rollout, agent, envs, next_obs, noise)
+            metrics = update(agent, optimizer, buffers, args.ppo, generator, processes)
+            before, global_step = global_step, global_step + num_steps * num_envs
 
-            recent.extend(episodes)
+            recent.extend(sum(processes.gather(episodes), []))
             means = {key: episode_mean(recent, key) for key in ROLLOUT_TAGS} if recent else {}
             fps = (global_step - first_step) / (time.perf_counter() - start_time)
             scalars = {f"train/{key}": value for key, value in metrics.items()}
             scalars |= {"train/learning_rate": optimizer.param_groups[0]["lr"], "time/fps": fps}
             scalars |= {f"rollout/{ROLLOUT_TAGS[key]}": value for key, value in means.items()}
-            for tag, value in scalars.items():
+            for tag, value in scalars.items() if processes.first else ():
                 writer.add_scalar(tag, value, global_step)
             show_progress(steps=global_step - before)
 
             # the evaluation first, so that a checkpoint of the same step knows the best model
             if args.run.eval_every and global_step // args.run.eval_every > before // args.run.eval_every:
-                result = eval_and_log()
+                eval_and_log()
             if global_step // args.run.checkpoint_every > before // args.run.checkpoint_every:
-                save_tensors(run_dir / "checkpoints" / model_name(global_step), checkpoint())
-        evaluated = result is not None and result["step"] == global_step
-        if args.run.eval_every and not evaluated and not interrupts.signum:
-            result = eval_and_log()
+                content = checkpoint()
+                if processes.first:
+                    save_tensors(run_dir / "checkpoints" / model_name(global_step), content)
+        if args.run.eval_every and evaluated != global_step and not stopped():
+            eval_and_log()
+        content, stop = checkpoint(), stopped()
+        if not processes.first:
+            return 128 + interrupts.signum if stop else 0
         best = {**finalists[0], "episodes": args.run.eval_episodes} if finalists else None
         if best and not interrupts.signum:
             show_progress("choosing the best model")
@@ -688,22 +735,24 @@ def main() -> int:
             log_best(writer, settings, best)
         show_progress()
         model = run_dir / ("interrupted_model.pt" if interrupts.signum else "final_model.pt")
-        save_tensors(model, checkpoint())
+        save_tensors(model, content)
     except BasePolicyError as error:
         model = run_dir / "interrupted_model.pt"
         save_tensors(model, before_failure)
         way_out = f"resume {before_failure['global_step']} steps with --resume {model}"
         raise SO101Error(f"--base-policy {args.base.base_policy}: {error}; {way_out}") from error
     except FloatingPointError as error:
-        print(
-            f"{SCRIPT}: error: NaN or Inf in the {error} after {global_step} steps; "
-            f"the checkpoints in {run_dir} are from before; try a lower --learning-rate",
-            file=sys.stderr,
-        )
+        if processes.first:
+            print(
+                f"{SCRIPT}: error: NaN or Inf in the {error} after {global_step} steps; "
+                f"the checkpoints in {run_dir} are from before; try a lower --learning-rate",
+                file=sys.stderr,
+            )
         return 1
     finally:
         bar.close()
-        writer.close()
+        if processes.first:
+            writer.close()
         envs.close()
         eval_envs.close()
 
@@ -715,6 +764,7 @@ def main() -> int:
         "cpu_time_s": time.process_time() - start_cpu,
         "steps_per_second": (global_step - first_step) / wall_time,
         "eval_time_s": eval_time,
+        "processes": processes.count,
         "base_time_s": envs.base_time_s + eval_envs.base_time_s,
         "interrupted": bool(interrupts.signum),
         "success_rate_100": means.get("success"),

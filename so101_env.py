@@ -242,6 +242,29 @@ def sheet_to_tip_feature(obs: np.ndarray) -> np.ndarray:
     return (tip - clamp(tip, -_INNER_HALF_M, _INNER_HALF_M)) / np.float32(0.03)
 
 
+def contact_feature(obs: np.ndarray) -> np.ndarray:
+    """What decides between pressing, lifting and dragging: 8 numbers (N, 8).
+
+    Whether the tip is beside the sheet, in [0, 1]; its height above that of pressed fingertips, per 5 mm; whether it
+    presses beside the sheet, and on it; if beside, the direction (2) to the sheet; if pressed on it, the direction (2)
+    in which to drag it to the tape. Directions are unit vectors in the world frame.
+    """
+    tip, (sheet_xy, yaw) = obs[:, OBS["tip_pos"]], sheet_pose(obs)
+    inside = in_sheet_axes(tip[:, :2], sheet_xy, yaw)
+    away = clamp(inside, -_INNER_HALF_M, _INNER_HALF_M) - inside
+    distance = np.hypot(away[:, 0], away[:, 1])
+    beside = np.minimum(distance / np.float32(SHAPING_INSET_M), 1)
+    height = (tip[:, 2] - np.float32(TIP_PRESSED_M)) / np.float32(0.005)
+    pressed = clamp(1 - height, 0, 1)
+    to_sheet = rotated(away / np.maximum(distance, 1e-6)[:, None], yaw)
+    to_tape = obs[:, OBS["tape_minus_sheet"]][:, :2]
+    to_tape = to_tape / np.maximum(np.hypot(to_tape[:, 0], to_tape[:, 1]), 1e-6)[:, None]
+    on = (1 - beside) * pressed
+    return np.column_stack([
+        beside, clamp(height, -1, 3), beside * pressed, on, beside[:, None] * to_sheet, on[:, None] * to_tape
+    ])  # fmt: skip
+
+
 def arrival_yaw_feature(obs: np.ndarray) -> np.ndarray:
     """The yaw (N, 1) to expect on arrival, per 0.1 rad, and its product (N, 2) with the displacement to the tape.
 
@@ -252,7 +275,11 @@ def arrival_yaw_feature(obs: np.ndarray) -> np.ndarray:
 
 
 # what a network may see beside the observation: function of observations (N, 25), and mirror signs of its result
-DERIVED = {"sheet_to_tip": (sheet_to_tip_feature, (1, -1)), "arrival_yaw": (arrival_yaw_feature, (-1, -1, 1))}
+DERIVED = {
+    "sheet_to_tip": (sheet_to_tip_feature, (1, -1)),
+    "contact": (contact_feature, (1, 1, 1, 1, 1, -1, 1, -1)),
+    "arrival_yaw": (arrival_yaw_feature, (-1, -1, 1)),
+}
 
 
 class BaseObservation(Mapping):
@@ -379,6 +406,13 @@ def in_sheet_axes(point_xy_m: np.ndarray, sheet_xy_m: np.ndarray, sheet_yaw_rad:
     x, y, rotated = d[:, 0], d[:, 1], np.empty_like(d)
     rotated[:, 0], rotated[:, 1] = c * x + s * y, c * y - s * x
     return rotated
+
+
+def rotated(vector: np.ndarray, angle_rad: np.ndarray) -> np.ndarray:
+    """Vectors (N, 2) turned by angles (N,)."""
+    c, s = np.cos(angle_rad), np.sin(angle_rad)
+    x, y = vector[:, 0], vector[:, 1]
+    return np.column_stack([c * x - s * y, s * x + c * y])
 
 
 def sheet_inside(sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray, tape_margin_m: float) -> np.ndarray:

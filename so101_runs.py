@@ -1,6 +1,8 @@
 """What surrounds learning: refusals, run directories, files that are complete or absent, evaluation, films."""
 
+import contextlib
 import dataclasses
+import datetime
 import errno
 import io
 import json
@@ -18,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from so101_env import (
@@ -100,6 +103,124 @@ class Interrupts:
         """The reader of the progress bar has gone, as with `| head`."""
         silence_output()
         self.signum = signal.SIGPIPE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes that train as one
+
+
+class Processes:
+    """The processes that torchrun has started to train one policy (gloo); without torchrun, this process alone.
+
+    The environments are split among them in order, and all draw the same random numbers. The first speaks, evaluates
+    and saves. An error of one ends them all: the first raises it, or says that a process was lost; the others just end.
+
+    Raises SO101Error if they cannot find each other.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.first, self.num_envs, self.own, self.num_threads = self.rank == 0, 0, slice(0), None
+        if self.count > 1:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
+            self.num_threads = max(1, (os.cpu_count() or 1) // local)  # of physics: processes share a machine's cores
+            # a lost process closes its connections, at once; a first one that evaluates a slow base takes its time
+            self._exchange(dist.init_process_group, "gloo", timeout=datetime.timedelta(days=1))
+
+    def split(self, num_envs: int) -> int:
+        """Share out num_envs environments; returns how many are this process's own, `own` of all.
+
+        Raises SO101Error if there are fewer than processes.
+        """
+        if num_envs < self.count:
+            raise SO101Error(f"--num-envs: {num_envs} environments are too few for {self.count} processes")
+        bounds = [num_envs * rank // self.count for rank in (self.rank, self.rank + 1)]
+        self.num_envs, self.own = num_envs, slice(*bounds)
+        return bounds[1] - bounds[0]
+
+    def own_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of rows of a batch (num_steps * num_envs, ...) of all, those that this process has, as rows of its batch."""
+        if self.count == 1:
+            return rows
+        step, env = rows // self.num_envs, rows % self.num_envs
+        mine = (env >= self.own.start) & (env < self.own.stop)
+        return (step * (self.own.stop - self.own.start) + env - self.own.start)[mine]
+
+    def share(self, state: Any) -> Any:
+        """This process's own rows of a state of all environments: of every array and list in it.
+
+        Raises ValueError for another number of environments.
+        """
+        if isinstance(state, Mapping):
+            return {key: self.share(value) for key, value in state.items()}
+        if len(state) != self.num_envs:
+            raise ValueError(f"the state of {len(state)} environments instead of {self.num_envs}")
+        return state[self.own]
+
+    def join(self, state: Any) -> Any:
+        """Inverse of share, for the first process; the others get their own back."""
+        if self.count == 1:
+            return state
+        parts = [None] * self.count if self.first else None
+        self._exchange(dist.gather_object, state, parts)
+
+        def joined(parts: list[Any]) -> Any:
+            if isinstance(parts[0], Mapping):
+                return {key: joined([part[key] for part in parts]) for key in parts[0]}
+            return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else sum(parts, [])
+
+        return joined(parts) if self.first else state
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, in all of them."""
+        values = [value] * self.count
+        if self.count > 1:
+            self._exchange(dist.all_gather_object, values, value)
+        return values
+
+    def together(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function in every process; if it fails in one, none goes on."""
+        result = error = None
+        try:
+            quiet = io.StringIO()  # what parsing flags prints, the first says for all
+            with contextlib.nullcontext() if self.first else contextlib.redirect_stdout(quiet):
+                with contextlib.nullcontext() if self.first else contextlib.redirect_stderr(quiet):
+                    result = function(*args, **kwargs)
+        except (SO101Error, FloatingPointError, OSError, SystemExit) as own_error:
+            if self.count == 1:
+                raise
+            error = own_error
+        if errors := [each for each in self.gather(error) if each is not None]:
+            raise errors[0] if self.first else SystemExit(2)
+        return result
+
+    def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor over all processes, the same to the bit in each."""
+        if self.count > 1:
+            self._exchange(dist.all_reduce, tensor)
+        return tensor
+
+    def add_up_gradients(
+        self, parameters: list[torch.nn.Parameter], metrics: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Add up the gradients of parameters, and metrics, which are returned, in one message."""
+        if self.count == 1:
+            return metrics
+        parts = [*(parameter.grad for parameter in parameters), *metrics.values()]
+        summed = self.add_up(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
+        for parameter, gradient in zip(parameters, summed):
+            parameter.grad.copy_(gradient.view_as(parameter))
+        return dict(zip(metrics, (value[0] for value in summed[len(parameters) :])))
+
+    def _exchange(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Call a function of torch.distributed."""
+        try:
+            function(*args, **kwargs)
+        except RuntimeError as error:  # gloo's, and those of the store in which processes find each other
+            if not self.first:
+                raise SystemExit(2) from error
+            text = "another process of this run was lost; go on from its newest checkpoint with --resume"
+            raise SO101Error(text) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Train a sweep of seeds, evaluate every one on the held-out episodes, and write the report.
 #
-#   bash benchmark/ppo_residual_so101.sh                                                # seeds 1 to 10, the defaults
+#   bash benchmark/ppo_residual_so101.sh                                                # seeds 1 to 20, the defaults
 #   NAME=standard_200k bash benchmark/ppo_residual_so101.sh --total-timesteps 200000    # other flags of the trainer
 #   NAME=trial SEEDS="1 2 3" bash benchmark/ppo_residual_so101.sh --gamma 0.99
 #   SCRIPT=my_ppo.py NAME=mine bash benchmark/ppo_residual_so101.sh                      # a changed copy of the trainer
 #
 # SCRIPT    trainer, beside so101_env.py (ppo_residual_so101.py)
 # NAME      of the sweep (standard_50k)
-# SEEDS     to train (1 to 10)
+# SEEDS     to train (1 to 20)
 # JOBS      processes at a time, one thread each (one per core)
-# EPISODES  of every evaluation (100)
+# EPISODES  of every evaluation (200)
 # RUNS      directory of the runs (logs/benchmark/NAME)
 # OUT       directory of the report (benchmark/results/NAME); empty for none
 #
@@ -20,7 +20,7 @@ cd "$(dirname "$0")/.."
 
 JOBS=${JOBS:-$(env -u OMP_NUM_THREADS nproc)} # nproc heeds that variable, and one thread is not one core
 export SCRIPT=${SCRIPT:-ppo_residual_so101.py}
-export NAME=${NAME:-standard_50k} SEEDS=${SEEDS:-$(seq -s " " 1 10)} EPISODES=${EPISODES:-100} OMP_NUM_THREADS=1
+export NAME=${NAME:-standard_50k} SEEDS=${SEEDS:-$(seq -s " " 1 20)} EPISODES=${EPISODES:-200} OMP_NUM_THREADS=1
 # a base policy that moves is evaluated alone, too
 case " $* " in *" --base-policy "*) BASE=--base ;; *) BASE=--no-base ;; esac
 export BASE RUNS=${RUNS:-logs/benchmark/$NAME} OUT=${OUT-benchmark/results/$NAME}
@@ -45,12 +45,12 @@ run_seed() {
       return 1
     fi
   fi
-  printf '%s: seed %s done, %s of %s; success %s\n' "$NAME" "$seed" "$(ls "$RUNS"/seed_*/best_model.json | wc -l)" \
+  printf '%s: seed %s done, %s of %s; success %s\n' "$NAME" "$seed" "$(find "$RUNS" -mindepth 2 -maxdepth 2 -name best_model.json | wc -l)" \
     "$(wc -w <<< "$SEEDS")" "$(python -c "import json; print(json.load(open('$dir/final_model.json'))['success_rate'])")"
 }
 export -f run_seed
 
-if ! printf '%s\n' $SEEDS | xargs -P "$JOBS" -I{} bash -c 'run_seed "$@"' _ {} "$@"; then
+if ! tr -s ' ' '\n' <<< "$SEEDS" | xargs -P "$JOBS" -I{} bash -c 'run_seed "$@"' _ {} "$@"; then
   for seed in $SEEDS; do
     [ -e "$RUNS/seed_$seed/best_model.json" ] || failed="${failed:-} $seed"
   done

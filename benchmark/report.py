@@ -8,6 +8,7 @@ benchmark/ppo_residual_so101.sh makes the runs, and calls this.
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,10 @@ def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
     return trim_mean(values, 0.25, axis=axis)
 
 
-def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bootstrap 95 % interval of the interquartile mean over seeds, axis 0.
+def interval(
+    values: np.ndarray, statistic: Callable[..., np.ndarray] = interquartile_mean
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bootstrap 95 % interval of a statistic over seeds, axis 0.
 
     With one task there is one stratum, so resampling seeds is the stratified bootstrap of Agarwal et al. (2021).
     """
@@ -57,7 +60,7 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return values[0], values[0]
     generator = np.random.default_rng(0)
     result = bootstrap(
-        (values,), interquartile_mean, axis=0, n_resamples=2000, method="percentile", vectorized=True, rng=generator
+        (values,), statistic, axis=0, n_resamples=2000, method="percentile", vectorized=True, rng=generator
     )
     return result.confidence_interval.low, result.confidence_interval.high
 
@@ -192,7 +195,6 @@ def summarize(seeds: list[dict[str, Any]], name: str) -> dict[str, Any]:
         row |= {"wall_time_s": seed["summary"]["wall_time_s"], "cpu_time_s": seed["summary"]["cpu_time_s"]}
         rows.append(row)
     final = np.array([row["final_success"] for row in rows])
-    low, high = interval(final)
     command = describe(seeds[0]["config"]["script"], settings(seeds[0]))
     commits = sorted({f"{s['config']['git']['commit']}{'+' * bool(s['config']['git']['dirty'])}" for s in seeds})
     return {
@@ -201,9 +203,10 @@ def summarize(seeds: list[dict[str, Any]], name: str) -> dict[str, Any]:
         "commits": commits,
         "episodes": seeds[0]["final"]["episodes"],
         "final_success_mean": float(final.mean()),
+        "final_success_mean_ci95": [float(bound) for bound in interval(final, np.mean)],
         "final_success_min": float(final.min()),
         "final_success_iqm": float(interquartile_mean(final)),
-        "final_success_iqm_ci95": [float(low), float(high)],
+        "final_success_iqm_ci95": [float(bound) for bound in interval(final)],
         "best_success_mean": float(np.mean([row["best_success"] for row in rows])),
         "final_success_by_distance": success_by_distance(seeds),
         "seeds": rows,
@@ -212,10 +215,14 @@ def summarize(seeds: list[dict[str, Any]], name: str) -> dict[str, Any]:
 
 def sentence(results: dict[str, Any]) -> str:
     """The sweep in one line."""
-    low, high = results["final_success_iqm_ci95"]
+
+    def bounds(key: str) -> str:
+        return "[{:.3f}, {:.3f}]".format(*results[f"final_success_{key}_ci95"])
+
     return (
-        f"Final success: mean {results['final_success_mean']:.3f}, worst seed {results['final_success_min']:.2f}, "
-        f"interquartile mean {results['final_success_iqm']:.3f} [{low:.3f}, {high:.3f}] (bootstrap 95 %)."
+        f"Final success: mean {results['final_success_mean']:.3f} {bounds('mean')}, "
+        f"worst seed {results['final_success_min']:.2f}, "
+        f"interquartile mean {results['final_success_iqm']:.3f} {bounds('iqm')} (bootstrap 95 %)."
     )
 
 

@@ -1,10 +1,10 @@
-"""stable-baselines3 PPO at the same task, with its own defaults and with our hyper-parameters.
+"""stable-baselines3's PPO and SAC at the same task: with its defaults, CleanRL's hyper-parameters, and ours.
 
     pip install -r benchmark/requirements.txt && python benchmark/sb3_baseline.py
 
 Same simulation (SubprocVecEnv of SO101ResidualEnv), shaping, episode time-out, budget and evaluation code as a run of
-ppo_residual_so101.py. What it lacks is what its MlpPolicy has no place for: symmetry, observation scales and the sheet
-feature. Writes results.md and results.json.
+ppo_residual_so101.py. What they lack is what an MlpPolicy has no place for: symmetry, observation scales and the
+features of the sheet. SAC takes a gradient step for every environment step. Writes results.md and results.json.
 """
 
 import dataclasses
@@ -14,14 +14,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from stable_baselines3 import PPO
-from stable_baselines3.common.vec_env import SubprocVecEnv
+from stable_baselines3 import PPO, SAC
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from so101_policies import load_script
@@ -38,8 +39,10 @@ class BaselineArgs:
     """runs of each setting, seeds 1 to this"""
     num_envs: int = 8
     """worker processes, one environment each"""
-    episodes: int = 100
+    episodes: int = 200
     """held-out evaluation episodes per run"""
+    only: tuple[Literal["ppo_defaults", "ppo_cleanrl", "ppo_ours", "sac_defaults"], ...] = ()
+    """settings to run (default: all)"""
     out: str = "benchmark/results/sb3_50k"
     """directory to write to"""
 
@@ -57,9 +60,10 @@ class MakeEnv:
         return so101_env.SO101ResidualEnv(shaping_gamma=self.gamma, max_episode_steps=self.max_episode_steps)
 
 
-def mean_action(model: PPO) -> Callable[[np.ndarray], np.ndarray]:
-    """The deterministic policy as the evaluation wants it."""
-    return lambda obs: model.predict(obs, deterministic=True)[0]
+def mean_action(model: BaseAlgorithm) -> Callable[[np.ndarray], np.ndarray]:
+    """The deterministic policy as the evaluation wants it, with the observation scales it has learned, if any."""
+    normalize = model.get_vec_normalize_env()
+    return lambda obs: model.predict(obs if normalize is None else normalize.normalize_obs(obs), deterministic=True)[0]
 
 
 def our_settings(num_envs: int) -> dict[str, Any]:
@@ -79,15 +83,36 @@ def our_settings(num_envs: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def cleanrl_settings(num_envs: int) -> dict[str, Any]:
+    """Those of CleanRL's ppo_continuous_action.py, rollouts of 2,048 steps shared out over the environments."""
+    return {
+        "learning_rate": lambda left: 3e-4 * left, "n_steps": 2048 // num_envs, "batch_size": 64, "n_epochs": 10,
+        "gamma": 0.99, "gae_lambda": 0.95, "clip_range": 0.2, "clip_range_vf": 0.2, "ent_coef": 0.0, "vf_coef": 0.5,
+        "max_grad_norm": 0.5,
+        "policy_kwargs": {"net_arch": [64, 64], "activation_fn": torch.nn.Tanh, "log_std_init": 0.0},
+    }  # fmt: skip
+
+
+# by name: what a table calls it, the algorithm, its arguments for a number of environments, and whether observations
+# and rewards are normalised by their running moments, as CleanRL does
+SETTINGS: dict[str, tuple[str, type[BaseAlgorithm], Callable[[int], dict[str, Any]], bool]] = {
+    "ppo_defaults": ("PPO, its defaults", PPO, lambda num_envs: {}, False),
+    "ppo_cleanrl": ("PPO, CleanRL's hyper-parameters and normalisation", PPO, cleanrl_settings, True),
+    "ppo_ours": ("PPO, our hyper-parameters", PPO, our_settings, False),
+    "sac_defaults": ("SAC, its defaults", SAC, lambda num_envs: {"gradient_steps": -1}, False),
+}
+
+
 def run(args: BaselineArgs, name: str, seed: int) -> dict[str, Any]:
     """Train and evaluate one seed."""
-    ours = TRAINER.Args()
-    settings: dict[str, Any] = {}
-    if name == "our hyper-parameters":
-        settings = our_settings(args.num_envs)
-    env = MakeEnv(settings.get("gamma", 0.99), ours.ppo.train_episode_steps)
+    ours, (_, algorithm, settings_for, normalize) = TRAINER.Args(), SETTINGS[name]
+    settings = settings_for(args.num_envs)
+    gamma = settings.get("gamma", 0.99)
+    env = MakeEnv(gamma, ours.ppo.train_episode_steps)
     envs = SubprocVecEnv([env] * args.num_envs, start_method="spawn")
-    model = PPO("MlpPolicy", envs, device="cpu", seed=seed, **settings)
+    if normalize:
+        envs = VecNormalize(envs, gamma=gamma, clip_obs=10.0, clip_reward=10.0)
+    model = algorithm("MlpPolicy", envs, device="cpu", seed=seed, **settings)
     start = time.perf_counter()
     model.learn(args.total_timesteps)
     wall_time = time.perf_counter() - start
@@ -106,13 +131,14 @@ def main() -> None:
     """All runs, one after the other: each has the machine to itself, so that wall times mean something."""
     args = tyro.cli(BaselineArgs, description=__doc__)
     torch.set_num_threads(1)  # faster than its default for networks this small
-    names = ("stable-baselines3's defaults", "our hyper-parameters")
+    names = args.only or tuple(SETTINGS)
     results = [run(args, name, seed) for name in names for seed in range(1, args.seeds + 1)]
     lines = [
-        "# stable-baselines3 PPO",
+        "# stable-baselines3",
         "",
         f"`python benchmark/sb3_baseline.py --total-timesteps {args.total_timesteps} --seeds {args.seeds}`, "
-        f"{args.num_envs} workers, {os.cpu_count()} cores; {args.episodes} held-out episodes per run, mean action.",
+        f"{args.num_envs} workers, {os.cpu_count()} cores; {args.episodes} held-out episodes per run, mean action. "
+        f"Budgets are rounded up to whole rollouts.",
         "",
         "| setting | success, seeds " + " ".join(str(seed) for seed in range(1, args.seeds + 1))
         + " | mean success | return | length | wall s |",
@@ -123,7 +149,7 @@ def main() -> None:
         mean = {key: np.mean([row[key] for row in rows]) for key in ("success", "return", "length", "wall_time_s")}
         each = " ".join(f"{row['success']:.2f}" for row in rows)
         lines.append(
-            f"| {name} | {each} | {mean['success']:.2f} | {mean['return']:.1f} | {mean['length']:.0f} "
+            f"| {SETTINGS[name][0]} | {each} | {mean['success']:.2f} | {mean['return']:.1f} | {mean['length']:.0f} "
             f"| {mean['wall_time_s']:.1f} |"
         )
     out = Path(args.out)

@@ -7,8 +7,15 @@
 #
 #   NAME=standard_200k bash benchmark/ppo_residual_so101.sh --total-timesteps 200000
 #
+# One run on several machines, a process per core (16 here): the first machine is where the processes meet.
+#
+#   salloc --nodes=4 --ntasks-per-node=1 --cpus-per-task=16 bash -c 'srun --export=ALL,OMP_NUM_THREADS=1 \
+#     torchrun --nnodes=4 --nproc-per-node=16 --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" \
+#     --rdzv-endpoint="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):29500" \
+#     ppo_residual_so101.py --num-envs 2048 --total-timesteps 10000000'
+#
 #SBATCH --job-name=so101
-#SBATCH --array=1-10
+#SBATCH --array=1-20
 #SBATCH --cpus-per-task=1
 #SBATCH --mem=2G
 #SBATCH --time=01:00:00
@@ -17,4 +24,4 @@ set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 # shellcheck disable=SC1091
 [ ! -e .venv/bin/activate ] || source .venv/bin/activate
-SEEDS=$SLURM_ARRAY_TASK_ID JOBS=1 OUT= bash benchmark/ppo_residual_so101.sh "$@"
+SEEDS=$SLURM_ARRAY_TASK_ID JOBS=1 OUT='' bash benchmark/ppo_residual_so101.sh "$@"

@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import io
 import json
+import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,12 +23,14 @@ import mujoco
 import mujoco.rollout
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from gymnasium.vector import AutoresetMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from so101_env import ACT_DIM, CONTROL_HZ, SO101ResidualVectorEnv
 from so101_policies import load_script
+from so101_runs import Processes
 
 TRAINER = load_script("ppo_residual_so101.py")
 
@@ -47,6 +51,12 @@ class BenchmarkArgs:
     """then show how steps/s grows with the number of environments and threads"""
     pixels: bool = True
     """then show steps/s with a picture of each step"""
+    processes: bool = True
+    """then show training by one and by two processes, and what the measured costs predict for more"""
+    network_latency_us: float = 50.0
+    """of one message between machines, for these predictions"""
+    network_gbit_s: float = 10.0
+    """bandwidth between machines, for these predictions"""
 
 
 def num_steps(num_envs: int) -> int:
@@ -184,6 +194,149 @@ def time_sb3(args: BenchmarkArgs) -> float:
     return steps / elapsed
 
 
+def time_processes(count: int, steps: int) -> float:
+    """Steps/s of training by so many processes of one physics thread each, evaluations and start not counted."""
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        command += [TRAINER.__file__, "--log-dir", directory, "--num-threads", "1"]
+        command += ["--total-timesteps", str(steps), "--eval-every", "0"]
+        subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
+        summary = json.loads(next(Path(directory).glob("*/training_summary.json")).read_text())
+    return summary["steps_per_second"]
+
+
+def time_message(rank: int, store: str, size: int, times: multiprocessing.Queue) -> None:
+    """Seconds of an all-reduce of size numbers between two processes, of which this is one."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    tensor, repeats = torch.zeros(size), 300
+    for number in range(2 * repeats):  # the first half warms up
+        if number == repeats:
+            start = time.perf_counter()
+        dist.all_reduce(tensor)
+    times.put((time.perf_counter() - start) / repeats)
+    dist.destroy_process_group()
+
+
+def time_all_reduce(size: int) -> float:
+    """Seconds of an all-reduce of size numbers between two processes on this machine."""
+    context = multiprocessing.get_context("spawn")
+    times = context.Queue()
+    with tempfile.TemporaryDirectory() as directory:
+        args = (f"{directory}/store", size, times)
+        workers = [context.Process(target=time_message, args=(rank, *args)) for rank in (0, 1)]
+        for worker in workers:
+            worker.start()
+        seconds = max(times.get() for _ in workers)
+        for worker in workers:
+            worker.join()
+    return seconds
+
+
+@dataclasses.dataclass
+class Costs:
+    """Seconds of the parts of training in one process with one thread, as lines: at zero, and per unit."""
+
+    physics: tuple[float, float]
+    """of a control step, per environment"""
+    python: tuple[float, float]
+    """of the same step: all that is not physics, the actor included"""
+    update: tuple[float, float]
+    """of a minibatch, per sample in it"""
+    message: tuple[float, float]
+    """from one process to the next, per byte"""
+    gradient_bytes: int
+
+    def steps_per_second(
+        self, processes: int, num_envs: int, minibatch_size: int, between: tuple[float, float] | None = None
+    ) -> float:
+        """What training in so many processes would do; between: seconds of a message between machines, per byte."""
+        ppo = TRAINER.Args().ppo
+        hop = tuple(map(max, self.message, between or self.message))  # a ring is as slow as its slowest link
+        hops = 2 * (processes - 1)
+        rollout = ppo.num_steps * sum(at + each * num_envs / processes for at, each in (self.physics, self.python))
+        gradient = hops * (hop[0] + hop[1] * self.gradient_bytes / processes)
+        minibatch = self.update[0] + self.update[1] * minibatch_size / processes + gradient
+        small = (
+            hops * hop[0]
+        )  # the moments of the advantages in every pass; errors, episodes, signals (two messages each)
+        count = num_envs * ppo.num_steps // minibatch_size
+        update = ppo.update_epochs * (count * minibatch + small) + 7 * small
+        return num_envs * ppo.num_steps / (rollout + update)
+
+
+def line(sizes: tuple[int, int], seconds: tuple[float, float]) -> tuple[float, float]:
+    """Seconds at zero and per unit, of a line through two measurements."""
+    each = (seconds[1] - seconds[0]) / (sizes[1] - sizes[0])
+    return max(0.0, seconds[0] - each * sizes[0]), each
+
+
+def time_parts(agent: torch.nn.Module, num_envs: int) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """Seconds of a control step in a rollout: of physics, and of the rest; and the rollout."""
+    envs, inside = TRAINER.make_envs(TRAINER.Args(), num_envs, num_threads=1), 0.0
+    step = envs.batch.step
+
+    def timed(*positional, **named):
+        nonlocal inside
+        start = time.perf_counter()
+        step(*positional, **named)
+        inside += time.perf_counter() - start
+
+    envs.batch.step = timed
+    noise = np.random.default_rng(0).normal(size=(100, num_envs, ACT_DIM)).astype(np.float32)
+    next_obs, start = envs.reset(seed=0)[0], time.perf_counter()
+    buffers, _, _ = TRAINER.rollout(agent, envs, next_obs, noise)
+    return inside / len(noise), (time.perf_counter() - start - inside) / len(noise), buffers
+
+
+def measure_costs(repeats: int) -> Costs:
+    """The costs on this machine, the best of so many rounds."""
+    physics, python, update = {}, {}, {}
+    args, processes = TRAINER.Args(), Processes()
+    agent = TRAINER.Agent(args)
+    for num_envs in (16, 128) * repeats:
+        inside, rest, buffers = time_parts(agent, num_envs)
+        physics[num_envs] = min(physics.get(num_envs, np.inf), inside)
+        python[num_envs] = min(python.get(num_envs, np.inf), rest)
+    processes.split(num_envs)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-4, fused=True)
+    for size in (64, 512) * repeats:
+        args.ppo.minibatch_size, generator = size, torch.Generator().manual_seed(0)
+        count, start = -(-buffers["rewards"].numel() // size) * args.ppo.update_epochs, time.perf_counter()
+        TRAINER.update(agent, optimizer, buffers, args.ppo, generator, processes)
+        update[size] = min(update.get(size, np.inf), (time.perf_counter() - start) / count)
+    numbers = sum(parameter.numel() for parameter in agent.parameters())
+    small, large = (min(time_all_reduce(size) for _ in range(repeats)) for size in (1, numbers))
+    # between two processes: two messages of half the numbers each
+    message = (small / 2, max(0.0, large - small) / (4 * numbers))
+    return Costs(
+        *(line(tuple(seconds), tuple(seconds.values())) for seconds in (physics, python, update)), message, 4 * numbers
+    )  # fmt: skip
+
+
+def show_processes(args: BenchmarkArgs) -> None:
+    """Training by one and two processes, measured costs, and predictions."""
+    measured = {count: max(time_processes(count, args.steps) for _ in range(args.repeats)) for count in (1, 2)}
+    costs = measure_costs(args.repeats)
+    print("\nseconds of the parts of training, one thread, in microseconds: at zero, and per unit")
+    for name, unit in (
+        ("physics", "environment and control step"), ("python", "environment and control step"),
+        ("update", "sample of a minibatch"), ("message", "kilobyte"),
+    ):  # fmt: skip
+        at, each = getattr(costs, name)
+        print(f"{name:10}{1e6 * at:10.1f}{1e6 * each * (1000 if name == 'message' else 1):10.2f} per {unit}")
+    print(f"a gradient has {costs.gradient_bytes / 1000:.0f} kB")
+    print("\nsteps/s by processes, one a core: the default run, and 32 environments and 512 samples for each process")
+    between = (1e-6 * args.network_latency_us, 8e-9 / args.network_gbit_s)
+    ppo = TRAINER.Args().ppo
+    for machines, count in ((1, 1), (1, 2), (1, 4), (1, 16), (1, 64), (4, 64), (16, 256)):
+        link = between if machines > 1 else None
+        fixed = costs.steps_per_second(count, ppo.num_envs, ppo.minibatch_size, link) if count <= ppo.num_envs else None
+        grown = costs.steps_per_second(count, ppo.num_envs * count, ppo.minibatch_size * count, link)
+        cells = [f"{fixed:8.0f}" if fixed else f"{'-':>8}", f"{grown:8.0f}"]
+        cells += [f"   measured, the default run {measured[count]:8.0f}"] * (count in measured)
+        print(f"{machines:3} machines {count:4} processes " + " ".join(cells), flush=True)
+
+
 def main() -> None:
     """Measure and print."""
     args = tyro.cli(BenchmarkArgs, description=__doc__)
@@ -232,6 +385,8 @@ def main() -> None:
                 )
                 cells.append(f"{count} threads {plain:6.0f} {visual:6.0f}")
             print(f"{size:4} pixels  " + "   ".join(cells), flush=True)
+    if args.processes:
+        show_processes(args)
 
 
 if __name__ == "__main__":

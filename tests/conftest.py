@@ -1,4 +1,4 @@
-"""Running the scripts as a user does, and measuring contact forces."""
+"""Running the scripts as a user does, comparing what they leave, and measuring contact forces."""
 
 import os
 import signal
@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; for the
 import mujoco
 import numpy as np
 import pytest
+import torch
 
 from so101_env import SO101Error
 from so101_policies import load_script
@@ -57,6 +58,44 @@ def refusal(monkeypatch: pytest.MonkeyPatch, name: str, *flags: str) -> str:
     with pytest.raises(SO101Error) as error:
         load_script(name).main()
     return str(error.value)
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def assert_equal_training_state(one: Path, other: Path) -> None:
+    """Everything training depends on is equal to the bit: weights, optimiser, generators, environments."""
+
+    def compare(a, b, where):
+        assert type(a) is type(b), where
+        if isinstance(a, dict):
+            assert a.keys() == b.keys(), where
+            for key in a:
+                compare(a[key], b[key], f"{where}.{key}")
+        elif isinstance(a, list):
+            assert len(a) == len(b), where
+            for i, (x, y) in enumerate(zip(a, b)):
+                compare(x, y, f"{where}[{i}]")
+        elif isinstance(a, torch.Tensor):
+            assert torch.equal(a, b), where
+        else:
+            assert a == b, where
+
+    files, keys = [load(one), load(other)], ("agent", "optimizer", "generator", "envs", "next_obs", "global_step")
+    for key in (*keys, "recent_episodes", "finalists"):
+        compare(files[0][key], files[1][key], key)
+
+
+def assert_equal_best_models(one: Path, other: Path) -> None:
+    """The best models of two runs are of the same step and have the same weights, finalists and optimiser."""
+    paths = [run / "best_model" / "best_model.pt" for run in (one, other)]
+    assert_equal_training_state(*paths)
+    for run, path in zip((one, other), paths):
+        own = run / "best_model" / f"ppo_residual_{load(path)['global_step']}_steps.pt"
+        assert own.read_bytes() == path.read_bytes()
+        steps = [finalist["step"] for finalist in load(run / "final_model.pt")["finalists"]]
+        assert load(path)["global_step"] in steps
 
 
 def press_force_n(model: mujoco.MjModel, data: mujoco.MjData) -> float:

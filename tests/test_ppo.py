@@ -9,8 +9,17 @@ import torch
 from torch import nn
 
 import ppo_residual_so101 as ppo
-from so101_env import ACT_DIM, HOME_RAD, OBS_DIM, SHEET_HALF_M, SO101ResidualVectorEnv, arrival_yaw_feature
+from so101_env import (
+    ACT_DIM,
+    HOME_RAD,
+    OBS_DIM,
+    SHEET_HALF_M,
+    SO101ResidualVectorEnv,
+    arrival_yaw_feature,
+    contact_feature,
+)
 from so101_policies import Features
+from so101_runs import Processes
 
 SB3_GAE = Path(__file__).parent / "data" / "sb3_gae.npz"
 
@@ -101,6 +110,18 @@ def opinionated(agent: ppo.Agent) -> ppo.Agent:
     return agent
 
 
+def noise_of(num_steps: int) -> np.ndarray:
+    """Exploration noise for the environments of `setup`."""
+    return np.random.default_rng(0).normal(size=(num_steps, 4, ACT_DIM)).astype(np.float32)
+
+
+def one_process() -> Processes:
+    """This process alone, with the environments of `setup`."""
+    processes = Processes()
+    assert processes.split(4) == 4
+    return processes
+
+
 @pytest.fixture
 def setup():
     torch.manual_seed(0)
@@ -113,7 +134,7 @@ def setup():
 
 def test_rollout_keeps_final_observations_and_unclipped_actions(setup):
     _, agent, envs, obs = setup
-    buffers, next_obs, episodes = ppo.rollout(agent, envs, obs, 50, torch.Generator().manual_seed(0))
+    buffers, next_obs, episodes = ppo.rollout(agent, envs, obs, noise_of(50))
     ends = np.flatnonzero(buffers["dones"].numpy().all(1))
     assert ends.tolist() == [19, 39] and len(episodes) == 8 and buffers["terminations"].sum() == 0
     following = torch.cat([buffers["obs"][1:], torch.from_numpy(next_obs)[None]])
@@ -128,13 +149,13 @@ def test_rollout_keeps_final_observations_and_unclipped_actions(setup):
     assert all(episode["length"] == 20 for episode in episodes)
 
 
-@pytest.mark.parametrize("symmetry, expected_views", [(True, [0, 1, 0, 1, 0]), (False, [0] * 5)])
+@pytest.mark.parametrize("symmetry, expected_views", [(True, [0, 1] * 4), (False, [0] * 8)])
 def test_first_minibatch_has_ratio_one(setup, monkeypatch, symmetry, expected_views):
     args, agent, envs, obs = setup
     if not symmetry:
         args.networks.symmetry = False
         agent = opinionated(ppo.Agent(args))
-    buffers, _, _ = ppo.rollout(agent, envs, obs, 64, torch.Generator().manual_seed(0))
+    buffers, _, _ = ppo.rollout(agent, envs, obs, noise_of(64))
     ratios, views, original = [], [], ppo.ppo_loss
 
     def spy(agent, mb_x, view, mb_actions, mb_logprobs, *rest, **named):
@@ -149,7 +170,7 @@ def test_first_minibatch_has_ratio_one(setup, monkeypatch, symmetry, expected_vi
 
     monkeypatch.setattr(ppo, "ppo_loss", spy)
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3)
-    ppo.update(agent, optimizer, buffers, args.ppo, torch.Generator().manual_seed(0))
+    ppo.update(agent, optimizer, buffers, args.ppo, torch.Generator().manual_seed(0), one_process())
     torch.testing.assert_close(ratios[0], torch.ones_like(ratios[0]), atol=2e-4, rtol=0)  # float32 products of six
     assert (ratios[-1] - 1).abs().max() > 1e-2
     assert views == expected_views  # the critic's, one minibatch an epoch
@@ -169,12 +190,11 @@ def test_loss_against_numpy(setup):
     logprob = (-0.5 * z**2 - logstd - 0.5 * np.log(2 * np.pi)).sum(1)
     old_logprob, advantages, returns = logprob + rng.normal(0, 0.3, 32), rng.normal(2, 3, 32), rng.normal(0, 1, 32)
     ratio = np.exp(logprob - old_logprob)
-    a = (advantages - advantages.mean()) / (advantages.std(ddof=1) + 1e-8)
-    pg_loss = -np.minimum(a * ratio, a * np.clip(ratio, 0.7, 1.3)).mean()
+    pg_loss = -np.minimum(advantages * ratio, advantages * np.clip(ratio, 0.7, 1.3)).mean()
     v_loss = 0.5 * np.mean((value - returns) ** 2)
     entropy = (0.5 + 0.5 * np.log(2 * np.pi) + logstd).sum()
     as_tensor = [torch.tensor(x, dtype=torch.float32) for x in (old_logprob, advantages, returns)]
-    loss, metrics = ppo.ppo_loss(agent, x, 1, actions, *as_tensor, args.ppo)  # 1: the critic sees the mirror image
+    loss, metrics = ppo.ppo_loss(agent, x, 1, actions, *as_tensor, args.ppo, 32)  # 1: the critic sees the mirror image
     assert loss.item() == pytest.approx(pg_loss - 0.01 * entropy + 0.5 * v_loss, abs=1e-4)
     assert metrics["approx_kl"].item() == pytest.approx(np.mean(ratio - 1 - np.log(ratio)), abs=1e-4)
     assert metrics["clip_fraction"].item() == pytest.approx(np.mean(np.abs(ratio - 1) > 0.3))
@@ -185,7 +205,7 @@ def test_agent_initialisation_and_state_dict():
     agent = ppo.Agent(ppo.Args())
     hidden, head = agent.actor_mean[0].weight, agent.actor_mean[-1].weight
     torch.testing.assert_close(
-        hidden.T @ hidden, 2 * torch.eye(OBS_DIM + 2), atol=1e-5, rtol=0
+        hidden.T @ hidden, 2 * torch.eye(OBS_DIM + 2 + 8), atol=1e-5, rtol=0
     )  # orthogonal, gain sqrt 2
     torch.testing.assert_close(head @ head.T, 1e-4 * torch.eye(ACT_DIM), atol=1e-9, rtol=0)
     assert all((layer.bias == 0).all() for layer in agent.modules() if isinstance(layer, nn.Linear))
@@ -244,7 +264,7 @@ def test_network_switches():
 
 def test_gradients_are_clipped(setup):
     args, agent, envs, obs = setup
-    buffers, _, _ = ppo.rollout(agent, envs, obs, 64, torch.Generator().manual_seed(0))
+    buffers, _, _ = ppo.rollout(agent, envs, obs, noise_of(64))
     args.ppo.max_grad_norm, norms = 1e-3, []
 
     class Spy(torch.optim.SGD):
@@ -252,7 +272,9 @@ def test_gradients_are_clipped(setup):
             grads = [p.grad.flatten() for p in agent.parameters()]
             norms.append(float(torch.cat(grads).norm()))
 
-    ppo.update(agent, Spy(agent.parameters(), lr=0.1), buffers, args.ppo, torch.Generator().manual_seed(0))
+    ppo.update(
+        agent, Spy(agent.parameters(), lr=0.1), buffers, args.ppo, torch.Generator().manual_seed(0), one_process()
+    )  # fmt: skip
     assert norms == pytest.approx([1e-3] * len(norms), rel=1e-3)
 
 
@@ -276,7 +298,7 @@ def test_sheet_feature_is_the_vector_from_the_nearest_point_of_the_sheet():
     yaw = rng.uniform(-3, 3, 50)
     obs[:, 15], obs[:, 18] = np.cos(yaw / 2), np.sin(yaw / 2)
     obs[:, 12:14], obs[:, 22:24] = rng.uniform(-0.1, 0.1, (2, 50, 2))
-    feature = 0.03 * features(obs)[:, 0, OBS_DIM:].numpy()
+    feature = 0.03 * features(obs)[:, 0, OBS_DIM : OBS_DIM + 2].numpy()
     half = SHEET_HALF_M - 0.01
     grid = np.stack(np.meshgrid(*[np.linspace(-h, h, 401) for h in half]), -1).reshape(-1, 2)
     for i in range(50):
@@ -287,13 +309,79 @@ def test_sheet_feature_is_the_vector_from_the_nearest_point_of_the_sheet():
         np.testing.assert_allclose(feature[i], in_sheet_axes, atol=4e-4)  # half a cell of the grid
 
 
+def test_contact_feature_one_number_at_a_time():
+    """By hand: the tip over and beside a sheet that is turned by 30 degrees, high and pressed."""
+    obs = np.zeros((4, OBS_DIM), np.float32)
+    angle, half_length = np.deg2rad(30.0), SHEET_HALF_M[0]
+    obs[:, 15], obs[:, 18] = np.cos(angle / 2), np.sin(angle / 2)
+    obs[:, 12:14], obs[:, 19:21] = (0.3, -0.05), (-0.03, 0.04)  # a drag of 50 mm, to the left and back
+    long_side, short_side = np.array([np.cos(angle), np.sin(angle)]), np.array([-np.sin(angle), np.cos(angle)])
+    obs[0, 22:24], obs[0, 24] = (0.3, -0.05), 0.0073  # pressed on its centre
+    obs[1, 22:24], obs[1, 24] = (0.3, -0.05), 0.0173  # 10 mm above it
+    # 20 and 5 mm beyond the ends of what counts as over it, which is 10 mm inside the sheet's edges
+    obs[2, 22:24], obs[2, 24] = (0.3, -0.05) + (half_length - 0.01 + 0.02) * long_side, 0.0073
+    obs[3, 22:24], obs[3, 24] = (0.3, -0.05) + (SHEET_HALF_M[1] - 0.01 + 0.005) * short_side, 0.0098
+    np.testing.assert_allclose(
+        contact_feature(obs),
+        [
+            # beside, height, pressed beside, pressed on, to the sheet, drag
+            [0, 0, 0, 1, 0, 0, -0.6, 0.8],
+            [0, 2, 0, 0, 0, 0, 0, 0],
+            [1, 0, 1, 0, *-long_side, 0, 0],
+            [0.5, 0.5, 0.25, 0.25, *-0.5 * short_side, -0.6 * 0.25, 0.8 * 0.25],
+        ],
+        atol=1e-4,  # float32 of positions
+    )
+
+
+def test_advantages_are_normalized_in_each_minibatch():
+    rng = np.random.default_rng(0)
+    advantages = torch.tensor(rng.normal(3, 2, 10), dtype=torch.float32)
+    minibatches = [torch.tensor([1, 4, 5, 9]), torch.tensor([0, 2, 3, 6, 7]), torch.tensor([8])]
+    normalized = ppo.normalize(advantages, minibatches, one_process()).numpy()
+    for rows in minibatches[:2]:
+        a = advantages.numpy()[rows]
+        np.testing.assert_allclose(normalized[rows], (a - a.mean()) / a.std(), atol=1e-5)
+    assert normalized[8] == advantages[8]  # one sample alone has no scale
+
+
+@pytest.mark.parametrize("recompute_adv", [True, False])
+def test_advantages_follow_the_critic_from_pass_to_pass(setup, monkeypatch, recompute_adv):
+    """What the critic is told in a pass: the returns by the values that it had when that pass began."""
+    args, agent, envs, obs = setup
+    args.ppo.recompute_adv, args.ppo.update_epochs = recompute_adv, 3
+    buffers, _, _ = ppo.rollout(agent, envs, obs, noise_of(64))
+    told, expected, original = [], [], ppo.ppo_loss
+
+    def spy(agent, mb_x, view, mb_actions, mb_logprobs, mb_advantages, mb_returns, *rest):
+        told.append(mb_returns.sort().values)
+        with torch.no_grad():
+            values, next_values = (
+                agent.critic(agent.features(buffers[name].flatten(0, 1).numpy()).flatten(0, 1)).view(64, 4, 2).mean(2)
+                for name in ("obs", "real_next_obs")
+            )
+        data = {key: buffers[key].numpy() for key in ("rewards", "terminations", "dones")}
+        data |= {"values": values.numpy(), "real_next_values": next_values.numpy()}
+        data["truncations"] = data.pop("dones") - data["terminations"]
+        expected.append(torch.from_numpy(our_gae(data, args.ppo.gamma, args.ppo.gae_lambda) + data["values"]))
+        return original(agent, mb_x, view, mb_actions, mb_logprobs, mb_advantages, mb_returns, *rest)
+
+    monkeypatch.setattr(ppo, "ppo_loss", spy)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-2)
+    ppo.update(agent, optimizer, buffers, args.ppo, torch.Generator().manual_seed(0), one_process())
+    for number in range(3):
+        by = number if recompute_adv else 0
+        torch.testing.assert_close(told[number], expected[by].flatten().sort().values, atol=1e-4, rtol=0)
+    assert (expected[2] - expected[0]).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("culprit", ["rewards", "loss", "gradient", "weights"])
 def test_non_finite_numbers_name_the_culprit(setup, culprit):
     args, agent, envs, obs = setup
     if culprit == "rewards":
         envs.task = dataclasses.replace(envs.task, residual_penalty=np.nan)
     with pytest.raises(FloatingPointError, match=culprit):
-        buffers, _, _ = ppo.rollout(agent, envs, obs, 32, torch.Generator())
+        buffers, _, _ = ppo.rollout(agent, envs, obs, noise_of(32))
         if culprit == "loss":
             buffers["rewards"][0, 0] = np.nan
         if culprit == "gradient":
@@ -302,4 +390,4 @@ def test_non_finite_numbers_name_the_culprit(setup, culprit):
         if culprit == "weights":  # the last step of the last epoch diverges: no later gradient shows it
             args.ppo.update_epochs, args.ppo.minibatch_size = 1, 128
             optimizer.register_step_post_hook(lambda *_: agent.actor_logstd.data.fill_(np.inf))
-        ppo.update(agent, optimizer, buffers, args.ppo, torch.Generator())
+        ppo.update(agent, optimizer, buffers, args.ppo, torch.Generator(), one_process())
