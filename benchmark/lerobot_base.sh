@@ -85,8 +85,7 @@ base=(--base-policy "server:127.0.0.1:$PORT" --units deg)
 evaluate "$RUNS/act_alone.json"
 
 # seed 1 served to choose these flags
-residual=("${base[@]}" --chunk-steps 16 --observe-base --hidden-size 128 --act-scale 0.04 --log-std-init -1
-  --update-epochs 8 --gae-lambda 0.95 --residual-penalty 0.01)
+residual=("${base[@]}" --chunk-steps 16 --observe-base --act-scale 0.04 --log-std-init -1 --residual-penalty 0.01)
 NAME=lerobot_act_50k SEEDS="2 3 4 5 6" RUNS="$RUNS/50k" bash benchmark/ppo_residual_so101.sh "${residual[@]}"
 NAME=lerobot_act_200k SEEDS="2 3" RUNS="$RUNS/200k" bash benchmark/ppo_residual_so101.sh "${residual[@]}" \
   --total-timesteps 200000 --eval-every 50000

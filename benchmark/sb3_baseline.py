@@ -127,12 +127,8 @@ def run(args: BaselineArgs, name: str, seed: int) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
-    """All runs, one after the other: each has the machine to itself, so that wall times mean something."""
-    args = tyro.cli(BaselineArgs, description=__doc__)
-    torch.set_num_threads(1)  # faster than its default for networks this small
-    names = args.only or tuple(SETTINGS)
-    results = [run(args, name, seed) for name in names for seed in range(1, args.seeds + 1)]
+def write(args: BaselineArgs, results: list[dict[str, Any]]) -> None:
+    """The results so far, in results.md and results.json of args.out."""
     lines = [
         "# stable-baselines3",
         "",
@@ -140,11 +136,10 @@ def main() -> None:
         f"{args.num_envs} workers, {os.cpu_count()} cores; {args.episodes} held-out episodes per run, mean action. "
         f"Budgets are rounded up to whole rollouts.",
         "",
-        "| setting | success, seeds " + " ".join(str(seed) for seed in range(1, args.seeds + 1))
-        + " | mean success | return | length | wall s |",
+        "| setting | success, seeds 1, 2, ... | mean success | return | length | wall s |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for name in names:
+    for name in dict.fromkeys(result["setting"] for result in results):
         rows = [result for result in results if result["setting"] == name]
         mean = {key: np.mean([row[key] for row in rows]) for key in ("success", "return", "length", "wall_time_s")}
         each = " ".join(f"{row['success']:.2f}" for row in rows)
@@ -156,7 +151,18 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (out / "results.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+
+
+def main() -> None:
+    """All runs, one after the other: each has the machine to itself, so that wall times mean something."""
+    args = tyro.cli(BaselineArgs, description=__doc__)
+    torch.set_num_threads(1)  # faster than its default for networks this small
+    results: list[dict[str, Any]] = []
+    for name in args.only or tuple(SETTINGS):
+        for seed in range(1, args.seeds + 1):
+            results.append(run(args, name, seed))
+            write(args, results)  # after each, since SAC takes its time
+    print((Path(args.out) / "results.md").read_text())
 
 
 if __name__ == "__main__":

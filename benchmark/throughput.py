@@ -256,9 +256,7 @@ class Costs:
         rollout = ppo.num_steps * sum(at + each * num_envs / processes for at, each in (self.physics, self.python))
         gradient = hops * (hop[0] + hop[1] * self.gradient_bytes / processes)
         minibatch = self.update[0] + self.update[1] * minibatch_size / processes + gradient
-        small = (
-            hops * hop[0]
-        )  # the moments of the advantages in every pass; errors, episodes, signals (two messages each)
+        small = hops * hop[0]  # moments of the advantages in every pass; errors, episodes and signals in every rollout
         count = num_envs * ppo.num_steps // minibatch_size
         update = ppo.update_epochs * (count * minibatch + small) + 7 * small
         return num_envs * ppo.num_steps / (rollout + update)
@@ -333,7 +331,8 @@ def show_processes(args: BenchmarkArgs) -> None:
         fixed = costs.steps_per_second(count, ppo.num_envs, ppo.minibatch_size, link) if count <= ppo.num_envs else None
         grown = costs.steps_per_second(count, ppo.num_envs * count, ppo.minibatch_size * count, link)
         cells = [f"{fixed:8.0f}" if fixed else f"{'-':>8}", f"{grown:8.0f}"]
-        cells += [f"   measured, the default run {measured[count]:8.0f}"] * (count in measured)
+        if machines == 1 and count in measured:
+            cells.append(f"   measured, the default run {measured[count]:8.0f}")
         print(f"{machines:3} machines {count:4} processes " + " ".join(cells), flush=True)
 
 

@@ -86,6 +86,11 @@ def test_two_processes_are_interrupted_and_resumed(tmp_path):
     flags += ["--train-episode-steps", "40"]
     whole = torchrun(TRAINER, *flags, "--log-dir", str(tmp_path / "whole"))
     assert whole.wait(200) == 0, whole.stderr.read()
+    # in their first rollout the environments of two processes do what those of one do: same starts, same noise
+    one = load(train(tmp_path / "one", *flags, "--total-timesteps", "2112") / "final_model.pt")
+    two = load(next(tmp_path.glob("whole/*/checkpoints/*_2112_steps.pt")))
+    assert one["envs"]["rngs"] == two["envs"]["rngs"]
+    torch.testing.assert_close(one["next_obs"], two["next_obs"], atol=1e-2, rtol=0)  # networks round by batch size
     stopped = torchrun(TRAINER, *flags, "--log-dir", str(tmp_path / "stopped"))
     deadline = time.monotonic() + 100
     while not list(tmp_path.glob("stopped/*/checkpoints/*.pt")) and time.monotonic() < deadline:
