@@ -555,7 +555,7 @@ def restore(
 def main() -> int:
     """Train; returns the exit code."""
     processes = Processes()
-    args, resumed = processes.together(parse_args)
+    args, resumed = processes.together(processes.quietly, parse_args)
     start_time, start_cpu = time.perf_counter(), time.process_time()
     num_envs = resumed.saved["num_envs"] if resumed else min(args.ppo.num_envs, args.total_timesteps)
     own_envs = processes.together(processes.split, num_envs)

@@ -182,17 +182,22 @@ class Processes:
         """Call a function in every process; if it fails in one, none goes on."""
         result = error = None
         try:
-            quiet = io.StringIO()  # what parsing flags prints, the first says for all
-            with contextlib.nullcontext() if self.first else contextlib.redirect_stdout(quiet):
-                with contextlib.nullcontext() if self.first else contextlib.redirect_stderr(quiet):
-                    result = function(*args, **kwargs)
+            result = function(*args, **kwargs)
         except (SO101Error, FloatingPointError, OSError, SystemExit) as own_error:
             if self.count == 1:
                 raise
             error = own_error
         if errors := [each for each in self.gather(error) if each is not None]:
-            raise errors[0] if self.first else SystemExit(2)
+            raise errors[0] if self.first or isinstance(errors[0], SystemExit) else SystemExit(2)
         return result
+
+    def quietly(self, function: Callable[[], Any]) -> Any:
+        """Call a function that prints the same in every process: the first prints for all."""
+        with contextlib.ExitStack() as stack:
+            if not self.first:
+                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            return function()
 
     def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor over all processes, the same to the bit in each."""

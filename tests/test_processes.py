@@ -160,6 +160,9 @@ def test_a_refusal_is_said_once(tmp_path):
         started = torchrun(TRAINER, *flags)
         stdout, stderr = started.communicate(timeout=100)
         assert started.returncode != 0 and stderr.count("error:") == stderr.count(words) == 1, stderr
+    started = torchrun(TRAINER, "--help")
+    stdout, stderr = started.communicate(timeout=100)
+    assert started.returncode == 0 and stdout.count("usage: ") == 1, stderr
     assert not (tmp_path / "logs").exists()
 
 
