@@ -256,7 +256,7 @@ def contact_feature(obs: np.ndarray) -> np.ndarray:
     beside = np.minimum(distance / np.float32(SHAPING_INSET_M), 1)
     height = (tip[:, 2] - np.float32(TIP_PRESSED_M)) / np.float32(0.005)
     pressed = clamp(1 - height, 0, 1)
-    to_sheet = rotated(away / np.maximum(distance, 1e-6)[:, None], yaw)
+    to_sheet = rotate(away / np.maximum(distance, 1e-6)[:, None], yaw)
     to_tape = obs[:, OBS["tape_minus_sheet"]][:, :2]
     to_tape = to_tape / np.maximum(np.hypot(to_tape[:, 0], to_tape[:, 1]), 1e-6)[:, None]
     on = (1 - beside) * pressed
@@ -401,18 +401,15 @@ def wrap_angle(angle_rad: np.ndarray) -> np.ndarray:
 
 def in_sheet_axes(point_xy_m: np.ndarray, sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray) -> np.ndarray:
     """Points (N, 2) relative to the sheets' centres, in the sheets' axes, (N, 2)."""
-    c, s = np.cos(sheet_yaw_rad), np.sin(sheet_yaw_rad)
-    d = point_xy_m - sheet_xy_m
-    x, y, rotated = d[:, 0], d[:, 1], np.empty_like(d)
-    rotated[:, 0], rotated[:, 1] = c * x + s * y, c * y - s * x
-    return rotated
+    return rotate(point_xy_m - sheet_xy_m, -sheet_yaw_rad)
 
 
-def rotated(vector: np.ndarray, angle_rad: np.ndarray) -> np.ndarray:
+def rotate(vector: np.ndarray, angle_rad: np.ndarray) -> np.ndarray:
     """Vectors (N, 2) turned by angles (N,)."""
     c, s = np.cos(angle_rad), np.sin(angle_rad)
-    x, y = vector[:, 0], vector[:, 1]
-    return np.column_stack([c * x - s * y, s * x + c * y])
+    x, y, turned = vector[:, 0], vector[:, 1], np.empty_like(vector)
+    turned[:, 0], turned[:, 1] = c * x - s * y, s * x + c * y
+    return turned
 
 
 def sheet_inside(sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray, tape_margin_m: float) -> np.ndarray:
