@@ -25,8 +25,9 @@ import torch.nn as nn
 import tyro
 from tqdm import tqdm
 
+from so101_control import to_rad
 from so101_dataset import read_dataset, read_info, unit_of
-from so101_env import ACT_DIM, ACTION, ENVIRONMENT, STATE, BaseObservation, SO101Error, flat_observation, to_rad
+from so101_env import ACT_DIM, ACTION, ENVIRONMENT, STATE, BaseObservation, SO101Error, flat_observation
 from so101_policies import (
     CLONE,
     BasePolicy,

@@ -42,9 +42,7 @@ from so101_env import (
     MAX_EPISODE_STEPS,
     MEASURED,
     OBS,
-    OBS_DIM,
     OBSERVATION,
-    SHEET_HALF_THICKNESS_M,
     TAPE_CENTER_M,
     BaseObservation,
     BasePolicyError,
@@ -218,18 +216,6 @@ def measured(obs: BaseObservation) -> np.ndarray:
     return np.concatenate([*parts, lag], axis=1).astype(np.float32)
 
 
-def with_estimate(obs: BaseObservation, pose: np.ndarray) -> BaseObservation:
-    """The observation with the sheet where `pose` (N, 3), m and rad, says: nothing of the true one is left."""
-    known, flat = flat_observation(obs), np.zeros((len(pose), OBS_DIM), np.float32)
-    for where, _ in _MEASURED_PARTS:
-        flat[:, where] = known[:, where]
-    flat[:, OBS["sheet_pos"]] = np.column_stack([pose[:, :2], np.full(len(pose), SHEET_HALF_THICKNESS_M)])
-    flat[:, OBS["tape_minus_sheet"]][:, :2] = TAPE_CENTER_M - pose[:, :2]
-    quat = flat[:, OBS["sheet_quat"]]
-    quat[:, 0], quat[:, 3] = np.cos(pose[:, 2] / 2), np.sin(pose[:, 2] / 2)
-    return obs.with_flat(flat)
-
-
 class Student(nn.Module):
     """Where the sheet lies, and the residual, from pictures, what the arm measures and what its base asks for."""
 
@@ -283,7 +269,7 @@ class StudentPolicy(StackedPolicy):
     def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
         """Joint deltas in rad (N, 6): the base policy's, on the student's estimate, and the student's residual."""
         look = self.look(obs, mask)
-        base = self.base_delta(with_estimate(obs, self.estimate), mask)
+        base = self.base_delta(obs.with_sheet(self.estimate), mask)
         residual = self.own_residual(look, base, mask)
         self.residual[mask] = residual[mask]
         return base + residual
@@ -327,7 +313,7 @@ class Dagger(StudentPolicy):
     def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
         """Joint deltas in rad (N, 6); `seen` then has a row (n, ...) for each environment in mask."""
         look, flat = self.look(obs, mask), flat_observation(obs)[mask]
-        base = self.base_delta(obs if self.teacher_acts else with_estimate(obs, self.estimate), mask)
+        base = self.base_delta(obs if self.teacher_acts else obs.with_sheet(self.estimate), mask)
         residual = self.own_residual(look, base, mask)
         answer = self.teacher.agent_residual(obs, base, mask)
         self.seen = {

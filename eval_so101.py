@@ -4,6 +4,7 @@
     python eval_so101.py --model logs/.../best_model/best_model.pt --episodes 50
     python eval_so101.py --model logs/.../student.pt  # one that sees, of distill_so101.py
     python eval_so101.py --base-policy jacobian --episodes 100
+    python eval_so101.py --model logs/.../best_model/best_model.pt --export policy.onnx  # one that travels
 
 The episodes' seeds are fixed and used nowhere else, and the policy acts with its mean action: the same command gives
 the same numbers. A checkpoint carries the settings of the task.
@@ -43,6 +44,7 @@ from so101_env import (
     Viewer,
     check_display,
 )
+from so101_onnx import CHECKED_OBSERVATIONS, OnnxPolicy, export_onnx
 from so101_policies import (
     CHECKPOINT,
     STUDENT,
@@ -80,7 +82,8 @@ class EvalArgs:
     """Evaluation, films, recordings."""
 
     model: str | None = None
-    """checkpoint to evaluate (default, without --base-policy: the one that comes with the project)"""
+    """checkpoint, student or ONNX file to evaluate (default, without --base-policy: the checkpoint that comes with the
+    project)"""
     base_policy: str | None = None
     """without --model: the base policy to evaluate; with it, only the new address of its server:HOST:PORT"""
     tape_margin: float | None = None
@@ -100,6 +103,8 @@ class EvalArgs:
     """episodes in --video"""
     size: tuple[int, int] | None = None
     """width and height of --video in pixels, for each of its columns (default: 640 480, of a GIF 480 360)"""
+    export: str | None = None
+    """write the checkpoint of --model as an ONNX file, instead of evaluating it"""
     plot: str | None = None
     """plot success over the initial displacement and the sheets' paths into this PNG file"""
     record: str | None = None
@@ -133,6 +138,7 @@ def check_eval_args(args: EvalArgs) -> None:
     check_output("--json", args.json, (".json",))
     check_output("--video", args.video, (".mp4", ".gif"))
     check_output("--plot", args.plot, (".png",))
+    check_output("--export", args.export, (".onnx",))
     check_output("--record", args.record)
     if args.record and Path(args.record).exists():
         raise SO101Error(f"--record {args.record}: exists; delete it or name another directory")
@@ -163,7 +169,7 @@ def summarize(episodes: list[dict[str, Any]]) -> dict[str, Any]:
             kind: sum(episode["failure"] == kind for episode in episodes) for kind in ("non_finite", "out_of_reach")
         },
         **{
-            f"mean_{name}": np.average([e[name] for e in episodes], weights=[e["length"] for e in episodes])
+            f"mean_{name}": np.average([e[name] for e in episodes], weights=[max(e["estimates"], 1) for e in episodes])
             for name in ("estimate_error_m", "estimate_error_rad")
             if name in episodes[0]
         },
@@ -295,21 +301,30 @@ def record(args: EvalArgs, envs: SO101ResidualVectorEnv, episodes: list[dict[str
 def main() -> int:
     """Evaluate; returns the exit code."""
     args = tyro.cli(EvalArgs, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
-    if args.model is None and args.base_policy is None:
+    if args.model is None and (args.base_policy is None or args.export):
         args.model = os.path.relpath(ASSETS / "pretrained.pt")
     check_eval_args(args)
     torch.set_num_threads(1)
     policy, steps, num_envs = no_residual, None, min(args.episodes, 50)
-    saved = load_file(args.model, CHECKPOINT, STUDENT) if args.model else {}
-    kind = saved.get("format")
+    if args.export:
+        made = export_onnx(args.model, Path(args.export))
+        print(
+            f"{args.model} ({made['global_step']} steps, base policy {made['base_policy']}) in {args.export}: within "
+            f"{made['difference']:.1g} on {CHECKED_OBSERVATIONS} observations"
+        )
+        print(f"evaluate: {command_of('eval_so101.py')} --model {args.export}")
+        return 0
+    onnx = args.model is not None and Path(args.model).suffix == ".onnx"
+    saved = load_file(args.model, CHECKPOINT, STUDENT) if args.model and not onnx else {}
+    kind = CHECKPOINT if onnx else saved.get("format")
     visual = {} if args.visual_randomization is None else {"visual_randomization": args.visual_randomization}
 
-    def base_envs(base_policy: BasePolicy | None, task: Task) -> SO101ResidualVectorEnv:
+    def base_envs(base_policy: BasePolicy | None, task: Task, observe_base: bool = False) -> SO101ResidualVectorEnv:
         n = num_envs if base_policy is None else min(num_envs, base_policy.max_envs or num_envs)
         threads = {"num_threads": args.num_threads, "autoreset_mode": AutoresetMode.DISABLED}
-        return SO101ResidualVectorEnv(n, base_policy, task, **threads, **visual)
+        return SO101ResidualVectorEnv(n, base_policy, task, observe_base=observe_base, **threads, **visual)
 
-    if kind == CHECKPOINT:
+    if kind == CHECKPOINT and not onnx:
         checkpoint = load_checkpoint(args.model, saved)
         base, steps = checkpoint.args.base, checkpoint.saved["global_step"]
         if args.base_policy is not None:
@@ -321,6 +336,10 @@ def main() -> int:
         envs = checkpoint.script.make_envs(checkpoint.args, num_envs, evaluation=True, num_threads=args.num_threads)
         check_base(checkpoint.saved, base_policy, envs.base_policy, args.model)
         policy = checkpoint.agent(args.model).act
+    elif onnx:
+        exported = OnnxPolicy(args.model)
+        base_policy, steps, policy = exported.metadata["base_policy"], exported.steps, exported.residuals
+        envs = base_envs(exported.base, exported.task, exported.observe_base)
     elif kind == STUDENT:
         if args.base_policy is not None:
             raise SO101Error(f"--base-policy {args.base_policy}: the student of --model has its own; drop it")

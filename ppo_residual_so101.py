@@ -145,8 +145,8 @@ class Base:
     """The policy that the residual corrects."""
 
     base_policy: str = "zero"
-    """zero, jacobian (a scripted pusher), checkpoint:PATH, bc:PATH, server:HOST:PORT (LeRobot's or GR00T's), or
-    MODULE:CLASS[:ARGUMENT] for your own class"""
+    """zero, jacobian (a scripted pusher), checkpoint:PATH, onnx:PATH, bc:PATH, server:HOST:PORT (LeRobot's or
+    GR00T's), opencv:SPEC (SPEC told by OpenCV where the sheet lies), or MODULE:CLASS[:ARGUMENT] for your own class"""
     observe_base: bool = False
     """append the base policy's action to the observation: 31 numbers instead of 25"""
     server: Server = dataclasses.field(default_factory=Server)

@@ -21,6 +21,7 @@ import numpy as np
 import tyro
 from gymnasium.vector import AutoresetMode
 
+from so101_control import to_rad
 from so101_dataset import read_dataset, read_info, unit_of
 from so101_env import (
     ACTION,
@@ -35,7 +36,6 @@ from so101_env import (
     SO101Error,
     SO101ResidualVectorEnv,
     Task,
-    to_rad,
 )
 from so101_policies import BasePolicy
 from so101_runs import (

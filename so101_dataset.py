@@ -3,7 +3,7 @@
 An episode is a dict of float32 arrays: "observation.state" (T, 6), joint positions; "action" (T, 6), absolute joint
 targets; and "observation.environment_state" (T, 19), the rest of the observation, where it was asked for. What cameras
 saw lies beside, as H.264 video. Joints are in degrees, the gripper in 0 to 100, as LeRobot records the arm; a dataset
-of this project says so in meta/info.json ("unit" of a feature), others need to be told, see so101_env.to_rad.
+of this project says so in meta/info.json ("unit" of a feature), others need to be told, see so101_control.to_rad.
 """
 
 import json
@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from so101_control import from_rad
 from so101_env import (
     ACTION,
     CONTROL_HZ,
@@ -27,7 +28,6 @@ from so101_env import (
     STATE_NAMES,
     TASK_TEXT,
     SO101Error,
-    from_rad,
 )
 from so101_wire import JOINT_GROUPS
 

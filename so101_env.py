@@ -25,6 +25,7 @@ from gymnasium.envs.registration import load_env_creator
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 
+from so101_control import ACT_DIM, BACKLASH_RAD, FIRMWARE_P, JOINTS, Controller, clamp
 from so101_scene import (
     CONTROL_HZ,
     SHEET_HALF_M,
@@ -43,8 +44,6 @@ from so101_scene import (
     load_model,
 )
 
-JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
-ACT_DIM = len(JOINTS)
 TASK_TEXT = (
     "Slide the sheet of paper into the square of red tape."  # for datasets, and policies that are told what to do
 )
@@ -54,9 +53,6 @@ SUCCESS_STEPS = 5  # consecutive control steps with all four corners inside
 # gripper down, its tip over the tape's centre, jaws almost closed: both fingertips 10 mm above the sheet's surface.
 # wrist_roll .047 puts the jaws into the arm's plane of symmetry.
 HOME_RAD = np.array([0.0, 0.4759, -0.2335, 1.3284, 0.0470, 0.0])
-# A target stays this close to the one a free arm would need for the same motion. Times the servo gain it bounds the
-# torque against an obstacle to 0.21 N m, and so the press of a fingertip to about 1 N: light enough to drag a sheet.
-COMMAND_WINDOW_RAD = 0.012
 # makes a base policy of a spec string; by name, as Gymnasium names entry points: most users of this file need no torch
 POLICY_LOADER = "so101_policies:load_policy"
 BASE_POLICY_NAMES = ("reset", "act", "close", "memory", "fingerprint", "cameras", "image_size", "max_envs", "quit")
@@ -71,6 +67,8 @@ SHAPING_PER_M, SHAPING_YAW_M_PER_RAD = 100.0, 0.05
 TURN_RAD_PER_M2 = 39.0
 SHAPING_INSET_M = 0.01  # the tip counts as over the sheet this far inside its edges
 TIP_PRESSED_M = 0.0073  # height of the gripper tip when the fingertips touch the sheet
+# With a limp sheet, a fingertip nearer than this presses, and a spot below it reaches out of the sheet as far.
+FINGER_RADIUS_M, SPOT_RADIUS_M, SPOT_GAP_M = 0.008, 0.004, 0.0001
 # one standard deviation of `DomainRandomization.observation_noise = 1`
 NOISE_JOINT_RAD, NOISE_VELOCITY_RAD_S, NOISE_TIP_M, NOISE_SHEET_M, NOISE_YAW_RAD = 0.003, 0.05, 0.001, 0.002, 0.01
 
@@ -113,16 +111,19 @@ class Task:
     randomize: bool = True
     """domain randomisation: friction of table and fingertips; without it only the sheet's start pose is drawn"""
     full_randomization: bool = False
-    """also randomise sheet mass, servo gain and damping, latency, joint offsets and observation noise"""
+    """also randomise sheet mass, servo gain and damping, latency, joint offsets, backlash and observation noise; and
+    the sheet is limp: it is pressed to the table below the finger, instead of at its four corners"""
     visual_randomization: bool = False
     """randomise what cameras see: light, shadows, colours, the table's texture, where the cameras stand, image noise"""
+    firmware_p: int = FIRMWARE_P
+    """P coefficient of the servos, to which their gain is proportional; LeRobot's driver sets 16"""
     arrival_yaw_weight: float = 0.0
     """m per rad, in the shaping, of the yaw that a straight drag from here would end with, which the networks then see,
     too; 0: the present yaw counts 0.05"""
 
     RANGES: ClassVar[dict[str, tuple[float, float]]] = {
         "alpha": (0.0, 1.0), "act_scale": (1e-6, 1.0), "residual_penalty": (0.0, 1e3), "tape_margin": (1e-3, 0.1),
-        "arrival_yaw_weight": (0.0, 1e3),
+        "arrival_yaw_weight": (0.0, 1e3), "firmware_p": (4, 64),
     }  # fmt: skip
 
     def randomization(self) -> DomainRandomization:
@@ -154,8 +155,13 @@ class DomainRandomization:
     """a command takes effect 0 to this many control steps late (integer, fixed within an episode)"""
     joint_offset_rad: float = 0.0
     """calibration error of the joint encoders, each joint its own, uniform in +- this"""
+    backlash_rad: float = 0.0
+    """how far a joint moves before its servo minds, each joint its own, uniform from 0 to this"""
     observation_noise: float = 0.0
     """Gaussian noise on the observation, in units of the NOISE_* constants"""
+    limp_sheet: bool = False
+    """the table carries a press below the fingertip, as under paper, instead of at the sheet's four corners; and
+    fingertips resist twisting"""
 
     @classmethod
     def nominal(cls) -> DomainRandomization:
@@ -164,14 +170,16 @@ class DomainRandomization:
 
     @classmethod
     def full(cls) -> DomainRandomization:
-        """Everything on: also mass, servo gain and damping, latency, joint offsets and observation noise."""
+        """Everything on: also mass, servos, latency, offsets, backlash, observation noise, and a sheet that is limp."""
         return cls(
             sheet_mass=0.10,
             servo_gain=0.15,
             servo_damping=0.15,
             latency_steps=2,
             joint_offset_rad=float(np.deg2rad(1.0)),
+            backlash_rad=BACKLASH_RAD,
             observation_noise=1.0,
+            limp_sheet=True,
         )
 
 
@@ -229,7 +237,14 @@ def sheet_pose(obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return obs[:, OBS["sheet_pos"]][:, :2], 2.0 * np.arctan2(quat[:, 3], quat[:, 0])
 
 
-_INNER_HALF_M = (SHEET_HALF_M - SHAPING_INSET_M).astype(np.float32)
+# features can be exported only if their constants are plain numbers, see so101_onnx.py
+_INNER_HALF_M, _TAPE_CENTER_M = tuple((SHEET_HALF_M - SHAPING_INSET_M).tolist()), tuple(TAPE_CENTER_M.tolist())
+
+
+def _to_inner(point: np.ndarray) -> np.ndarray:
+    """From points (N, 2) in the sheets' axes to the nearest points well inside the sheets, (N, 2)."""
+    half = np.array(_INNER_HALF_M, np.float32)
+    return clamp(point, -half, half) - point
 
 
 def sheet_to_tip_feature(obs: np.ndarray) -> np.ndarray:
@@ -239,7 +254,7 @@ def sheet_to_tip_feature(obs: np.ndarray) -> np.ndarray:
     so few steps.
     """
     tip = in_sheet_axes(obs[:, OBS["tip_pos"]][:, :2], *sheet_pose(obs))
-    return (tip - clamp(tip, -_INNER_HALF_M, _INNER_HALF_M)) / np.float32(0.03)
+    return _to_inner(tip) / np.float32(-0.03)
 
 
 def contact_feature(obs: np.ndarray) -> np.ndarray:
@@ -251,7 +266,7 @@ def contact_feature(obs: np.ndarray) -> np.ndarray:
     """
     tip, (sheet_xy, yaw) = obs[:, OBS["tip_pos"]], sheet_pose(obs)
     inside = in_sheet_axes(tip[:, :2], sheet_xy, yaw)
-    away = clamp(inside, -_INNER_HALF_M, _INNER_HALF_M) - inside
+    away = _to_inner(inside)
     distance = np.hypot(away[:, 0], away[:, 1])
     beside = np.minimum(distance / np.float32(SHAPING_INSET_M), 1)
     height = (tip[:, 2] - np.float32(TIP_PRESSED_M)) / np.float32(0.005)
@@ -322,6 +337,11 @@ class BaseObservation(Mapping):
         arrays = {**self._arrays, STATE: flat[:, :ACT_DIM], ENVIRONMENT: flat[:, ACT_DIM:]}
         return BaseObservation(arrays, self._cameras, self._render, self._ids)
 
+    def with_sheet(self, pose: np.ndarray) -> BaseObservation:
+        """The same with the sheet where pose (n, 3), x and y (m), yaw (rad), says: nothing of the true one is left."""
+        known = flat_observation(self)
+        return self.with_flat(make_observation(*(known[:, OBS[name]] for name in MEASURED), pose))
+
     def with_residual(self, residual: np.ndarray) -> BaseObservation:
         """The same with another residual (n, 6), rad."""
         return BaseObservation({**self._arrays, RESIDUAL: residual}, self._cameras, self._render, self._ids)
@@ -341,57 +361,25 @@ def flat_observation(obs: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.concatenate([obs[STATE], obs[ENVIRONMENT]], axis=1)
 
 
-UNITS = ("rad", "deg", "norm")
+def make_observation(
+    joints_rad: np.ndarray, velocities_rad_s: np.ndarray, tip_m: np.ndarray, sheet_pose: np.ndarray
+) -> np.ndarray:
+    """Observations (N, 25) float32 of what an arm measures, (N, 6), (N, 6), (N, 3), and of poses (N, 3) of sheets.
 
-
-@functools.cache
-def _unit_scale(unit: str) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and offset (6,) that turn joint angles in `unit` into rad."""
-    low, high = load_model().actuator_ctrlrange.T.copy()
-    if unit == "rad":
-        return np.ones(ACT_DIM), np.zeros(ACT_DIM)
-    if unit not in UNITS:
-        raise SO101Error(f"unknown unit {unit!r}; known are {', '.join(UNITS)}")
-    # from -100 to 100 over each joint's range, but for the gripper: from 0 to 100
-    scale, offset = (high - low) / 200.0, (high + low) / 2.0
-    if unit == "deg":
-        scale, offset = np.full(ACT_DIM, np.pi / 180.0), np.zeros(ACT_DIM)
-    scale[5], offset[5] = (high[5] - low[5]) / 100.0, low[5]
-    return scale, offset
-
-
-def to_rad(joints: np.ndarray, unit: str) -> np.ndarray:
-    """Joint angles (..., 6) in rad.
-
-    Args:
-        joints: in `unit`, JOINTS order.
-        unit: "rad"; "deg", as LeRobot records with use_degrees: the gripper is then in 0 to 100; "norm", LeRobot's -100
-            to 100 over each joint's range, and 0 to 100 for the gripper. The ranges are those of the model, so "norm"
-            is as good as the arm's calibration reaches its stops.
-
-    Raises:
-        SO101Error: an unknown unit, or numbers that no such unit can have.
+    A pose is x and y, m, and yaw, rad.
     """
-    scale, offset = _unit_scale(unit)
-    result = np.asarray(joints, np.float64) * scale + offset
-    if np.abs(result).max() > 2 * np.pi:
-        raise SO101Error(f"joint angles of {np.abs(result).max():.0f} rad: they are not in {unit}; see --units")
-    return result
-
-
-def from_rad(joints_rad: np.ndarray, unit: str) -> np.ndarray:
-    """Inverse of to_rad."""
-    scale, offset = _unit_scale(unit)
-    return (joints_rad - offset) / scale
+    obs, yaw = np.zeros((len(joints_rad), OBS_DIM), np.float32), sheet_pose[:, 2]
+    for name, measured in zip(MEASURED, (joints_rad, velocities_rad_s, tip_m)):
+        obs[:, OBS[name]] = measured
+    obs[:, OBS["sheet_pos"]] = np.column_stack([sheet_pose[:, :2], np.full(len(obs), SHEET_HALF_THICKNESS_M)])
+    obs[:, OBS["tape_minus_sheet"]][:, :2] = TAPE_CENTER_M - sheet_pose[:, :2]
+    quat = obs[:, OBS["sheet_quat"]]
+    quat[:, 0], quat[:, 3] = np.cos(yaw / 2), np.sin(yaw / 2)
+    return obs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the task as pure functions on arrays
-
-
-def clamp(x: np.ndarray, low: Any, high: Any) -> np.ndarray:
-    """np.clip, which takes three times as long on the few rows of a step: 1 % of a training run in all."""
-    return np.minimum(np.maximum(x, low), high)
 
 
 def wrap_angle(angle_rad: np.ndarray) -> np.ndarray:
@@ -407,9 +395,8 @@ def in_sheet_axes(point_xy_m: np.ndarray, sheet_xy_m: np.ndarray, sheet_yaw_rad:
 def rotate(vector: np.ndarray, angle_rad: np.ndarray) -> np.ndarray:
     """Vectors (N, 2) turned by angles (N,)."""
     c, s = np.cos(angle_rad), np.sin(angle_rad)
-    x, y, turned = vector[:, 0], vector[:, 1], np.empty_like(vector)
-    turned[:, 0], turned[:, 1] = c * x - s * y, s * x + c * y
-    return turned
+    x, y = vector[:, 0], vector[:, 1]
+    return np.column_stack([c * x - s * y, s * x + c * y])
 
 
 def sheet_inside(sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray, tape_margin_m: float) -> np.ndarray:
@@ -438,7 +425,7 @@ def sheet_distance(sheet_xy_m: np.ndarray) -> np.ndarray:
 
 def arrival_yaw(tip_xy_m: np.ndarray, sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray) -> np.ndarray:
     """Yaw (N,) that sheets would about have, were they pressed at the tips (N, 2) and dragged straight to the tape."""
-    lever, drag = tip_xy_m - sheet_xy_m, TAPE_CENTER_M - sheet_xy_m
+    lever, drag = tip_xy_m - sheet_xy_m, np.array(_TAPE_CENTER_M) - sheet_xy_m
     return sheet_yaw_rad + TURN_RAD_PER_M2 * (lever[:, 0] * drag[:, 1] - lever[:, 1] * drag[:, 0])
 
 
@@ -566,7 +553,10 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
 
-        self.model = load_model(self.task.tape_margin)
+        ranges = self.randomization
+        self.model = load_model(self.task.tape_margin, ranges.limp_sheet)
+        for parameter in (self.model.actuator_gainprm[:, 0], self.model.actuator_biasprm[:, 1]):
+            parameter *= self.task.firmware_p / FIRMWARE_P
         threads = min(num_threads or os.cpu_count() or 1, num_envs)
         self.visuals = visuals or (VisualRandomization() if self.task.visual_randomization else None)
         # one state row per environment (warm start included), per-environment copies of the fields resampled below;
@@ -574,21 +564,22 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self.batch = mujoco.batch.Batch(self.model, nsim=num_envs, nthread=threads, persistent=True)
         self._substeps = round(1 / CONTROL_HZ / self.model.opt.timestep)
         self._qpos, self._qvel, self._ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
+        self._geom_xpos = self.batch.bind("geom_xpos")
         self._tip = self.batch.bind("site_xpos")[:, self.model.site("gripperframe").id]
         self._gravity = self.batch.bind("qfrc_bias")[:, :ACT_DIM]  # torque that holds the joints at rest, N m
         self._joint_pos, self._joint_vel = self._qpos[:, :ACT_DIM], self._qvel[:, :ACT_DIM]
         self._stage = mujoco.mjtStage.mjSTAGE_VEL.value  # makes positions and gravity torques current after a step
-        self._limits = self.model.actuator_ctrlrange.T.copy()
         self._home = self._home_state()
-        ranges = self.randomization
         fields = ["pair_friction"] if ranges.sheet_friction or ranges.finger_friction else []
         fields += ["body_mass", "body_inertia"] if ranges.sheet_mass else []
         fields += ["actuator_gainprm", "actuator_biasprm"] if ranges.servo_gain else []
         fields += ["dof_damping"] if ranges.servo_damping else []
+        fields += ["geom_pos", "dof_frictionloss"] if ranges.limp_sheet else []
         self._fields = {name: self.batch.expand(name) for name in fields}
         # of every joint, (N, 6): views, so that they follow every resampling
         self._gain = self._parameter("actuator_gainprm")[:, :, 0]
-        self._damping = self._parameter("dof_damping")[:, :ACT_DIM]
+        damping = self._parameter("dof_damping")[:, :ACT_DIM]
+        self._controller = Controller(self.model, self._gain, damping, self.task.firmware_p, ranges.backlash_rad)
 
         n = num_envs
         self._rngs: list[np.random.Generator] = [None] * n
@@ -597,6 +588,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._delayed = np.zeros((n, ranges.latency_steps + 1, ACT_DIM))  # last commands, newest first
         self._latency = np.zeros(n, np.int64)
         self._joint_offset = np.zeros((n, ACT_DIM))  # encoder minus truth, rad
+        self._backlash = np.zeros((n, ACT_DIM))  # rad
         self._phi = np.zeros(n)
         self._steps = np.zeros(n, np.int64)
         self._streak = np.zeros(n, np.int64)
@@ -661,14 +653,9 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
     def command_targets(self, delta_rad: np.ndarray) -> np.ndarray:
         """Joint targets (N, 6), rad, as the encoders count: the last ones plus delta, (N, 6), within the window."""
-        # the targets of a free arm in this motion: what it measures, plus its lag under gravity, damping and latency
-        load = self._gravity + self._damping * self._joint_vel
-        holding = self._joint_pos + self._joint_offset + load / self._gain
-        if self.randomization.latency_steps:
-            holding += self._joint_vel * (self._latency / CONTROL_HZ)[:, None]
-        lower = np.maximum(self._limits[0], holding - COMMAND_WINDOW_RAD)
-        upper = np.minimum(self._limits[1], holding + COMMAND_WINDOW_RAD)
-        return clamp(self._command + delta_rad, lower, upper)
+        latency_s = (self._latency / CONTROL_HZ)[:, None] if self.randomization.latency_steps else None
+        joints = self._joint_pos + self._joint_offset
+        return self._controller.limit(self._command + delta_rad, joints, self._joint_vel, self._gravity, latency_s)
 
     def success(self, scene: Scene) -> np.ndarray:
         """Whether the goal is reached in this step, (N,) bool; SUCCESS_STEPS of these in a row end the episode."""
@@ -827,6 +814,25 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             info = self._restart(restarting, info)
         return self.observation, reward, terminated, truncated, info
 
+    def substep(self, command_rad: np.ndarray, new_presses: bool) -> None:
+        """One time step of 1/240 s, servos tracking commands (N, 6), rad, for a robot in real time.
+
+        With new_presses, the spots of a limp sheet move below the fingertips first.
+        """
+        if self.randomization.limp_sheet and new_presses:
+            self._carry_presses(np.ones(self.num_envs, bool))
+        self._substep(command_rad, slice(None), None)
+
+    @property
+    def joint_offset(self) -> np.ndarray:
+        """Copy of what the encoders say minus the truth, (N, 6), rad."""
+        return self._joint_offset.copy()
+
+    @property
+    def backlash_rad(self) -> np.ndarray:
+        """Of the joints, (N, 6), rad; itself, not a copy."""
+        return self._backlash
+
     @property
     def command(self) -> np.ndarray:
         """Copy of the last commanded joint targets (N, 6), rad, as the encoders count."""
@@ -926,7 +932,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
     # -- saving and restoring
 
-    _STATE = ("_command", "_delayed", "_latency", "_joint_offset", "_phi", "_steps", "_streak", "_return",
+    _STATE = ("_command", "_delayed", "_latency", "_joint_offset", "_backlash", "_phi", "_steps", "_streak", "_return",
               "_residual_sum", "_done", "_obs", "_residual", "_base", "_look_seed")  # fmt: skip
 
     def get_state(self) -> dict[str, Any]:
@@ -994,13 +1000,42 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         if self.randomization.latency_steps:
             self._delayed[rows] = np.concatenate([command[:, None], self._delayed[:, :-1]], axis=1)[rows]
             command = self._delayed[np.arange(self.num_envs), self._latency]
-        self._ctrl[rows] = (command - self._joint_offset)[rows]
-        self.batch.step(None if everyone else np.flatnonzero(active), nstep=self._substeps, stage=self._stage)
+        ids = None if everyone else np.flatnonzero(active)
+        if self.randomization.limp_sheet:
+            self._carry_presses(active)
+        if self.randomization.backlash_rad:
+            for _ in range(self._substeps):
+                self._substep(command, rows, ids)
+        else:
+            self._ctrl[rows] = (command - self._joint_offset)[rows]
+            self.batch.step(ids, nstep=self._substeps, stage=self._stage)
         broken = active & ~np.isfinite(self.batch.state).all(1)
         if broken.any():  # such an episode ends here and is named; the numbers it reports are those of a fresh arm
             self._qpos[broken], self._qvel[broken] = self._home["qpos"], 0.0
             self.batch.forward(np.flatnonzero(broken), stage=self._stage)
         return broken
+
+    def _substep(self, command: np.ndarray, rows: Any, ids: np.ndarray | None) -> None:
+        """One time step of the physics, with backlash: a servo does not feel the first part of its error."""
+        error = command - self._joint_offset - self._joint_pos
+        felt = error - clamp(error, -self._backlash / 2, self._backlash / 2)
+        self._ctrl[rows] = (self._joint_pos + felt)[rows]
+        self.batch.step(ids, nstep=1, stage=self._stage)
+
+    def _carry_presses(self, mask: np.ndarray) -> None:
+        """Put a spot below each fingertip that presses on its sheet, in the environments in mask, (N,) bool.
+
+        It reaches below the sheet, so that it carries all that the finger presses with, and the corners nothing. A spot
+        whose finger does not press is drawn back.
+        """
+        for finger in ("fixed", "moving"):
+            tip = self._geom_xpos[:, self.model.geom(f"{finger}_finger_col").id]
+            below = in_sheet_axes(tip[:, :2], self._qpos[:, 6:8], self._qpos[:, 9])
+            gap = tip[:, 2] - FINGER_RADIUS_M - self._qpos[:, 8] - SHEET_HALF_THICKNESS_M
+            pressing = (np.abs(below) <= SHEET_HALF_M).all(1) & (gap < SPOT_GAP_M)
+            spot = self._fields["geom_pos"][:, self.model.geom(f"{finger}_spot_col").id]
+            spot[mask, :2] = below[mask]
+            spot[mask, 2] = SPOT_RADIUS_M - SHEET_HALF_THICKNESS_M + np.where(pressing, -SPOT_GAP_M, 0.01)[mask]
 
     def _write_observation(self, mask: np.ndarray, scene: Scene) -> None:
         """Bring the observations of the environments in mask up to date, the base policy's action included."""
@@ -1109,17 +1144,22 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
     def _resample_physics(self, i: int, rng: np.random.Generator) -> None:
         """Resample what DomainRandomization says for environment i."""
-        ranges, model = self.randomization, self.model
+        ranges, model, scale, factor = self.randomization, self.model, np.ones(2), 1.0
         if "pair_friction" in self._fields:
             scale = rng.uniform(-1.0, 1.0, 2) * (ranges.sheet_friction, ranges.finger_friction) + 1.0
             # by name: the compiler sorts pairs, so file order means nothing
-            for name, factor in zip(("sheet_table", "fixed_finger_sheet", "moving_finger_sheet"), scale[[0, 1, 1]]):
-                pair = model.pair(name).id
-                self._fields["pair_friction"][i, pair, :2] = model.pair_friction[pair, :2] * factor
+            table, fingers = ["sheet_table"], ["fixed_finger_sheet", "moving_finger_sheet"]
+            table += ["fixed_spot_table", "moving_spot_table"] * ranges.limp_sheet
+            for names, change in zip((table, fingers), scale):
+                pairs = [model.pair(name).id for name in names]
+                self._fields["pair_friction"][i, pairs, :3] = model.pair_friction[pairs, :3] * change
         if "body_mass" in self._fields:
             factor, sheet = 1.0 + ranges.sheet_mass * rng.uniform(-1.0, 1.0), model.body("sheet").id
             self._fields["body_mass"][i, sheet] = model.body_mass[sheet] * factor
             self._fields["body_inertia"][i, sheet] = model.body_inertia[sheet] * factor
+        if ranges.limp_sheet:
+            self._fields["dof_frictionloss"][i, ACT_DIM:] = model.dof_frictionloss[ACT_DIM:] * scale[0] * factor
+            self._fields["geom_pos"][i] = model.geom_pos  # the spots drawn back
         if "actuator_gainprm" in self._fields:
             gain = model.actuator_gainprm[:, 0] * (1.0 + ranges.servo_gain * rng.uniform(-1.0, 1.0, ACT_DIM))
             self._fields["actuator_gainprm"][i, :, 0] = gain
@@ -1130,6 +1170,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._latency[i] = rng.integers(ranges.latency_steps + 1) if ranges.latency_steps else 0
         if ranges.joint_offset_rad:
             self._joint_offset[i] = ranges.joint_offset_rad * rng.uniform(-1.0, 1.0, ACT_DIM)
+        if ranges.backlash_rad:
+            self._backlash[i] = ranges.backlash_rad * rng.uniform(0.0, 1.0, ACT_DIM)
 
     def _info(self, scene: Scene, results: dict[str, Any] | None = None) -> dict[str, Any]:
         """The info of a step with these results, see `step`; without results, of episodes that have just begun."""

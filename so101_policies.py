@@ -1,8 +1,9 @@
 """Policies as the residual's base, named by one spec string, and the files that policies are kept in.
 
 `load_policy(spec)` makes a base policy: `zero`, `jacobian` (a scripted pusher), `keyboard` (a person, or a gamepad),
-`checkpoint:PATH`, `bc:PATH`, `server:HOST:PORT` (a policy of LeRobot's or GR00T's behind a server), or
-`MODULE:CLASS[:ARGUMENT]` for a BasePolicy of your own. A base policy that cannot act raises; none falls back to zeros.
+`checkpoint:PATH`, `onnx:PATH`, `bc:PATH`, `server:HOST:PORT` (a policy of LeRobot's or GR00T's behind a server),
+`opencv:SPEC` (another one, told by OpenCV where the sheet lies), or `MODULE:CLASS[:ARGUMENT]` for a BasePolicy of your
+own. A base policy that cannot act raises; none falls back to zeros.
 
 A policy's file names the script that wrote it and holds all of that script's settings. It is loaded through that
 script, which must lie beside so101_env.py: a copy that you have changed builds its own networks.
@@ -30,11 +31,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from so101_control import COMMAND_WINDOW_RAD, clamp, from_rad, to_rad
 from so101_env import (
     ACT_DIM,
     BASE_DELTA,
     COMMAND,
-    COMMAND_WINDOW_RAD,
     DERIVED,
     HOME_RAD,
     IMAGES,
@@ -53,18 +54,18 @@ from so101_env import (
     Part,
     SO101Error,
     camera_names,
-    clamp,
     distance_to_sheet,
     flat_observation,
-    from_rad,
     load_model,
     sheet_pose,
-    to_rad,
 )
 from so101_wire import JOINT_GROUPS, PolicyClient, WireError, check_action
 
 HERE = Path(__file__).resolve().parent
-SPECS = "zero, jacobian, keyboard, checkpoint:PATH, bc:PATH, server:HOST:PORT, MODULE:CLASS[:ARGUMENT]"
+SPECS = (
+    "zero, jacobian, keyboard, checkpoint:PATH, onnx:PATH, bc:PATH, server:HOST:PORT, opencv:SPEC, "
+    "MODULE:CLASS[:ARGUMENT]"
+)
 
 
 class BasePolicy:
@@ -78,7 +79,9 @@ class BasePolicy:
     fingerprint: str = ""  # hash of its weights: a residual fits the base that it was trained on only
     memory: Mapping[str, np.ndarray] = MappingProxyType({})  # all that it remembers, a row per environment; is saved
     max_envs: int | None = None  # how many environments it can act in at once: a person can in one
-    estimate: np.ndarray | None = None  # where it took the sheet to be in the last step: x, y (m), yaw (rad), (N, 3)
+    # where it took the sheet to be in the last step: x, y (m), yaw (rad), (N, 3); NaN where it had no idea
+    estimate: np.ndarray | None = None
+    trouble: str = ""  # why it rests in this step, if it does: what it cannot see
     quit: bool = False  # a person has had enough: the episode under way does not count, and no other follows
 
     def reset(self, mask: np.ndarray) -> None:
@@ -320,7 +323,7 @@ class Features(nn.Module):
     ):
         super().__init__()
         parts = [*parts.values(), *([BASE_DELTA] * observe_base)]
-        self.functions = [(function, len(mirror)) for function, mirror in map(DERIVED.get, derived)]
+        self.functions = [DERIVED[name][0] for name in derived]
 
         def column(field: str) -> np.ndarray:
             values = [np.broadcast_to(getattr(part, field), len(part.names)) for part in parts]
@@ -340,11 +343,8 @@ class Features(nn.Module):
         if obs.shape[1] != len(self.obs_mean):
             given, wanted = obs.shape[1], len(self.obs_mean)
             raise SO101Error(f"the policy was made for {wanted} observations, this environment has {given}")
-        x, end = np.empty((len(obs), self.dim), np.float32), obs.shape[1]
-        x[:, :end] = clamp((obs - self.obs_mean.numpy()) / self.obs_scale.numpy(), -10.0, 10.0)
-        for function, width in self.functions:
-            x[:, end : end + width] = function(obs)
-            end += width
+        scaled = clamp((obs - self.obs_mean.numpy()) / self.obs_scale.numpy(), -10.0, 10.0)
+        x = np.concatenate([scaled, *(function(obs) for function in self.functions)], axis=1, dtype=np.float32)
         return torch.from_numpy(x[:, None] * self.signs.numpy())
 
 
@@ -418,13 +418,13 @@ class SheetFinder(nn.Module):
 
 # what every file of a kind holds; `script` reads `args` into its own Args
 SCHEMAS: dict[str, dict[str, Any]] = {
-    "so101 checkpoint 7": {
+    "so101 checkpoint 8": {
         "script": str, "args": dict, "agent": dict, "optimizer": dict, "generator": torch.Tensor, "envs": dict,
         "next_obs": torch.Tensor, "num_envs": int, "global_step": int, "recent_episodes": list,
         "finalists": list, "base_fingerprint": str,
     },
     "so101 clone 3": {"script": str, "args": dict, "clone": dict},
-    "so101 student 1": {
+    "so101 student 2": {
         "script": str, "args": dict, "task": dict, "base": dict, "base_fingerprint": str, "teacher_fingerprint": str,
         "global_step": int, "student": dict, "training": (dict, type(None)),
     },
@@ -648,6 +648,7 @@ class CheckpointPolicy(StackedPolicy):
     def __init__(self, path: str, saved: dict[str, Any] | None = None):
         checkpoint = load_checkpoint(path, saved)
         self.args = args = checkpoint.args
+        self.task = args.task
         super().__init__(load_policy(args.base.base_policy, args.base.server))
         self.agent = checkpoint.agent(path)
         check_base(checkpoint.saved, args.base.base_policy, self.base, path)
@@ -873,7 +874,11 @@ def load_policy(spec: str, server: Server = Server()) -> BasePolicy | None:
         return load_script(saved["script"], rest).ClonePolicy(saved, rest)
     if kind == "server":
         return ServerPolicy(rest, server)
-    if rest and kind not in ("checkpoint", "bc"):
+    if kind == "onnx" and rest:
+        return _own_policy("so101_onnx", "OnnxPolicy", rest)
+    if kind == "opencv" and rest:
+        return _own_policy("so101_vision", "OpenCVPolicy", rest)
+    if rest and kind not in ("checkpoint", "onnx", "bc", "opencv"):
         return _own_policy(kind, *rest.split(":", 1))
     raise BasePolicyError(f"unknown base policy {spec!r}; known are {SPECS}")
 

@@ -400,8 +400,8 @@ def evaluate(
         A dict per seed, in order: seed, success, return, length, final_distance_m, final_yaw_error_rad,
         residual_magnitude, failure ("", "non_finite" or "out_of_reach"), initial_distance_m, initial_yaw_rad; with a
         base policy also base_delta_rad and residual_delta_rad, the episode's mean absolute values per joint; with one
-        that estimates where the sheet lies, estimate_error_m and estimate_error_rad, means over the episode. Fewer
-        than the seeds if a person who is the base policy quits.
+        that estimates where the sheet lies, estimate_error_m and estimate_error_rad, means over the steps in which it
+        did, and their number, estimates. Fewer than the seeds if a person who is the base policy quits.
     """
     episodes: list[dict[str, Any]] = []
     for start in range(0, len(seeds), envs.num_envs):
@@ -412,7 +412,7 @@ def evaluate(
         results: list[dict[str, Any]] = [{} for _ in chunk]
         running, states, observations, commands = mask.copy(), [envs.qpos], [], []
         deltas = np.zeros((2, envs.num_envs, ACT_DIM))  # sums of what base and residual moved the targets, rad
-        misses = np.zeros((2, envs.num_envs))  # sums of how far estimates are from the sheet, m and rad
+        misses = np.zeros((3, envs.num_envs))  # sums of how far estimates are from the sheet, m and rad; number of them
         seen = envs.full_observation
         initial_distance = np.linalg.norm(seen[:, OBS["tape_minus_sheet"]][:, :2], axis=1)
         initial_yaw, look_seed = sheet_pose(seen)[1], envs.look_seed
@@ -430,8 +430,9 @@ def evaluate(
                 residual_delta = envs.task.alpha * envs.task.act_scale * np.clip(action, -1, 1)
                 deltas += np.abs([infos["base_delta_rad"], residual_delta])
             if (estimate := getattr(envs.base_policy, "estimate", None)) is not None:
-                misses[0] += np.linalg.norm(estimate[:, :2] - sheet[:, :2], axis=1)
-                misses[1] += np.abs(wrap_angle(estimate[:, 2] - sheet[:, 3]))
+                seen = running & np.isfinite(estimate).all(1)
+                off = np.linalg.norm(estimate[:, :2] - sheet[:, :2], axis=1), wrap_angle(estimate[:, 2] - sheet[:, 3])
+                misses[:, seen] += np.abs([*off, np.ones(len(seen))])[:, seen]
             for i in np.flatnonzero(running & (terminated | truncated)):
                 running[i] = False
                 summary = {key: values[i] for key, values in infos["episode_summary"].items()}
@@ -451,8 +452,9 @@ def evaluate(
                     means = deltas[:, i] / results[i]["length"]
                     results[i] |= {"base_delta_rad": means[0].tolist(), "residual_delta_rad": means[1].tolist()}
                 if estimate is not None:
-                    names = ("estimate_error_m", "estimate_error_rad")
-                    results[i] |= {name: float(sums[i] / summary["length"]) for name, sums in zip(names, misses)}
+                    names, count = ("estimate_error_m", "estimate_error_rad"), max(misses[2, i], 1.0)
+                    results[i] |= {name: float(sums[i] / count) for name, sums in zip(names, misses)}
+                    results[i]["estimates"] = int(misses[2, i])
                 if trace:
                     trajectories = {"qpos": states, "obs": observations, "command": commands}
                     results[i] |= {key: np.array([row[i] for row in rows]) for key, rows in trajectories.items()}

@@ -22,6 +22,7 @@ ASSETS = next((path for path in (_HERE / "assets", _HERE / "so101_assets") if (p
 CONTROL_HZ = 30
 SHEET_HALF_M = np.array([0.074, 0.105])  # A5, x and y at yaw 0
 SHEET_HALF_THICKNESS_M = 0.0005
+SHEET_MEAN_RADIUS_M = 0.0691  # mean distance of its points from its centre
 TAPE_CENTER_M = np.array([0.27, 0.0])
 TAPE_WIDTH_M = 0.019
 TAPE_MARGIN_M = 0.04  # between sheet and tape on every side, in the standard task
@@ -31,9 +32,22 @@ class SO101Error(ValueError):
     """A mistake that the user can mend, said in one line with the way out. Scripts print it and exit with code 2."""
 
 
-def load_model(tape_margin: float = TAPE_MARGIN_M) -> mujoco.MjModel:
-    """The compiled scene with the tape laid tape_margin (m) outside the sheet's outline."""
+def load_model(tape_margin: float = TAPE_MARGIN_M, limp_sheet: bool = False) -> mujoco.MjModel:
+    """The compiled scene with the tape laid tape_margin (m) outside the sheet's outline.
+
+    With limp_sheet, spots below the fingertips carry what they press with, and fingertips resist twisting.
+    """
     spec = mujoco.MjSpec.from_file(str(ASSETS / "paper_in_square.xml"))
+    if limp_sheet:  # its own weight lies on all of it: friction that holds back its centre, and its turning
+        friction_n = spec.pair("sheet_table").friction[0] * spec.body("sheet").mass * -spec.option.gravity[2]
+        for joint, lever in (("sheet_x", 1.0), ("sheet_y", 1.0), ("sheet_yaw", SHEET_MEAN_RADIUS_M)):
+            spec.joint(joint).frictionloss = friction_n * lever
+    for finger in ("fixed", "moving"):
+        if limp_sheet:
+            spec.pair(f"{finger}_finger_sheet").condim = 4
+        else:
+            spec.delete(spec.pair(f"{finger}_spot_table"))
+            spec.delete(spec.geom(f"{finger}_spot_col"))
     spec.body("tape").pos = [*TAPE_CENTER_M, 0.0]
     half, width = SHEET_HALF_M + tape_margin, TAPE_WIDTH_M / 2
     for name, axis, sign in (("front", 0, 1), ("back", 0, -1), ("left", 1, 1), ("right", 1, -1)):

@@ -1,5 +1,7 @@
 """Contact physics: a press does not sink, a drag does not slip, nothing tunnels, flies or diverges."""
 
+import dataclasses
+
 import mujoco
 import numpy as np
 import pytest
@@ -7,13 +9,19 @@ from conftest import press_force_n
 
 from so101_env import (
     ACT_DIM,
+    COMMAND,
     CONTROL_HZ,
     HOME_RAD,
+    OBS,
     SHEET_HALF_THICKNESS_M,
     TAPE_CENTER_M,
+    BaseObservation,
+    DomainRandomization,
     SO101ResidualVectorEnv,
+    flat_observation,
     load_model,
 )
+from so101_policies import TipPolicy
 
 FINGER_RADIUS_M = 0.008
 
@@ -102,3 +110,65 @@ def test_physics_stays_sane_for_10000_steps(kind):
         moved = max(moved, speed)
         assert finger_height[running].min() > FINGER_RADIUS_M - 2e-3  # the finger stays above the table
     assert moved > 0.01  # the test did touch the sheet
+
+
+def table_forces(envs: SO101ResidualVectorEnv) -> tuple[float, np.ndarray]:
+    """Force with which the table carries the sheet, N, and its centre of pressure (2,), m."""
+    data, wrench = envs.batch.get_data(0, mujoco.MjData(envs.model)), np.zeros(6)
+    model, points, forces = envs.model, [], []
+    sheet = [i for i in range(model.ngeom) if model.geom(i).name in ("sheet_col", "fixed_spot_col", "moving_spot_col")]
+    model.geom_pos[:] = envs._fields["geom_pos"][0] if "geom_pos" in envs._fields else model.geom_pos
+    mujoco.mj_forward(model, data)
+    table = model.geom("table").id
+    for i, contact in enumerate(data.contact[: data.ncon]):
+        if table in (contact.geom1, contact.geom2) and {contact.geom1, contact.geom2} & {*sheet}:
+            mujoco.mj_contactForce(model, data, i, wrench)
+            points.append(contact.pos[:2])
+            forces.append(wrench[0])
+    return sum(forces), np.average(points, axis=0, weights=forces)
+
+
+class Press(TipPolicy):
+    """Presses on what is below the tip, and turns the wrist."""
+
+    def __init__(self, turn_rad: float = 0.0):
+        super().__init__()
+        self.turn_rad = turn_rad
+
+    def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
+        flat = flat_observation(obs).astype(np.float64)
+        pressing = flat[:, OBS["tip_pos"]][:, 2] < self.CONTACT_M
+        rise = np.where(pressing, 0.0, -self.SINK_M)
+        delta = self.move_tip(flat, obs[COMMAND], self.tip_jacobian(flat), np.zeros((1, 2)), rise, pressing)
+        delta[:, 4] += self.turn_rad * pressing
+        return delta
+
+
+def press(limp: bool, sheet_xy_m: np.ndarray, turn_rad: float = 0.0) -> SO101ResidualVectorEnv:
+    """An environment in which the tip has pressed from home for two seconds."""
+    randomization = dataclasses.replace(DomainRandomization.nominal(), limp_sheet=limp)
+    envs = SO101ResidualVectorEnv(1, Press(turn_rad), tape_margin=0.001, randomization=randomization, num_threads=1)
+    envs.reset(seed=0, options={"qpos": np.array([[*HOME_RAD, *sheet_xy_m, SHEET_HALF_THICKNESS_M, 0.0]])})
+    for _ in range(2 * CONTROL_HZ):
+        envs.step(np.zeros((1, ACT_DIM)))
+    return envs
+
+
+@pytest.mark.parametrize("limp", [False, True])
+def test_where_the_table_carries_a_press(limp):
+    """Under a limp sheet, below the fingertip that presses; under a rigid one, at its centre, wherever that is."""
+    envs = press(limp, TAPE_CENTER_M + (0.03, 0.06))
+    force, center = table_forces(envs)
+    tips = envs.batch.bind("geom_xpos")[0, [envs.model.geom(f"{name}_finger_col").id for name in ("fixed", "moving")]]
+    finger, sheet = tips[tips[:, 2].argmin(), :2], envs.qpos[0, 6:8]
+    assert 0.4 < force < 1.0 and np.linalg.norm(finger - sheet) > 0.05
+    assert np.linalg.norm(center - (finger if limp else sheet)) < 0.003
+
+
+def test_a_fingertip_turns_a_limp_sheet_with_it():
+    """By torsion. Without it, a wrist that turns a point turns no sheet below it."""
+    turned = {limp: press(limp, TAPE_CENTER_M + (0.002, 0.0), turn_rad=0.004) for limp in (False, True)}
+    wrist = {limp: envs.qpos[0, 4] - HOME_RAD[4] for limp, envs in turned.items()}
+    sheet = {limp: envs.qpos[0, 9] for limp, envs in turned.items()}
+    assert min(wrist.values()) > 0.15 and abs(sheet[False]) < 0.02
+    assert 0.05 < sheet[True] < wrist[True]

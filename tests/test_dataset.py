@@ -15,6 +15,7 @@ import torch
 from conftest import refusal, run_script
 
 import so101_dataset as dataset
+from so101_control import to_rad
 from so101_env import (
     ACTION,
     ENVIRONMENT,
@@ -23,7 +24,6 @@ from so101_env import (
     SO101ResidualVectorEnv,
     base_observation,
     load_model,
-    to_rad,
 )
 from so101_policies import load_policy
 

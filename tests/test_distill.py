@@ -13,7 +13,7 @@ from conftest import refusal, run_script, train
 from gymnasium.vector import AutoresetMode
 
 import distill_so101
-from distill_so101 import Args, DAgger, Dagger, Networks, Samples, Student, measured, with_estimate
+from distill_so101 import Args, DAgger, Dagger, Networks, Samples, Student, measured
 from so101_env import (
     ACT_DIM,
     OBS,
@@ -114,9 +114,9 @@ def test_estimated_observation_puts_the_sheet_where_it_is_thought_to_be():
     envs.step(rng.uniform(-1, 1, (4, 6)))
     obs = base_observation(envs.full_observation, envs.command)
     xy, yaw = sheet_pose(envs.full_observation)
-    told = distill_so101.flat_observation(with_estimate(obs, np.column_stack([xy, yaw])))
+    told = distill_so101.flat_observation(obs.with_sheet(np.column_stack([xy, yaw])))
     np.testing.assert_allclose(told, envs.full_observation, atol=1e-4)  # the sheet's height is that at rest
-    elsewhere = with_estimate(obs, np.column_stack([xy + 0.02, yaw - 0.1]))
+    elsewhere = obs.with_sheet(np.column_stack([xy + 0.02, yaw - 0.1]))
     moved_xy, moved_yaw = sheet_pose(distill_so101.flat_observation(elsewhere))
     np.testing.assert_allclose(moved_xy, xy + 0.02, atol=1e-6)
     np.testing.assert_allclose(moved_yaw, yaw - 0.1, atol=1e-6)

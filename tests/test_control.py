@@ -1,0 +1,138 @@
+"""The command law against a slow version, what an arm measures, limits, the watchdog, and LeRobot's units."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from so101_control import (
+    ACT_DIM,
+    BACKLASH_RAD,
+    COMMAND_WINDOW_RAD,
+    JOINTS,
+    WATCHDOG_S,
+    Controller,
+    from_rad,
+    read_calibration,
+    to_rad,
+)
+from so101_env import HOME_RAD, SO101Error, load_model
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model()
+
+
+def test_the_command_law_joint_by_joint(model):
+    """Free arms may lag as they do; against an obstacle the torque stays bounded; limits hold. Written as loops."""
+    n = 50
+    gain, damping, latency = RNG.uniform(8, 20, (n, 6)), RNG.uniform(0.4, 0.8, (n, 6)), RNG.uniform(0, 0.07, (n, 1))
+    controller = Controller(model, gain, damping, backlash_rad=0.01)
+    low, high = model.actuator_ctrlrange.T
+    joints, velocity = RNG.uniform(low, high, (n, 6)), RNG.normal(0, 0.5, (n, 6))
+    gravity, target = RNG.normal(0, 0.5, (n, 6)), RNG.uniform(low - 0.1, high + 0.1, (n, 6))
+    target[:25] = joints[:25] + RNG.normal(0, 0.02, (25, 6))
+    result = controller.limit(target, joints, velocity, gravity, latency)
+    within = 0
+    for i in range(n):
+        for j in range(ACT_DIM):
+            free = joints[i, j] + gravity[i, j] / gain[i, j] + damping[i, j] * velocity[i, j] / gain[i, j]
+            free += latency[i, 0] * velocity[i, j]
+            least = max(low[j], free - COMMAND_WINDOW_RAD - 0.005)
+            most = min(high[j], free + COMMAND_WINDOW_RAD + 0.005)
+            expected = min(max(target[i, j], least), most)
+            within += expected == target[i, j]
+            assert result[i, j] == pytest.approx(expected, abs=1e-12)
+    assert 0 < within < n * ACT_DIM
+
+
+@pytest.mark.parametrize("firmware_p", [8, 16, 32])
+def test_the_torque_against_an_obstacle_does_not_depend_on_the_gain(model, firmware_p):
+    controller = Controller(model, firmware_p=firmware_p)
+    controller.measure(HOME_RAD, 0.0)
+    for step in range(1, 20):
+        controller.measure(HOME_RAD, step / 30)  # it does not move
+        target = controller.move(np.full(6, 0.01), step / 30)
+    torque = controller.gain * (target - HOME_RAD) - controller.gravity_n_m
+    np.testing.assert_allclose(torque, COMMAND_WINDOW_RAD * model.actuator_gainprm[:, 0], rtol=1e-6)
+
+
+def test_an_arm_is_measured(model):
+    """Its tip as in the reference kinematics; its velocity in uniform motion; at first, it is told to stay."""
+    with np.load(ROOT / "tests/data/so101_fk_reference.npz", allow_pickle=False) as data:
+        joints, tips = data["qpos_rad"], data["gripperframe_pos_base_m"]
+    controller = Controller(model)
+    for q, tip in zip(joints[:100], tips):
+        controller.reset()
+        controller.measure(q, 1.0)
+        assert np.linalg.norm(controller.tip_m - tip) < 1e-4
+        hold = np.clip(q + controller.gravity_n_m / controller.gain, controller.low_rad, controller.high_rad)
+        np.testing.assert_allclose(controller.command_rad, hold)
+    velocity = RNG.normal(0, 0.3, 6)
+    controller.reset()
+    for step in range(4):
+        controller.measure(HOME_RAD + velocity * step / 30, step / 30)
+    np.testing.assert_allclose(controller.velocity_rad_s, velocity, atol=1e-9)
+
+
+def test_targets_are_no_faster_than_allowed(model):
+    controller = Controller(model, max_speed_rad_s=0.3, backlash_rad=BACKLASH_RAD)
+    controller.measure(HOME_RAD, 0.0)
+    before = controller.command_rad.copy()
+    after = controller.move(np.array([1.0, -1.0, 1.0, -1.0, 1.0, 0.001]), 0.0)
+    np.testing.assert_allclose((after - before)[:5], np.array([1, -1, 1, -1, 1]) * 0.3 / 30, atol=1e-12)
+    assert after[5] - before[5] == pytest.approx(0.001)
+
+
+def test_no_target_without_a_fresh_measurement(model):
+    controller = Controller(model)
+    with pytest.raises(SO101Error, match="measured last never"):
+        controller.move(np.zeros(6), 0.0)
+    controller.measure(HOME_RAD, 10.0)
+    controller.move(np.zeros(6), 10.0 + 0.9 * WATCHDOG_S)
+    with pytest.raises(SO101Error, match=r"measured last 110 ms ago"):
+        controller.move(np.zeros(6), 10.0 + 1.1 * WATCHDOG_S)
+
+
+@pytest.mark.parametrize(
+    "joints, text",
+    [
+        (np.array([0, np.nan, 0, 0, 0, 0]), "check cables"),
+        (np.array([0, 0, 0, 1.9, 0, 0]), "wrist_flex is 14 degrees outside"),
+    ],
+)
+def test_measurements_that_cannot_be_are_refused(model, joints, text):
+    with pytest.raises(SO101Error, match=text):
+        Controller(model).measure(joints, 0.0)
+
+
+def test_a_calibration_of_lerobot(tmp_path):
+    """-100 and 100 are the ends that the calibration reached; degrees count from their middle."""
+    motors = {
+        joint: {"id": i, "drive_mode": 0, "homing_offset": 7, "range_min": 2048 - 1000, "range_max": 2048 + 1000}
+        for i, joint in enumerate(JOINTS)
+    }
+    motors["wrist_roll"] |= {"range_min": 0, "range_max": 4095}
+    motors["gripper"] |= {"range_min": 2000, "range_max": 3138}  # 100.02 degrees
+    path = tmp_path / "arm.json"
+    path.write_text(json.dumps(motors))
+    ranges = read_calibration(path)
+    end = to_rad(np.array([100.0, -100, 50, 0, 100, 0]), "norm", ranges)
+    degrees = np.array([1000, -1000, 500, 0]) * 360 / 4096
+    np.testing.assert_allclose(np.rad2deg(end[:4]), degrees)
+    assert np.rad2deg(end[4]) == pytest.approx(180, abs=0.1) and end[5] == pytest.approx(-0.17453)
+    opened = to_rad(np.array([0.0, 0, 0, 0, 0, 100]), "norm", ranges)[5] - end[5]
+    assert np.rad2deg(opened) == pytest.approx(1138 * 360 / 4096)
+    for unit in ("deg", "norm", "rad"):
+        np.testing.assert_allclose(to_rad(from_rad(HOME_RAD, unit, ranges), unit, ranges), HOME_RAD, atol=1e-12)
+
+    del motors["elbow_flex"]
+    path.write_text(json.dumps(motors))
+    with pytest.raises(SO101Error, match="no calibration of an SO-101"):
+        read_calibration(path)
+    with pytest.raises(SO101Error, match="calibrate the arm first"):
+        read_calibration(tmp_path / "none.json")

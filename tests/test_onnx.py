@@ -1,0 +1,143 @@
+"""Policies as ONNX files: the same actions as the checkpoint, other tools' files, what is refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import ROOT, refusal, run_script
+from gymnasium.vector import AutoresetMode
+from onnx import TensorProto, helper
+
+from so101_env import ACT_DIM, SO101Error, SO101ResidualVectorEnv, base_observation
+from so101_onnx import OnnxPolicy, export_onnx
+from so101_policies import load_checkpoint, load_policy
+from so101_runs import evaluate, no_residual
+
+MODEL = str(ROOT / "assets" / "pretrained.pt")
+SEEDS = [1_510_000_000 + i for i in range(30)]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    path = tmp_path_factory.mktemp("onnx") / "policy.onnx"
+    done = run_script("eval_so101.py", "--model", MODEL, "--export", str(path))
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_it_acts_as_the_checkpoint(exported):
+    """On states of its own episodes and on any others, alone and in a batch; and so it succeeds as often as a base."""
+    agent, policy = load_checkpoint(MODEL).agent(MODEL), OnnxPolicy(str(exported))
+    envs = SO101ResidualVectorEnv(50, full_randomization=True)
+    obs, rng, seen = envs.reset(seed=SEEDS[0])[0], np.random.default_rng(0), []
+    for _ in range(20):
+        seen.append(obs)
+        obs = envs.step(rng.uniform(-1, 1, (50, ACT_DIM)))[0]
+    obs = np.concatenate(seen)
+    assert np.abs(policy.residuals(obs) - agent.act(obs)).max() < 1e-5
+    np.testing.assert_allclose(policy.residuals(obs[7:8]), policy.residuals(obs)[7:8], atol=1e-6)
+
+    results = []
+    for spec in (f"checkpoint:{MODEL}", f"onnx:{exported}"):
+        envs = SO101ResidualVectorEnv(30, spec, autoreset_mode=AutoresetMode.DISABLED)
+        results.append([(episode["success"], episode["length"]) for episode in evaluate(no_residual, envs, SEEDS)])
+    same = [a == b for a, b in zip(*results)]  # a rounding may turn one step of one of them
+    assert sum(same) >= 28 and sum(success for success, _ in results[1]) >= 28
+
+
+def test_its_metadata_say_what_a_user_must_know(exported):
+    saved = torch.load(MODEL, weights_only=True)
+    metadata = json.loads({p.key: p.value for p in onnx.load(exported).metadata_props}["so101"])
+    assert [each["name"] for each in metadata["observation"]][:2] == ["shoulder_pan.pos", "shoulder_lift.pos"]
+    units = {each["name"]: each["unit"] for each in metadata["observation"]}
+    assert len(units) == 25 and units["gripper.vel"] == "rad/s" and units["tip.z"] == "m" and units["sheet.qw"] == "1"
+    assert metadata["scale_rad"] == pytest.approx(0.7 * 0.02) and metadata["base_policy"] == "zero"
+    assert metadata["task"] == saved["args"]["task"] and metadata["global_step"] == saved["global_step"]
+    assert metadata["script"] == "ppo_residual_so101.py" and set(metadata["git"]) == {"commit", "dirty"}
+
+
+def foreign(path, batch="N", width=25, actions=ACT_DIM, outputs=1):
+    """A policy as another tool might write it: one linear layer, no metadata."""
+    weights = np.random.default_rng(1).normal(0, 0.1, (width, actions)).astype(np.float32)
+    nodes = [helper.make_node("MatMul", ["obs", "w"], [f"out{i}"]) for i in range(outputs)]
+    graph = helper.make_graph(
+        nodes,
+        "policy",
+        [helper.make_tensor_value_info("obs", TensorProto.FLOAT, [batch, width])],
+        [helper.make_tensor_value_info(f"out{i}", TensorProto.FLOAT, [batch, actions]) for i in range(outputs)],
+        [helper.make_tensor("w", TensorProto.FLOAT, weights.shape, weights.ravel())],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return weights
+
+
+@pytest.mark.parametrize("batch", ["N", 1])
+def test_a_file_of_another_tool_is_a_residual_of_the_default_task(tmp_path, batch):
+    weights, rng = foreign(tmp_path / "p.onnx", batch), np.random.default_rng(0)
+    policy, mask = load_policy(f"onnx:{tmp_path / 'p.onnx'}"), np.array([True, False, True])
+    obs = rng.normal(0, 1, (3, 25)).astype(np.float32)
+    policy.reset(mask)
+    delta = policy.act(base_observation(obs, np.zeros((3, 6))), mask)
+    expected = 0.014 * np.clip(obs.astype(np.float64) @ weights, -1, 1) * mask[:, None]
+    np.testing.assert_allclose(delta, expected, atol=1e-7)
+
+
+def test_what_is_no_policy_is_refused(tmp_path, exported, monkeypatch):
+    path = tmp_path / "p.onnx"
+    cases = [({"width": 24}, "not observations"), ({"actions": 5}, "not residuals"), ({"outputs": 2}, "one of each")]
+    for settings, text in cases:
+        foreign(path, **settings)
+        with pytest.raises(SO101Error, match=text):
+            OnnxPolicy(str(path))
+    path.write_bytes(exported.read_bytes()[:5000])
+    with pytest.raises(SO101Error, match="no ONNX file that can be used"):
+        OnnxPolicy(str(path))
+    with pytest.raises(SO101Error, match="cannot be read"):
+        OnnxPolicy(str(tmp_path / "none.onnx"))
+    model = onnx.load(exported)
+    metadata = json.loads(model.metadata_props[0].value)
+    for change, text in (
+        ({"format": "so101 onnx 0"}, "export it again"),
+        ({"task": {"alpha": 1.0}}, "lacks the setting"),
+    ):
+        onnx.helper.set_model_props(model, {"so101": json.dumps(metadata | change)})
+        onnx.save(model, path)
+        with pytest.raises(SO101Error, match=text):
+            OnnxPolicy(str(path))
+    assert "must end in .onnx" in refusal(monkeypatch, "eval_so101.py", "--export", "policy.pt")
+
+
+def test_an_export_that_would_not_be_the_same_is_not_written(tmp_path, monkeypatch):
+    """A feature that uses an array of its module, which the tracer loses."""
+    import so101_env
+
+    shift = np.array([1.0, 2.0], np.float32)
+    wrong = (lambda obs: so101_env.sheet_to_tip_feature(obs) + shift, (1, -1))
+    monkeypatch.setitem(so101_env.DERIVED, "sheet_to_tip", wrong)
+    path = tmp_path / "p.onnx"
+    with pytest.raises(SO101Error, match="make the array within the function|cannot be"):
+        export_onnx(MODEL, path)
+    assert not path.exists()
+
+
+def test_a_residual_that_sees_its_base(tmp_path):
+    """31 numbers go in, and the base policy named in the file acts below it."""
+    done = run_script(
+        "ppo_residual_so101.py", *"--total-timesteps 384 --num-envs 4 --num-steps 32 --minibatch-size 64".split(),
+        *"--eval-every 0 --base-policy jacobian --observe-base --run-name r --learning-rate 0.01".split(),
+        "--log-dir", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    model, path = str(tmp_path / "r" / "final_model.pt"), tmp_path / "p.onnx"
+    assert export_onnx(model, path)["base_policy"] == "jacobian"
+    task = dataclasses.asdict(OnnxPolicy(str(path)).task)
+    assert task == torch.load(model, weights_only=True)["args"]["task"]
+    steps = []
+    for spec in (f"checkpoint:{model}", f"onnx:{path}"):
+        envs = SO101ResidualVectorEnv(4, spec, autoreset_mode=AutoresetMode.DISABLED, max_episode_steps=40)
+        steps.append(np.array([episode["base_delta_rad"] for episode in evaluate(no_residual, envs, SEEDS[:4])]))
+    np.testing.assert_allclose(steps[0], steps[1], rtol=2e-3, atol=1e-5)
+    assert steps[0].max() > 1e-3

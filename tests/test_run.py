@@ -1,0 +1,207 @@
+"""A policy on an arm: in virtual time on the simulated one, on a LeRobot that is faked, and what stops it."""
+
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+from conftest import ROOT, refusal
+
+import so101_robot
+from run_so101 import Blind, Clock, Loop
+from so101_control import BACKLASH_RAD, JOINTS, Controller
+from so101_env import CONTROL_HZ, HOME_RAD, SO101Error, Task, load_model
+from so101_policies import BasePolicy, load_policy
+from so101_robot import LeRobotRobot, Picture, Robot, RobotError, SimulatedArm, SimulatedRobot
+from so101_scene import Painter
+from so101_vision import OpenCVPolicy
+
+SEED = 1_520_000_000
+TASK = Task(firmware_p=16)
+
+
+class VirtualRobot(Robot):
+    """A SimulatedArm whose time passes when a VirtualClock says so."""
+
+    def __init__(self):
+        self.arm, self.time_s, self.sent = SimulatedArm(TASK), 100.0, []
+        self.arm.reset(SEED)
+        self.painter = Painter(self.arm.envs.model, (240, 320), fast=True)
+        self.dark = False
+
+    def read(self):
+        return self.arm.joints_rad, self.time_s
+
+    def write(self, target_rad):
+        self.sent.append(target_rad)
+        self.arm.command(target_rad)
+
+    def picture(self):
+        image = self.painter.paint(self.arm.envs.qpos[0], "top", self.arm.look)
+        return Picture(image * (not self.dark), self.time_s)
+
+    def close(self):
+        self.painter.close()
+
+
+class VirtualClock(Clock):
+    def __init__(self, robot):
+        self.robot = robot
+        super().__init__()
+
+    def now(self):
+        return self.robot.time_s
+
+    def sleep(self, seconds):
+        for _ in range(round(seconds / self.robot.arm.timestep_s)):
+            self.robot.arm.step()
+            self.robot.time_s += self.robot.arm.timestep_s
+
+
+def make_loop(policy: BasePolicy | None = None, dry_run: bool = False) -> Loop:
+    robot = VirtualRobot()
+    controller = Controller(load_model(), firmware_p=16, backlash_rad=BACKLASH_RAD)
+    policy = policy or OpenCVPolicy(f"onnx:{ROOT / 'assets' / 'arm.onnx'}")
+    return Loop(robot, policy, controller, VirtualClock(robot), dry_run)
+
+
+def test_the_policy_that_comes_along_succeeds_on_the_simulated_arm():
+    """Pose from the camera, backlash, encoders that are off, latency and half the gain: in 8 of 10 episodes."""
+    loop, inside = make_loop(), []
+    for number in range(10):
+        loop.robot.arm.reset(SEED + number)
+        loop.controller.reset()
+        loop.go(HOME_RAD)
+        seen = loop.episode(400, TASK.tape_margin)["seen_inside"]
+        inside.append(loop.robot.arm.truth()["inside"])
+        assert not seen or inside[-1] or abs(loop.policy.estimate[0, 0] - loop.robot.arm.truth()["sheet"][0]) < 0.01
+    assert sum(inside) >= 8, inside
+    assert loop.clock.missed == 0  # in virtual time nothing takes any
+
+
+def test_an_arm_whose_commands_end_comes_to_rest():
+    """The last target is never far ahead: without another, every joint rests within 100 ms of its taking effect."""
+    loop = make_loop()
+    arm = loop.robot.arm
+    loop.episode(12, TASK.tape_margin)
+    before = arm.envs.qpos[0, :6]
+    loop.clock.sleep(1 / CONTROL_HZ)
+    assert np.abs(arm.envs.qpos[0, :6] - before).max() * CONTROL_HZ > 0.1  # it was moving
+    loop.clock.sleep(arm.latency_s + 0.1)
+    rest = arm.envs.qpos[0, :6]
+    loop.clock.sleep(1.0)
+    assert np.abs(arm.envs.qpos[0, :6] - rest).max() < np.deg2rad(1.0)
+
+
+def test_a_dry_run_prints_and_sends_nothing(capsys):
+    loop = make_loop(dry_run=True)
+    loop.episode(3, TASK.tape_margin)
+    lines = capsys.readouterr().out.splitlines()
+    assert loop.robot.sent == [] and len(lines) == 3 and all("would send  shoulder_pan" in line for line in lines)
+
+
+def test_without_a_view_it_does_not_start():
+    loop = make_loop()
+    loop.robot.dark = True
+    with pytest.raises(Blind, match="red tape"):
+        loop.episode(10, TASK.tape_margin)
+    assert loop.robot.sent == []
+    loop.robot.dark, old = False, loop.robot.picture
+    loop.robot.picture = lambda: Picture(old().image, loop.robot.time_s - 0.3)
+    with pytest.raises(RobotError, match="newest picture is 300 ms old"):
+        loop.episode(10, TASK.tape_margin)
+
+
+def test_something_in_the_way_is_told():
+    loop = make_loop()
+    loop.robot.write = lambda target: None  # the arm does not move
+    with pytest.raises(RobotError, match="shoulder_lift stays 20 degrees short"):
+        loop.go(HOME_RAD - np.array([0, np.deg2rad(20), 0, 0, 0, 0]))
+
+
+def test_a_bus_that_is_unplugged(monkeypatch):
+    """The process of the simulated robot dies: the next read says so."""
+    monkeypatch.setattr(so101_robot, "ANSWER_S", 30.0)  # on a machine that is busy with other tests
+    robot = SimulatedRobot(TASK)
+    try:
+        robot.reset(SEED)
+        joints, at = robot.read()
+        assert joints.shape == (6,) and abs(time.monotonic() - at) < 5.0
+        assert robot.picture().image.shape == (240, 320, 3)
+        robot.process.kill()
+        robot.process.join()
+        with pytest.raises(RobotError, match="unplugged"):
+            for _ in range(3):  # a first write may still fit into the pipe
+                robot.write(joints)
+                robot.read()
+    finally:
+        robot.close()
+
+
+@pytest.fixture
+def fake_lerobot(monkeypatch):
+    """LeRobot's follower as far as it is used, at rest at home."""
+    state = {"said": dict.fromkeys(JOINTS, 0.0), "written": [], "torn": False}
+
+    class Bus:
+        def write(self, what, joint, value):
+            state["written"].append((what, joint, value))
+
+        def sync_read(self, what):
+            if state["torn"]:
+                raise ConnectionError("no status packet")
+            return state["said"]
+
+        def sync_write(self, what, values):
+            state["goal"] = values
+
+    class Follower:
+        def __init__(self, config):
+            self.bus, self.calibration, self.calibration_fpath = Bus(), config.id == "mine", "arm.json"
+            self.is_connected, state["config"] = False, config
+
+        def connect(self, calibrate):
+            self.is_connected = True
+
+        def disconnect(self):
+            self.is_connected = False
+
+    module = types.ModuleType("lerobot.robots.so_follower")
+    module.SO101Follower, module.SO101FollowerConfig = Follower, lambda **given: types.SimpleNamespace(**given)
+    for name in ("lerobot", "lerobot.robots"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "lerobot.robots.so_follower", module)
+    monkeypatch.setattr(so101_robot, "Camera", lambda source: types.SimpleNamespace(close=lambda: None))
+    return state
+
+
+def test_a_robot_of_lerobot(fake_lerobot):
+    """Degrees there, rad here, the gripper from 0 to 100; the gain it is run with; a cable that is pulled."""
+    robot = LeRobotRobot("/dev/none", "mine", "0", firmware_p=24)
+    assert fake_lerobot["config"].use_degrees and fake_lerobot["config"].port == "/dev/none"
+    assert fake_lerobot["written"] == [("P_Coefficient", joint, 24) for joint in JOINTS]
+    fake_lerobot["said"] |= {"shoulder_lift": 90.0, "gripper": 100.0}
+    joints, _ = robot.read()
+    assert joints[1] == pytest.approx(np.pi / 2) and joints[5] == pytest.approx(1.74533)
+    robot.write(np.array([0.1, -0.2, 0.0, 0.0, 0.0, -0.17453]))
+    assert fake_lerobot["goal"] == pytest.approx(
+        {**dict.fromkeys(JOINTS, 0.0), "shoulder_pan": np.rad2deg(0.1), "shoulder_lift": -np.rad2deg(0.2)}
+    )
+    fake_lerobot["torn"] = True
+    with pytest.raises(RobotError, match="no status packet"):
+        robot.read()
+    with pytest.raises(RobotError, match="lerobot-calibrate"):
+        LeRobotRobot("/dev/none", "another", "0")
+
+
+def test_refusals(monkeypatch):
+    for flags, text in (
+        (["--robot", "lerobot"], "give sim, or lerobot:PORT"),
+        (["--policy", "onnx:none.onnx"], "none.onnx: cannot be read"),
+        (["--max-speed", "9"], "--max-speed must be in"),
+        (["--robot", "lerobot:/dev/none"], "needs LeRobot's environment"),
+    ):
+        assert text in refusal(monkeypatch, "run_so101.py", *flags)
+    with pytest.raises(SO101Error, match="unknown base policy"):
+        load_policy("opencv")
