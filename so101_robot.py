@@ -107,18 +107,20 @@ def _run_arm(pipe: Connection, task: Task, visual: bool, size: tuple[int, int]) 
     """The process of a simulated robot: physics in real time, a camera, and answers."""
     arm = SimulatedArm(task)
     arm.reset(0)
-    newest: dict[str, Any] = {}
+    newest: dict[str, Any] = {"episode": 0}
     stop = threading.Event()
 
     def film() -> None:
         painter = Painter(arm.envs.model, size, fast=True)
         number, due = camera_names().index("top"), time.monotonic()
         while not stop.is_set():
+            seen = newest["episode"]
             taken, qpos, look = time.monotonic(), arm.envs.qpos[0], arm.look if visual else None
             image = painter.paint(qpos, "top", look)
             if look is not None:
                 add_noise(image, look, arm.count, number)
-            newest["picture"] = Picture(image, taken)
+            if newest["episode"] == seen:  # else it shows the last episode, or a mixture
+                newest["picture"] = Picture(image, taken)
             due = max(due + 1 / CONTROL_HZ, time.monotonic())
             stop.wait(due - time.monotonic())
         painter.close()
@@ -140,8 +142,10 @@ def _run_arm(pipe: Connection, task: Task, visual: bool, size: tuple[int, int]) 
             elif word == "picture":
                 pipe.send(newest.get("picture"))
             elif word == "reset":
+                newest["episode"] = None  # what is drawn meanwhile is thrown away
                 arm.reset(value)
                 newest.pop("picture", None)
+                newest["episode"] = value
                 began = time.monotonic()
                 pipe.send(None)
             elif word == "truth":

@@ -120,15 +120,18 @@ def test_something_in_the_way_is_told():
         loop.go(HOME_RAD - np.array([0, np.deg2rad(20), 0, 0, 0, 0]))
 
 
-def test_a_bus_that_is_unplugged(monkeypatch):
-    """The process of the simulated robot dies: the next read says so."""
+def test_a_simulated_robot_begins_anew_and_is_unplugged(monkeypatch):
+    """After a reset, no picture of the episode before. When its process dies, the next read says so."""
     monkeypatch.setattr(so101_robot, "ANSWER_S", 30.0)  # on a machine that is busy with other tests
-    robot = SimulatedRobot(TASK)
+    expected, robot = VirtualRobot(), SimulatedRobot(TASK)
     try:
-        robot.reset(SEED)
+        for number in range(4):
+            robot.reset(SEED + number)
+            expected.arm.reset(SEED + number)
+            off = np.abs(robot.picture().image.astype(float) - expected.picture().image).mean()
+            assert off < 12, off  # noise, and an arm that sags; another look differs by 30 and more
         joints, at = robot.read()
-        assert joints.shape == (6,) and abs(time.monotonic() - at) < 5.0
-        assert robot.picture().image.shape == (240, 320, 3)
+        assert joints.shape == (6,) and at <= time.monotonic()
         robot.process.kill()
         robot.process.join()
         with pytest.raises(RobotError, match="unplugged"):
@@ -137,6 +140,7 @@ def test_a_bus_that_is_unplugged(monkeypatch):
                 robot.read()
     finally:
         robot.close()
+        expected.close()
 
 
 @pytest.fixture
