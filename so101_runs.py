@@ -1,5 +1,6 @@
 """What surrounds learning: refusals, run directories, files that are complete or absent, evaluation, films."""
 
+import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -126,6 +127,7 @@ class Processes:
             self.num_threads = max(1, (os.cpu_count() or 1) // local)  # of physics: processes share a machine's cores
             # a lost process closes its connections, at once; a first one that evaluates a slow base takes its time
             self._exchange(dist.init_process_group, "gloo", timeout=datetime.timedelta(days=1))
+            atexit.register(dist.destroy_process_group)  # its threads, if they outlive Python, can abort the process
 
     def split(self, num_envs: int) -> int:
         """Share out num_envs environments; returns how many are this process's own, `own` of all.
