@@ -241,10 +241,13 @@ class LeRobotRobot(Robot):
     def __init__(self, port: str, robot_id: str, camera: str, firmware_p: int = LEROBOT_P):
         try:
             from lerobot.robots.so_follower import SO101Follower, SO101FollowerConfig
+
+            self.arm = SO101Follower(SO101FollowerConfig(port=port, id=robot_id, use_degrees=True))
         except ImportError as error:
-            raise RobotError(f"lerobot:{port}: needs LeRobot's environment, see requirements-lerobot.txt") from error
+            raise RobotError(
+                f"lerobot:{port}: needs LeRobot's environment, see docs/real_arm.md, and there, {error.name}"
+            ) from error
         self.port = port
-        self.arm = SO101Follower(SO101FollowerConfig(port=port, id=robot_id, use_degrees=True))
         if not self.arm.calibration:
             raise RobotError(
                 f"lerobot:{port}: no calibration in {self.arm.calibration_fpath}; run lerobot-calibrate "

@@ -56,6 +56,7 @@ def test_its_metadata_say_what_a_user_must_know(exported):
     assert len(units) == 25 and units["gripper.vel"] == "rad/s" and units["tip.z"] == "m" and units["sheet.qw"] == "1"
     assert metadata["scale_rad"] == pytest.approx(0.7 * 0.02) and metadata["base_policy"] == "zero"
     assert metadata["task"] == saved["args"]["task"] and metadata["global_step"] == saved["global_step"]
+    assert b"so101_onnx.py" not in exported.read_bytes()  # nor paths of the machine that wrote it
     assert metadata["script"] == "ppo_residual_so101.py" and set(metadata["git"]) == {"commit", "dirty"}
 
 
