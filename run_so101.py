@@ -22,11 +22,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import tyro
 from tqdm import tqdm
 
-from so101_control import BACKLASH_RAD, JOINTS, Controller, from_rad
+from so101_control import BACKLASH_RAD, JOINTS, LATENCY_S, Controller, from_rad
 from so101_env import (
     HOME_RAD,
     MAX_EPISODE_STEPS,
@@ -45,10 +46,11 @@ from so101_scene import ASSETS, CONTROL_HZ, TAPE_CENTER_M, load_model
 from so101_vision import CAMERA, OpenCVPolicy
 
 HOME_SPEED_RAD_S, HOME_NEAR_RAD, HOME_WAIT_S = 0.4, 0.015, 15.0
-RAISED_RAD = HOME_RAD - np.array(
-    [0.0, 0.35, 0.0, 0.0, 0.0, 0.0]
-)  # tip well above the table: on the way to and from home
+HOME_SHARE = 0.2  # of what is left to go, in a step: more, and an arm with latency swings about its goal
+RAISED_RAD = HOME_RAD - np.array([0.0, 0.35, 0, 0, 0, 0])  # tip well above the table: on the way to and from home
+ASIDE_RAD = np.array([0.9, 0.0, 0, 0, 0, 0])  # from RAISED_RAD, to either side: out of the camera's way
 PICTURE_AGE_S = 0.25  # an older picture shows another scene
+POSE_ERROR_M = 0.003  # by so much a sheet that is seen inside the tape must be clear of it
 
 
 @dataclasses.dataclass
@@ -156,7 +158,7 @@ class Loop:
             left = goal_rad - self.controller.joints_rad
             if np.abs(left).max() < HOME_NEAR_RAD:
                 return
-            self.move(np.clip(left, -step, step))
+            self.move(np.clip(HOME_SHARE * left, -step, step))
             self.clock.wait()
         joint = int(np.abs(left).argmax())
         raise RobotError(
@@ -188,10 +190,15 @@ class Loop:
         Returns success as seen, ticks, and the deadlines missed. Raises RobotError where the arm is lost, Blind where
         the view is.
         """
-        mask, streak, done = np.ones(1, bool), 0, False
+        mask, streak, done, clear_m = np.ones(1, bool), 0, False, tape_margin - POSE_ERROR_M
         self.policy.reset(mask)
         self.measure()
-        delta = self._ask(mask)  # the first look takes longer; nothing moves yet
+        try:
+            delta = self._ask(mask)  # the first look takes longer; nothing moves yet
+        except Blind as blind:
+            if self.dry_run:
+                raise
+            delta = self._look_from_aside(mask, blind)
         self.clock.start()
         before = self.clock.ticks, self.clock.missed
         for _ in range(max_steps):
@@ -199,12 +206,28 @@ class Loop:
             self.clock.wait()
             self.measure()
             delta, pose = self._ask(mask), self.policy.estimate
-            inside = np.isfinite(pose).all() and sheet_inside(pose[:, :2], pose[:, 2], tape_margin)[0]
+            inside = np.isfinite(pose).all() and sheet_inside(pose[:, :2], pose[:, 2], clear_m)[0]
             streak = (streak + 1) * bool(inside)
             if done := streak >= SUCCESS_STEPS:
                 break
         ticks, missed = self.clock.ticks - before[0], self.clock.missed - before[1]
         return {"seen_inside": done, "ticks": ticks, "missed": missed}
+
+    def _look_from_aside(self, mask: np.ndarray, blind: Blind) -> np.ndarray:
+        """What the policy asks for at home, having looked with the arm out of the way. Raises Blind."""
+        self.go(RAISED_RAD)
+        for side in (1, -1):
+            self.go(RAISED_RAD + side * ASIDE_RAD)
+            try:
+                self._ask(mask)
+                break
+            except Blind as error:
+                blind = error
+        else:
+            raise blind
+        for goal in (RAISED_RAD, HOME_RAD):  # nothing has moved meanwhile but the arm, so what was seen still holds
+            self.go(goal)
+        return self._ask(mask)
 
     def _ask(self, mask: np.ndarray) -> np.ndarray:
         """The policy's joint deltas (6,), rad, for what is measured and seen now."""
@@ -223,8 +246,6 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A picture of `size`, height and width."""
     if image.shape[:2] == tuple(size):
         return image
-    import cv2
-
     return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_AREA)
 
 
@@ -263,16 +284,17 @@ def main() -> int:
     """Run the episodes; returns the exit code."""
     args = tyro.cli(RunArgs, description=__doc__)
     check_run_args(args)
-    policy = load_policy(args.policy)
-    if policy is None or CAMERA not in policy.cameras:
-        policy = OpenCVPolicy(args.policy)
+    spec = args.policy.removeprefix("opencv:")
+    policy = load_policy(spec)
+    if policy is None or CAMERA not in policy.cameras or spec != args.policy:
+        policy = OpenCVPolicy(spec, args.tape_margin)
     task = getattr(policy, "task", Task())
     margin = task.tape_margin if args.tape_margin is None else args.tape_margin
     task = dataclasses.replace(task, tape_margin=margin)
     sim, max_steps = args.robot == "sim", max(1, round(args.episode_s * CONTROL_HZ))
     robot = make_robot(args, task)
     controller = Controller(
-        load_model(margin), firmware_p=args.firmware_p, backlash_rad=BACKLASH_RAD, max_speed_rad_s=args.max_speed
+        load_model(margin), args.firmware_p, BACKLASH_RAD, LATENCY_S, max_speed_rad_s=args.max_speed
     )
     loop, episodes = Loop(robot, policy, controller, Clock(), args.dry_run), []
     bar = tqdm(total=args.episodes, unit="episode", dynamic_ncols=True, delay=1e-3, disable=args.episodes == 1)

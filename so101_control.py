@@ -24,6 +24,7 @@ ACT_DIM = len(JOINTS)
 COMMAND_WINDOW_RAD = 0.012
 BACKLASH_RAD = float(np.deg2rad(1.0))  # of the arm's servos
 FIRMWARE_P = 32  # for which assets/so101.xml has the servo gain; it is proportional. LeRobot's drivers set 16
+LATENCY_S = 2 / CONTROL_HZ  # until a command takes effect, at most; of an arm nobody knows it better
 TICKS_PER_TURN = 4096  # of an encoder
 
 
@@ -129,31 +130,35 @@ class Controller:
     """Where the joints of arms go next: `limit` for a row per arm, `measure` and `move` for one that is measured.
 
     Args:
-        model: the scene, with the arm's kinematics and joint limits.
-        gain, damping: of the servos, N m/rad and N m s/rad, (6,) or a row per arm; None: the model's, at firmware_p.
+        model: the scene, with the arm's kinematics, joint limits, and servos at P = 32.
         firmware_p: the P coefficient that the servos are set to. Their gain is proportional to it, and the command
             window inversely: a fingertip presses with the same force.
         backlash_rad: how far a joint moves before its servo minds: the window is wider by half of it.
+        latency_s: until a command takes effect, at most: a joint in motion gets a window as much wider.
         max_speed_rad_s: how fast the targets of `move` may go.
     """
 
     def __init__(
         self,
         model: mujoco.MjModel,
-        gain: np.ndarray | None = None,
-        damping: np.ndarray | None = None,
         firmware_p: int = FIRMWARE_P,
         backlash_rad: float = 0.0,
+        latency_s: float = 0.0,
         max_speed_rad_s: float = 2.0,
     ):
-        self.gain = model.actuator_gainprm[:, 0] * (firmware_p / FIRMWARE_P) if gain is None else gain
-        self.damping = model.dof_damping[:ACT_DIM].copy() if damping is None else damping
+        self.gain = model.actuator_gainprm[:, 0] * (firmware_p / FIRMWARE_P)  # N m/rad, (6,)
+        self.damping = model.dof_damping[:ACT_DIM].copy()  # N m s/rad, (6,)
+        self.latency_s = latency_s
         self.window_rad = COMMAND_WINDOW_RAD * FIRMWARE_P / firmware_p + backlash_rad / 2
         self.low_rad, self.high_rad = model.actuator_ctrlrange.T.copy()
         self.max_step_rad = max_speed_rad_s / CONTROL_HZ
-        self._model, self._data = model, mujoco.MjData(model)
-        self._tip = self._data.site("gripperframe").xpos
+        self._model = model
         self.reset()
+
+    @functools.cached_property
+    def _data(self) -> mujoco.MjData:
+        """For the kinematics of an arm that is measured."""
+        return mujoco.MjData(self._model)
 
     def limit(
         self,
@@ -161,22 +166,20 @@ class Controller:
         joints_rad: np.ndarray,
         velocity_rad_s: np.ndarray,
         gravity_n_m: np.ndarray,
-        latency_s: np.ndarray | None = None,
     ) -> np.ndarray:
         """Wanted joint targets (N, 6), rad as the encoders count, held within the joints' limits and the window.
 
         Args:
             target_rad, joints_rad, velocity_rad_s: wanted and measured, (N, 6).
             gravity_n_m: torque that holds the joints at rest there, (N, 6).
-            latency_s: how late a command takes effect, (N, 1); None: at once.
         """
-        # the targets of a free arm in this motion: what it measures, plus its lag under gravity, damping and latency
+        # the targets of a free arm in this motion: what it measures, plus its lag under gravity and damping
         holding = joints_rad + (gravity_n_m + self.damping * velocity_rad_s) / self.gain
-        if latency_s is not None:
-            holding += velocity_rad_s * latency_s
-        lower = np.maximum(self.low_rad, holding - self.window_rad)
-        upper = np.minimum(self.high_rad, holding + self.window_rad)
-        return clamp(target_rad, lower, upper)
+        lower, upper = holding - self.window_rad, holding + self.window_rad
+        if self.latency_s:  # and under a latency from none to this
+            lead = velocity_rad_s * self.latency_s
+            lower, upper = lower + np.minimum(lead, 0.0), upper + np.maximum(lead, 0.0)
+        return clamp(target_rad, np.maximum(self.low_rad, lower), np.minimum(self.high_rad, upper))
 
     # -- one arm that is measured
 
@@ -211,7 +214,10 @@ class Controller:
         self.joints_rad, self.time_s = joints_rad, time_s
         self._data.qpos[:ACT_DIM] = joints_rad
         mujoco.mj_forward(self._model, self._data)
-        self.gravity_n_m, self.tip_m = self._data.qfrc_bias[:ACT_DIM].copy(), self._tip.copy()
+        self.gravity_n_m, self.tip_m = (
+            self._data.qfrc_bias[:ACT_DIM].copy(),
+            self._data.site("gripperframe").xpos.copy(),
+        )
         if self.command_rad is None:
             self.command_rad = clamp(joints_rad + self.gravity_n_m / self.gain, self.low_rad, self.high_rad)
 

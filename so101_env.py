@@ -155,8 +155,8 @@ class DomainRandomization:
     """a command takes effect 0 to this many control steps late (integer, fixed within an episode)"""
     joint_offset_rad: float = 0.0
     """calibration error of the joint encoders, each joint its own, uniform in +- this"""
-    backlash_rad: float = 0.0
-    """how far a joint moves before its servo minds, each joint its own, uniform from 0 to this"""
+    backlash_rad: tuple[float, float] = (0.0, 0.0)
+    """how far a joint moves before its servo minds, each joint its own, uniform"""
     observation_noise: float = 0.0
     """Gaussian noise on the observation, in units of the NOISE_* constants"""
     limp_sheet: bool = False
@@ -177,7 +177,7 @@ class DomainRandomization:
             servo_damping=0.15,
             latency_steps=2,
             joint_offset_rad=float(np.deg2rad(1.0)),
-            backlash_rad=BACKLASH_RAD,
+            backlash_rad=(0.0, BACKLASH_RAD),
             observation_noise=1.0,
             limp_sheet=True,
         )
@@ -372,10 +372,15 @@ def make_observation(
     for name, measured in zip(MEASURED, (joints_rad, velocities_rad_s, tip_m)):
         obs[:, OBS[name]] = measured
     obs[:, OBS["sheet_pos"]] = np.column_stack([sheet_pose[:, :2], np.full(len(obs), SHEET_HALF_THICKNESS_M)])
-    obs[:, OBS["tape_minus_sheet"]][:, :2] = TAPE_CENTER_M - sheet_pose[:, :2]
-    quat = obs[:, OBS["sheet_quat"]]
-    quat[:, 0], quat[:, 3] = np.cos(yaw / 2), np.sin(yaw / 2)
+    _complete(obs, yaw)
     return obs
+
+
+def _complete(obs: np.ndarray, yaw_rad: np.ndarray) -> None:
+    """Write what follows from the sheets' positions in observations (N, 25) and from their yaws (N,)."""
+    quat = obs[:, OBS["sheet_quat"]]
+    quat[:, 0], quat[:, 3] = np.cos(yaw_rad / 2), np.sin(yaw_rad / 2)
+    obs[:, OBS["tape_minus_sheet"]][:, :2] = TAPE_CENTER_M - obs[:, OBS["sheet_pos"]][:, :2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -555,6 +560,9 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
         ranges = self.randomization
         self.model = load_model(self.task.tape_margin, ranges.limp_sheet)
+        # it knows what is known of a real arm: how bad backlash and latency may be, not what is drawn for an episode
+        latency_s = ranges.latency_steps / CONTROL_HZ
+        self._controller = Controller(self.model, self.task.firmware_p, ranges.backlash_rad[1], latency_s)
         for parameter in (self.model.actuator_gainprm[:, 0], self.model.actuator_biasprm[:, 1]):
             parameter *= self.task.firmware_p / FIRMWARE_P
         threads = min(num_threads or os.cpu_count() or 1, num_envs)
@@ -562,7 +570,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         # one state row per environment (warm start included), per-environment copies of the fields resampled below;
         # persistent: a step goes on from the quantities that were made current after the last one
         self.batch = mujoco.batch.Batch(self.model, nsim=num_envs, nthread=threads, persistent=True)
-        self._substeps = round(1 / CONTROL_HZ / self.model.opt.timestep)
+        self.substeps = round(1 / CONTROL_HZ / self.model.opt.timestep)
         self._qpos, self._qvel, self._ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
         self._geom_xpos = self.batch.bind("geom_xpos")
         self._tip = self.batch.bind("site_xpos")[:, self.model.site("gripperframe").id]
@@ -576,10 +584,14 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         fields += ["dof_damping"] if ranges.servo_damping else []
         fields += ["geom_pos", "dof_frictionloss"] if ranges.limp_sheet else []
         self._fields = {name: self.batch.expand(name) for name in fields}
-        # of every joint, (N, 6): views, so that they follow every resampling
-        self._gain = self._parameter("actuator_gainprm")[:, :, 0]
-        damping = self._parameter("dof_damping")[:, :ACT_DIM]
-        self._controller = Controller(self.model, self._gain, damping, self.task.firmware_p, ranges.backlash_rad)
+        # of every joint, (N, 6), N m/rad: where it is resampled a view, which follows
+        nominal = np.broadcast_to(self.model.actuator_gainprm[:, 0], (num_envs, ACT_DIM))
+        self._gain = self._fields["actuator_gainprm"][:, :, 0] if ranges.servo_gain else nominal
+        # of fingertips, and the contact spots below them: ids of their geoms
+        self._fingers = [
+            tuple(self.model.geom(f"{finger}_{part}_col").id for part in ("finger", "spot"))
+            for finger in ("fixed", "moving") * ranges.limp_sheet
+        ]
 
         n = num_envs
         self._rngs: list[np.random.Generator] = [None] * n
@@ -646,16 +658,13 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
                 sheet[i] += NOISE_SHEET_M * noise[12:15]
                 tip[i] += NOISE_TIP_M * noise[15:18]
                 yaw[i] += NOISE_YAW_RAD * noise[18]
-        quat = obs[:, OBS["sheet_quat"]]
-        quat[:, 0], quat[:, 3] = np.cos(yaw / 2), np.sin(yaw / 2)
-        obs[:, OBS["tape_minus_sheet"]][:, :2] = TAPE_CENTER_M - sheet[:, :2]
+        _complete(obs, yaw)
         return obs
 
     def command_targets(self, delta_rad: np.ndarray) -> np.ndarray:
         """Joint targets (N, 6), rad, as the encoders count: the last ones plus delta, (N, 6), within the window."""
-        latency_s = (self._latency / CONTROL_HZ)[:, None] if self.randomization.latency_steps else None
         joints = self._joint_pos + self._joint_offset
-        return self._controller.limit(self._command + delta_rad, joints, self._joint_vel, self._gravity, latency_s)
+        return self._controller.limit(self._command + delta_rad, joints, self._joint_vel, self._gravity)
 
     def success(self, scene: Scene) -> np.ndarray:
         """Whether the goal is reached in this step, (N,) bool; SUCCESS_STEPS of these in a row end the episode."""
@@ -814,24 +823,10 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
             info = self._restart(restarting, info)
         return self.observation, reward, terminated, truncated, info
 
-    def substep(self, command_rad: np.ndarray, new_presses: bool) -> None:
-        """One time step of 1/240 s, servos tracking commands (N, 6), rad, for a robot in real time.
-
-        With new_presses, the spots of a limp sheet move below the fingertips first.
-        """
-        if self.randomization.limp_sheet and new_presses:
-            self._carry_presses(np.ones(self.num_envs, bool))
-        self._substep(command_rad, slice(None), None)
-
     @property
     def joint_offset(self) -> np.ndarray:
         """Copy of what the encoders say minus the truth, (N, 6), rad."""
         return self._joint_offset.copy()
-
-    @property
-    def backlash_rad(self) -> np.ndarray:
-        """Of the joints, (N, 6), rad; itself, not a copy."""
-        return self._backlash
 
     @property
     def command(self) -> np.ndarray:
@@ -982,11 +977,6 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
     # -- internals
 
-    def _parameter(self, name: str) -> np.ndarray:
-        """A field of the model with a row per environment: its resampled copies, or the nominal one again and again."""
-        nominal = getattr(self.model, name)
-        return self._fields.get(name, np.broadcast_to(nominal, (self.num_envs, *nominal.shape)))
-
     def _scene(self) -> Scene:
         """The true state now."""
         sheet = self._qpos[:, 6:8]
@@ -994,46 +984,47 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
     def _simulate(self, command: np.ndarray, active: np.ndarray) -> np.ndarray:
         """Let the servos of the environments in active track command (N, 6); returns which diverged, (N,) bool."""
-        everyone = bool(active.all())
-        rows = slice(None) if everyone else active
+        rows, ids = _everyone_or(active)
         self._command[rows] = command[rows]
         if self.randomization.latency_steps:
             self._delayed[rows] = np.concatenate([command[:, None], self._delayed[:, :-1]], axis=1)[rows]
             command = self._delayed[np.arange(self.num_envs), self._latency]
-        ids = None if everyone else np.flatnonzero(active)
-        if self.randomization.limp_sheet:
-            self._carry_presses(active)
-        if self.randomization.backlash_rad:
-            for _ in range(self._substeps):
-                self._substep(command, rows, ids)
+        self.carry_presses(active)
+        if self.randomization.backlash_rad[1]:
+            for _ in range(self.substeps):
+                self.substep(command, active)
         else:
             self._ctrl[rows] = (command - self._joint_offset)[rows]
-            self.batch.step(ids, nstep=self._substeps, stage=self._stage)
+            self.batch.step(ids, nstep=self.substeps, stage=self._stage)
         broken = active & ~np.isfinite(self.batch.state).all(1)
         if broken.any():  # such an episode ends here and is named; the numbers it reports are those of a fresh arm
             self._qpos[broken], self._qvel[broken] = self._home["qpos"], 0.0
             self.batch.forward(np.flatnonzero(broken), stage=self._stage)
         return broken
 
-    def _substep(self, command: np.ndarray, rows: Any, ids: np.ndarray | None) -> None:
-        """One time step of the physics, with backlash: a servo does not feel the first part of its error."""
-        error = command - self._joint_offset - self._joint_pos
+    def substep(self, command_rad: np.ndarray, active: np.ndarray) -> None:
+        """A `substeps`th of a control step, servos tracking commands (N, 6), rad, in the environments in active, (N,).
+
+        With backlash: a servo does not feel the first part of its error. Nothing else of a step is done.
+        """
+        rows, ids = _everyone_or(active)
+        error = command_rad - self._joint_offset - self._joint_pos
         felt = error - clamp(error, -self._backlash / 2, self._backlash / 2)
         self._ctrl[rows] = (self._joint_pos + felt)[rows]
         self.batch.step(ids, nstep=1, stage=self._stage)
 
-    def _carry_presses(self, mask: np.ndarray) -> None:
-        """Put a spot below each fingertip that presses on its sheet, in the environments in mask, (N,) bool.
+    def carry_presses(self, mask: np.ndarray) -> None:
+        """Put a spot below each fingertip that presses on its limp sheet, in the environments in mask, (N,) bool.
 
         It reaches below the sheet, so that it carries all that the finger presses with, and the corners nothing. A spot
         whose finger does not press is drawn back.
         """
-        for finger in ("fixed", "moving"):
-            tip = self._geom_xpos[:, self.model.geom(f"{finger}_finger_col").id]
+        for finger, below_finger in self._fingers:
+            tip = self._geom_xpos[:, finger]
             below = in_sheet_axes(tip[:, :2], self._qpos[:, 6:8], self._qpos[:, 9])
             gap = tip[:, 2] - FINGER_RADIUS_M - self._qpos[:, 8] - SHEET_HALF_THICKNESS_M
             pressing = (np.abs(below) <= SHEET_HALF_M).all(1) & (gap < SPOT_GAP_M)
-            spot = self._fields["geom_pos"][:, self.model.geom(f"{finger}_spot_col").id]
+            spot = self._fields["geom_pos"][:, below_finger]
             spot[mask, :2] = below[mask]
             spot[mask, 2] = SPOT_RADIUS_M - SHEET_HALF_THICKNESS_M + np.where(pressing, -SPOT_GAP_M, 0.01)[mask]
 
@@ -1170,8 +1161,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
         self._latency[i] = rng.integers(ranges.latency_steps + 1) if ranges.latency_steps else 0
         if ranges.joint_offset_rad:
             self._joint_offset[i] = ranges.joint_offset_rad * rng.uniform(-1.0, 1.0, ACT_DIM)
-        if ranges.backlash_rad:
-            self._backlash[i] = ranges.backlash_rad * rng.uniform(0.0, 1.0, ACT_DIM)
+        if ranges.backlash_rad[1]:
+            self._backlash[i] = rng.uniform(*ranges.backlash_rad, ACT_DIM)
 
     def _info(self, scene: Scene, results: dict[str, Any] | None = None) -> dict[str, Any]:
         """The info of a step with these results, see `step`; without results, of episodes that have just begun."""
@@ -1285,6 +1276,11 @@ class SO101ResidualEnv(gym.Env):
 def _check(condition: bool, name: str, value: Any, expected: str) -> None:
     if not condition:
         raise SO101Error(f"{name} must be {expected}, got {value}")
+
+
+def _everyone_or(active: np.ndarray) -> tuple[Any, np.ndarray | None]:
+    """Index of rows, and ids for mujoco.batch, of the environments in active, (N,) bool: cheaper if that is all."""
+    return (slice(None), None) if active.all() else (active, np.flatnonzero(active))
 
 
 def _one_observation(obs: Any, i: int = 0) -> Any:

@@ -5,6 +5,7 @@ LeRobot's gain with a degree of backlash, commands that arrive late, and a camer
 does; what it is not asked (`truth`), only the report at the end sees.
 """
 
+import dataclasses
 import multiprocessing
 import threading
 import time
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from so101_control import ACT_DIM, BACKLASH_RAD, JOINTS, from_rad, to_rad
+from so101_control import ACT_DIM, BACKLASH_RAD, JOINTS, from_rad, read_calibration, to_rad
 from so101_env import DomainRandomization, SO101Error, SO101ResidualVectorEnv, Task
 from so101_scene import CONTROL_HZ, Painter, VisualRandomization, add_noise, camera_names, draw_look
 
@@ -64,18 +65,18 @@ class SimulatedArm:
     """
 
     def __init__(self, task: Task, backlash_rad: float = BACKLASH_RAD):
-        ranges = DomainRandomization.full()
+        full = DomainRandomization.full()
+        self.max_latency_s = full.latency_steps / CONTROL_HZ
         # of the latency there is more to choose from here, and nobody adds noise to what an encoder says
-        self.ranges = DomainRandomization(**{**vars(ranges), "latency_steps": 0, "observation_noise": 0.0})
-        self.max_latency_s = ranges.latency_steps / CONTROL_HZ
-        self.envs = SO101ResidualVectorEnv(1, task=task, randomization=self.ranges, num_threads=1)
-        self.timestep_s, self.backlash_rad = self.envs.model.opt.timestep, backlash_rad
-        self.substeps = round(1 / CONTROL_HZ / self.timestep_s)
+        ranges = dataclasses.replace(
+            full, latency_steps=0, observation_noise=0.0, backlash_rad=(backlash_rad, backlash_rad)
+        )
+        self.envs = SO101ResidualVectorEnv(1, task=task, randomization=ranges, num_threads=1)
+        self.timestep_s, self.everyone = self.envs.model.opt.timestep, np.ones(1, bool)
 
     def reset(self, seed: int) -> None:
         """A sheet somewhere, another arm, at rest at home."""
         self.envs.reset(seed=seed)
-        self.envs.backlash_rad[:] = self.backlash_rad
         self.look = draw_look(self.envs.model, VisualRandomization(), seed)
         self.latency_s = float(np.random.default_rng(seed).uniform(0, self.max_latency_s))
         self.target, self.late, self.time_s, self.count = self.envs.command[0], [], 0.0, 0
@@ -94,7 +95,9 @@ class SimulatedArm:
         """A time step of the physics."""
         while self.late and self.late[0][0] <= self.time_s:
             self.target = self.late.pop(0)[1]
-        self.envs.substep(self.target[None], new_presses=self.count % self.substeps == 0)
+        if self.count % self.envs.substeps == 0:
+            self.envs.carry_presses(self.everyone)
+        self.envs.substep(self.target[None], self.everyone)
         self.time_s, self.count = self.time_s + self.timestep_s, self.count + 1
 
     def truth(self) -> dict[str, Any]:
@@ -253,6 +256,7 @@ class LeRobotRobot(Robot):
                 f"lerobot:{port}: no calibration in {self.arm.calibration_fpath}; run lerobot-calibrate "
                 f"--robot.type=so101_follower --robot.port={port} --robot.id={robot_id}"
             )
+        self.ranges = read_calibration(self.arm.calibration_fpath)
         self.camera = Camera(camera)
         try:
             self.arm.connect(calibrate=False)
@@ -271,11 +275,11 @@ class LeRobotRobot(Robot):
             said = self.arm.bus.sync_read("Present_Position")
         except Exception as error:  # as above
             raise self._gone(error) from error
-        return to_rad(np.array([said[joint] for joint in JOINTS]), "deg"), time.monotonic()
+        return to_rad(np.array([said[joint] for joint in JOINTS]), "deg", self.ranges), time.monotonic()
 
     def write(self, target_rad: np.ndarray) -> None:
         """See Robot."""
-        degrees = from_rad(target_rad, "deg")
+        degrees = from_rad(target_rad, "deg", self.ranges)
         try:
             self.arm.bus.sync_write("Goal_Position", dict(zip(JOINTS, degrees.tolist())))
         except Exception as error:  # as above

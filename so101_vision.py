@@ -356,15 +356,19 @@ class OpenCVPolicy(StackedPolicy):
 
     Where the sheet is hidden for a moment, it is taken to be where it was seen last. Until tape and sheet are seen, and
     after MAX_UNSEEN_STEPS without, the arm rests; `trouble` then says what cannot be seen.
+
+    Args:
+        spec: of the policy.
+        tape_margin: m between sheet and tape, as laid; None: that of the policy's task.
     """
 
     own_cameras, own_size = (CAMERA,), (240, 320)
 
-    def __init__(self, spec: str):
+    def __init__(self, spec: str, tape_margin: float | None = None):
         super().__init__(load_policy(spec))
         self.cameras, self.image_size = add_cameras(self.base, self.own_cameras, self.own_size, "opencv")
         self.task = getattr(self.base, "task", Task())
-        self.locator = SheetLocator(self.task.tape_margin)
+        self.locator = SheetLocator(self.task.tape_margin if tape_margin is None else tape_margin)
         self.fingerprint = "" if self.base is None else self.base.fingerprint
         self.seen: dict[str, np.ndarray] = {}
 

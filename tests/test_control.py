@@ -30,20 +30,20 @@ def model():
 def test_the_command_law_joint_by_joint(model):
     """Free arms may lag as they do; against an obstacle the torque stays bounded; limits hold. Written as loops."""
     n = 50
-    gain, damping, latency = RNG.uniform(8, 20, (n, 6)), RNG.uniform(0.4, 0.8, (n, 6)), RNG.uniform(0, 0.07, (n, 1))
-    controller = Controller(model, gain, damping, backlash_rad=0.01)
+    controller = Controller(model, firmware_p=64, backlash_rad=0.01, latency_s=0.05)
+    gain, damping = 2 * model.actuator_gainprm[:, 0], model.dof_damping
     low, high = model.actuator_ctrlrange.T
     joints, velocity = RNG.uniform(low, high, (n, 6)), RNG.normal(0, 0.5, (n, 6))
     gravity, target = RNG.normal(0, 0.5, (n, 6)), RNG.uniform(low - 0.1, high + 0.1, (n, 6))
     target[:25] = joints[:25] + RNG.normal(0, 0.02, (25, 6))
-    result = controller.limit(target, joints, velocity, gravity, latency)
+    result = controller.limit(target, joints, velocity, gravity)
     within = 0
     for i in range(n):
         for j in range(ACT_DIM):
-            free = joints[i, j] + gravity[i, j] / gain[i, j] + damping[i, j] * velocity[i, j] / gain[i, j]
-            free += latency[i, 0] * velocity[i, j]
-            least = max(low[j], free - COMMAND_WINDOW_RAD - 0.005)
-            most = min(high[j], free + COMMAND_WINDOW_RAD + 0.005)
+            free = joints[i, j] + gravity[i, j] / gain[j] + damping[j] / gain[j] * velocity[i, j]
+            late = free + 0.05 * velocity[i, j]
+            least = max(low[j], min(free, late) - COMMAND_WINDOW_RAD / 2 - 0.005)
+            most = min(high[j], max(free, late) + COMMAND_WINDOW_RAD / 2 + 0.005)
             expected = min(max(target[i, j], least), most)
             within += expected == target[i, j]
             assert result[i, j] == pytest.approx(expected, abs=1e-12)

@@ -1,5 +1,6 @@
 """A policy on an arm: in virtual time on the simulated one, on a LeRobot that is faked, and what stops it."""
 
+import json
 import sys
 import time
 import types
@@ -9,8 +10,8 @@ import pytest
 from conftest import ROOT, refusal
 
 import so101_robot
-from run_so101 import Blind, Clock, Loop
-from so101_control import BACKLASH_RAD, JOINTS, Controller
+from run_so101 import ASIDE_RAD, RAISED_RAD, Blind, Clock, Loop
+from so101_control import BACKLASH_RAD, JOINTS, LATENCY_S, Controller
 from so101_env import CONTROL_HZ, HOME_RAD, SO101Error, Task, load_model
 from so101_policies import BasePolicy, load_policy
 from so101_robot import LeRobotRobot, Picture, Robot, RobotError, SimulatedArm, SimulatedRobot
@@ -18,6 +19,7 @@ from so101_scene import Painter
 from so101_vision import OpenCVPolicy
 
 SEED = 1_520_000_000
+HIDDEN_SEED = SEED + 18  # of an episode whose sheet lies half below the arm at home
 TASK = Task(firmware_p=16)
 
 
@@ -61,7 +63,7 @@ class VirtualClock(Clock):
 
 def make_loop(policy: BasePolicy | None = None, dry_run: bool = False) -> Loop:
     robot = VirtualRobot()
-    controller = Controller(load_model(), firmware_p=16, backlash_rad=BACKLASH_RAD)
+    controller = Controller(load_model(), firmware_p=16, backlash_rad=BACKLASH_RAD, latency_s=LATENCY_S)
     policy = policy or OpenCVPolicy(f"onnx:{ROOT / 'assets' / 'arm.onnx'}")
     return Loop(robot, policy, controller, VirtualClock(robot), dry_run)
 
@@ -101,12 +103,31 @@ def test_a_dry_run_prints_and_sends_nothing(capsys):
     assert loop.robot.sent == [] and len(lines) == 3 and all("would send  shoulder_pan" in line for line in lines)
 
 
-def test_without_a_view_it_does_not_start():
+def test_where_the_arm_hides_the_sheet_it_looks_from_aside():
+    loop, mask = make_loop(), np.ones(1, bool)
+    loop.robot.arm.reset(HIDDEN_SEED)
+    loop.policy.reset(mask)
+    loop.measure()
+    with pytest.raises(Blind, match="the sheet cannot be made out"):
+        loop._ask(mask)
+    assert loop.episode(1, TASK.tape_margin)["ticks"] == 1
+    np.testing.assert_allclose(loop.controller.joints_rad, HOME_RAD, atol=0.05)
+    np.testing.assert_allclose(loop.policy.estimate[0, :2], loop.robot.arm.truth()["sheet"][:2], atol=0.005)
+
+
+def test_without_a_view_it_does_not_act():
+    """It looks from aside, to both sides, and gives up there; in a dry run it stays."""
     loop = make_loop()
-    loop.robot.dark = True
+    loop.robot.dark = loop.dry_run = True
     with pytest.raises(Blind, match="red tape"):
         loop.episode(10, TASK.tape_margin)
     assert loop.robot.sent == []
+    loop.dry_run = False
+    with pytest.raises(Blind, match="red tape"):
+        loop.episode(10, TASK.tape_margin)
+    pan = np.array(loop.robot.sent)[:, 0]
+    assert pan.max() > 0.85 and pan[-1] < -0.85
+    np.testing.assert_allclose(loop.controller.joints_rad, RAISED_RAD - ASIDE_RAD, atol=0.05)
     loop.robot.dark, old = False, loop.robot.picture
     loop.robot.picture = lambda: Picture(old().image, loop.robot.time_s - 0.3)
     with pytest.raises(RobotError, match="newest picture is 300 ms old"):
@@ -144,9 +165,11 @@ def test_a_simulated_robot_begins_anew_and_is_unplugged(monkeypatch):
 
 
 @pytest.fixture
-def fake_lerobot(monkeypatch):
-    """LeRobot's follower as far as it is used, at rest at home."""
+def fake_lerobot(monkeypatch, tmp_path):
+    """LeRobot's follower as far as it is used, at rest at home; its gripper opens by 90 degrees."""
     state = {"said": dict.fromkeys(JOINTS, 0.0), "written": [], "torn": False}
+    calibration = tmp_path / "arm.json"
+    calibration.write_text(json.dumps({joint: {"range_min": 1024, "range_max": 2048} for joint in JOINTS}))
 
     class Bus:
         def write(self, what, joint, value):
@@ -162,7 +185,7 @@ def fake_lerobot(monkeypatch):
 
     class Follower:
         def __init__(self, config):
-            self.bus, self.calibration, self.calibration_fpath = Bus(), config.id == "mine", "arm.json"
+            self.bus, self.calibration, self.calibration_fpath = Bus(), config.id == "mine", calibration
             self.is_connected, state["config"] = False, config
 
         def connect(self, calibrate):
@@ -181,13 +204,13 @@ def fake_lerobot(monkeypatch):
 
 
 def test_a_robot_of_lerobot(fake_lerobot):
-    """Degrees there, rad here, the gripper from 0 to 100; the gain it is run with; a cable that is pulled."""
+    """Degrees there, rad here; the gripper's ends by calibration; the gain it is run with; a cable that is pulled."""
     robot = LeRobotRobot("/dev/none", "mine", "0", firmware_p=24)
     assert fake_lerobot["config"].use_degrees and fake_lerobot["config"].port == "/dev/none"
     assert fake_lerobot["written"] == [("P_Coefficient", joint, 24) for joint in JOINTS]
     fake_lerobot["said"] |= {"shoulder_lift": 90.0, "gripper": 100.0}
     joints, _ = robot.read()
-    assert joints[1] == pytest.approx(np.pi / 2) and joints[5] == pytest.approx(1.74533)
+    assert joints[1] == pytest.approx(np.pi / 2) and joints[5] == pytest.approx(np.pi / 2 - 0.17453)
     robot.write(np.array([0.1, -0.2, 0.0, 0.0, 0.0, -0.17453]))
     assert fake_lerobot["goal"] == pytest.approx(
         {**dict.fromkeys(JOINTS, 0.0), "shoulder_pan": np.rad2deg(0.1), "shoulder_lift": -np.rad2deg(0.2)}
