@@ -1,8 +1,11 @@
-"""The plug-in for LeRobot, in LeRobot's own environment: discovered, evaluated in, driven."""
+"""The plug-in for LeRobot, in its own environment: discovered, evaluated in, driven, and by LeRobot's commands."""
 
+import json
 import os
 import subprocess
 
+import numpy as np
+import pyarrow.parquet
 import pytest
 
 PYTHON = os.environ.get("LEROBOT_PYTHON")
@@ -51,8 +54,46 @@ assert 3.0 < after["shoulder_pan.pos"] - before["shoulder_pan.pos"] < 7.0
 print("discovered, evaluated, driven")
 """
 
+# a leader arm that nobody holds: its pan swings by 20 degrees
+LEADER = """
+import dataclasses, math, time
+from lerobot.teleoperators import Teleoperator, TeleoperatorConfig
+from so101_control import JOINTS
 
-@pytest.mark.skipif(not PYTHON, reason="LEROBOT_PYTHON names no Python of an environment with LeRobot")
+@TeleoperatorConfig.register_subclass("swinging_leader")
+@dataclasses.dataclass
+class SwingingLeaderConfig(TeleoperatorConfig):
+    pass
+
+class SwingingLeader(Teleoperator):
+    config_class, name, is_connected, is_calibrated, feedback_features = None, "swinging_leader", False, True, {}
+    action_features = {f"{joint}.pos": float for joint in JOINTS}
+
+    def connect(self, calibrate=True):
+        self.is_connected, self.began = True, time.time()
+
+    def disconnect(self):
+        self.is_connected = False
+
+    def get_action(self):
+        pan = 20 * math.sin(2 * (time.time() - self.began))
+        return dict(zip(self.action_features, (pan, 15.0, -13.0, 76.0, 2.7, 0.0)))
+
+    def calibrate(self):
+        pass
+
+    configure = send_feedback = calibrate
+"""
+ROBOT = ["--robot.type=so101_residual_sim", "--robot.id=sim", "--robot.height=96", "--robot.width=96"]
+ACT = (
+    "chunk_size=16 n_action_steps=16 use_vae=false n_encoder_layers=1 dim_model=64 n_heads=2 dim_feedforward=64".split()
+)
+
+
+needs_lerobot = pytest.mark.skipif(not PYTHON, reason="LEROBOT_PYTHON names no Python of an environment with LeRobot")
+
+
+@needs_lerobot
 def test_the_plugin_in_lerobots_environment(tmp_path):
     script = tmp_path / "check.py"
     script.write_text(f"if __name__ == '__main__':\n    exec({CODE!r})\n")
@@ -60,3 +101,55 @@ def test_the_plugin_in_lerobots_environment(tmp_path):
     if done.returncode == 77:
         pytest.skip("the plug-in is not installed there, see lerobot_env_so101_residual/pyproject.toml")
     assert done.returncode == 0 and "discovered, evaluated, driven" in done.stdout, done.stderr[-3000:]
+
+
+@needs_lerobot
+def test_lerobots_commands(tmp_path):
+    """Teleoperated and recorded, replayed, a policy trained on that, evaluated and recorded: as a user types it."""
+    package = tmp_path / "lerobot_teleoperator_swinging-0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: lerobot_teleoperator_swinging\nVersion: 0\n")
+    (tmp_path / "lerobot_teleoperator_swinging.py").write_text(LEADER)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def lerobot(command, *flags):
+        line = [PYTHON, "-m", f"lerobot.scripts.lerobot_{command}", *flags]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=250, cwd=tmp_path, env=environment)
+        if "No module named 'rerun'" in done.stderr or "No package metadata" in done.stderr:
+            pytest.skip("LeRobot is not installed whole there")
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    def record(name, *flags):
+        lerobot(
+            "record", *ROBOT, *flags, f"--dataset.repo_id=local/{name}", f"--dataset.root={tmp_path / name}",
+            "--dataset.single_task=slide", "--dataset.num_episodes=1", "--dataset.episode_time_s=3",
+            "--dataset.reset_time_s=0", "--dataset.push_to_hub=false", "--play_sounds=false",
+        )  # fmt: skip
+        table = pyarrow.parquet.read_table(next((tmp_path / name / "data").rglob("*.parquet")))
+        return (np.array(table[key].to_pylist()) for key in ("action", "observation.state"))
+
+    demos = [f"--dataset.root={tmp_path / 'demos'}", "--dataset.repo_id=local/demos"]
+    leader = ["--teleop.type=swinging_leader", "--teleop.id=nobody"]
+    asked, joints = record("demos", *leader)
+    assert len(asked) > 60 and np.ptp(asked[:, 0]) > 30
+    delays = range(10)  # of the arm, control steps
+    off = [np.abs(asked[: len(asked) - delay, 0] - joints[delay:, 0]).mean() for delay in delays]
+    assert min(off) < 3, off  # degrees: it follows
+    lerobot("replay", *ROBOT, *demos, "--dataset.episode=0", "--play_sounds=false")
+    assert "30 Hz" in lerobot("teleoperate", *ROBOT, *leader, "--fps=30", "--teleop_time_s=2")
+
+    lerobot(
+        "train", *demos, "--output_dir=act", "--steps=2", "--save_freq=2", "--eval_freq=0", "--batch_size=2",
+        "--num_workers=0", "--wandb.enable=false", "--policy.type=act", "--policy.device=cpu",
+        "--policy.push_to_hub=false", "--policy.pretrained_backbone_weights=null",
+        *(f"--policy.{flag}" for flag in ACT),
+    )  # fmt: skip
+    policy = ["--policy.path=act/checkpoints/last/pretrained_model", "--policy.device=cpu"]
+    lerobot(
+        "eval", *policy, "--env.type=so101_residual", "--env.episode_length=20", "--eval.n_episodes=2",
+        "--eval.batch_size=2", "--output_dir=evaluated",
+    )  # fmt: skip
+    assert json.loads((tmp_path / "evaluated/eval_info.json").read_text())["overall"]["n_episodes"] == 2
+    asked, _ = record("eval_act", *policy)
+    assert len(asked) > 15 and np.isfinite(asked).all()

@@ -1,5 +1,6 @@
 """A policy on an arm: in virtual time on the simulated one, on a LeRobot that is faked, and what stops it."""
 
+import dataclasses
 import json
 import sys
 import time
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, refusal
 
+import run_so101
 import so101_robot
 from run_so101 import ASIDE_RAD, RAISED_RAD, Blind, Clock, Loop
 from so101_control import BACKLASH_RAD, JOINTS, LATENCY_S, Controller
@@ -26,11 +28,15 @@ TASK = Task(firmware_p=16)
 class VirtualRobot(Robot):
     """A SimulatedArm whose time passes when a VirtualClock says so."""
 
-    def __init__(self):
-        self.arm, self.time_s, self.sent = SimulatedArm(TASK), 100.0, []
-        self.arm.reset(SEED)
+    def __init__(self, task: Task = TASK):
+        self.arm, self.time_s, self.sent = SimulatedArm(task), 100.0, []
+        self.reset(SEED)
+        self.truth = self.arm.truth
         self.painter = Painter(self.arm.envs.model, (240, 320), fast=True)
         self.dark = False
+
+    def reset(self, seed):
+        self.arm.reset(seed)
 
     def read(self):
         return self.arm.joints_rad, self.time_s
@@ -80,6 +86,28 @@ def test_the_policy_that_comes_along_succeeds_on_the_simulated_arm():
         assert not seen or inside[-1] or abs(loop.policy.estimate[0, 0] - loop.robot.arm.truth()["sheet"][0]) < 0.01
     assert sum(inside) >= 8, inside
     assert loop.clock.missed == 0  # in virtual time nothing takes any
+
+
+def test_the_script_with_another_tape(monkeypatch, tmp_path):
+    """On the precise task's tape, the sheet is seen where it is, and success is that of the simulation."""
+    robots = []
+
+    def make_robot(args, task):
+        robots.append(VirtualRobot(dataclasses.replace(task, firmware_p=args.firmware_p)))
+        return robots[0]
+
+    monkeypatch.setattr(run_so101, "make_robot", make_robot)
+    monkeypatch.setattr(run_so101, "Clock", lambda: VirtualClock(robots[0]))
+    path = tmp_path / "result.json"
+    flags = ["--tape-margin", "0.02", "--episodes", "3", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", ["run_so101.py", *flags])
+    assert run_so101.main() == 0
+    result = json.loads(path.read_text())
+    assert robots[0].arm.envs.task.tape_margin == 0.02
+    assert result["episodes"] == 3 and result["missed_deadlines"] == 0
+    for episode in result["episode_list"]:
+        assert episode["error_mm"] < 5
+        assert episode["success"] == episode["seen_inside"]
 
 
 def test_an_arm_whose_commands_end_comes_to_rest():
