@@ -214,10 +214,8 @@ class Controller:
         self.joints_rad, self.time_s = joints_rad, time_s
         self._data.qpos[:ACT_DIM] = joints_rad
         mujoco.mj_forward(self._model, self._data)
-        self.gravity_n_m, self.tip_m = (
-            self._data.qfrc_bias[:ACT_DIM].copy(),
-            self._data.site("gripperframe").xpos.copy(),
-        )
+        self.gravity_n_m = self._data.qfrc_bias[:ACT_DIM].copy()
+        self.tip_m = self._data.site("gripperframe").xpos.copy()
         if self.command_rad is None:
             self.command_rad = clamp(joints_rad + self.gravity_n_m / self.gain, self.low_rad, self.high_rad)
 

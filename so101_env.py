@@ -156,7 +156,7 @@ class DomainRandomization:
     joint_offset_rad: float = 0.0
     """calibration error of the joint encoders, each joint its own, uniform in +- this"""
     backlash_rad: tuple[float, float] = (0.0, 0.0)
-    """how far a joint moves before its servo minds, each joint its own, uniform"""
+    """how far a joint moves before its servo minds, each joint its own, uniform between these"""
     observation_noise: float = 0.0
     """Gaussian noise on the observation, in units of the NOISE_* constants"""
     limp_sheet: bool = False
@@ -984,7 +984,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
     def _simulate(self, command: np.ndarray, active: np.ndarray) -> np.ndarray:
         """Let the servos of the environments in active track command (N, 6); returns which diverged, (N,) bool."""
-        rows, ids = _everyone_or(active)
+        rows, ids = _rows_and_ids(active)
         self._command[rows] = command[rows]
         if self.randomization.latency_steps:
             self._delayed[rows] = np.concatenate([command[:, None], self._delayed[:, :-1]], axis=1)[rows]
@@ -1007,7 +1007,7 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
 
         With backlash: a servo does not feel the first part of its error. Nothing else of a step is done.
         """
-        rows, ids = _everyone_or(active)
+        rows, ids = _rows_and_ids(active)
         error = command_rad - self._joint_offset - self._joint_pos
         felt = error - clamp(error, -self._backlash / 2, self._backlash / 2)
         self._ctrl[rows] = (self._joint_pos + felt)[rows]
@@ -1278,7 +1278,7 @@ def _check(condition: bool, name: str, value: Any, expected: str) -> None:
         raise SO101Error(f"{name} must be {expected}, got {value}")
 
 
-def _everyone_or(active: np.ndarray) -> tuple[Any, np.ndarray | None]:
+def _rows_and_ids(active: np.ndarray) -> tuple[Any, np.ndarray | None]:
     """Index of rows, and ids for mujoco.batch, of the environments in active, (N,) bool: cheaper if that is all."""
     return (slice(None), None) if active.all() else (active, np.flatnonzero(active))
 

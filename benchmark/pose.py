@@ -1,0 +1,107 @@
+"""How far off the sheet's pose is by OpenCV, on the held-out starts, under all visual randomisation, the arm in view.
+
+    python benchmark/pose.py
+
+And on the same pictures as worse cameras would have taken them: what MuJoCo does not draw is laid over what it draws.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cv2
+import numpy as np
+import tyro
+
+from so101_env import SO101ResidualVectorEnv, wrap_angle
+from so101_runs import TEST_SEED, check_flags, check_output, run_script, write_json
+from so101_vision import CAMERA, NominalCamera, NotSeen, SheetLocator
+
+SIZE, SEEN_SIZE = (480, 640), (240, 320)  # of what a camera takes, and of what is looked at, pixels
+
+
+@dataclasses.dataclass
+class PoseArgs:
+    """Errors of the pose by OpenCV."""
+
+    episodes: int = 250
+    """starts to look at"""
+    json: str | None = None
+    """write the results to this file"""
+
+
+def distort(image: np.ndarray, k1: float) -> np.ndarray:
+    """What a lens with radial distortion k1 (as in OpenCV) makes of a picture; -0.1 shifts its corners by 18 pixels."""
+    rows, columns = np.mgrid[0 : SIZE[0], 0 : SIZE[1]].astype(np.float64)
+    focal = NominalCamera(SIZE).focal
+    camera = np.array([[focal, 0, (SIZE[1] - 1) / 2], [0, focal, (SIZE[0] - 1) / 2], [0, 0, 1]])
+    taken = np.stack([columns.ravel(), rows.ravel()], axis=1)[:, None]
+    straight = cv2.undistortPoints(taken, camera, np.array([k1, 0, 0, 0]), P=camera)
+    straight = straight.reshape(*SIZE, 2).astype(np.float32)
+    return cv2.remap(image, straight[..., 0], straight[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+def glare(image: np.ndarray) -> np.ndarray:
+    """A lamp mirrored by the table, 160 of 255 brighter, a tenth of the picture wide, in its middle."""
+    rows, columns = np.mgrid[0 : SIZE[0], 0 : SIZE[1]]
+    spot = np.exp(-((columns - SIZE[1] / 2) ** 2 + (rows - SIZE[0] / 2) ** 2) / (2 * 60.0**2))
+    return np.clip(image + 160 * spot[..., None], 0, 255).astype(np.uint8)
+
+
+def compress(image: np.ndarray) -> np.ndarray:
+    """JPEG of quality 40."""
+    return cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 40])[1], cv2.IMREAD_COLOR)
+
+
+CAMERAS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "as drawn": lambda image: image,
+    "radial distortion k1 = -0.1": lambda image: distort(image, -0.1),
+    "radial distortion k1 = 0.05": lambda image: distort(image, 0.05),
+    "blur, sigma 2 of 640 pixels": lambda image: cv2.GaussianBlur(image, (0, 0), 2),
+    "motion blur, 9 of 640 pixels": lambda image: cv2.blur(image, (9, 1)),
+    "glare": glare,
+    "JPEG, quality 40": compress,
+    "gamma 0.6": lambda image: (255 * (image / 255.0) ** 0.6).astype(np.uint8),
+}
+
+
+def main() -> int:
+    """Print the table; returns the exit code."""
+    args = tyro.cli(PoseArgs, description=__doc__)
+    check_flags(args, {"episodes": (1, 10_000)})
+    check_output("--json", args.json, (".json",))
+    envs = SO101ResidualVectorEnv(args.episodes, visual_randomization=True)
+    envs.reset(seed=TEST_SEED)
+    truth, locator, result = envs.qpos[:, [6, 7, 9]], SheetLocator(), {}
+    images = envs.camera_images(envs.qpos, CAMERA, SIZE, envs.look_seed)
+    print(
+        f"{'pictures':30}{'mean':>8}{'95 %':>8}{'largest':>9}  mm{'mean':>8}  degrees{'refused':>9} of {args.episodes}"
+    )
+    for name, take in CAMERAS.items():
+        found = np.full((args.episodes, 3), np.nan)
+        for i, image in enumerate(images):
+            seen = cv2.resize(take(image), SEEN_SIZE[::-1], interpolation=cv2.INTER_AREA)
+            try:
+                found[i] = locator.locate(seen, locator.find_tape(seen))
+            except NotSeen:
+                continue
+        known = np.isfinite(found[:, 0])
+        off = 1000 * np.linalg.norm((found - truth)[known, :2], axis=1)
+        turned = np.rad2deg(np.abs(wrap_angle((found - truth)[known, 2]))).mean()
+        errors = {"mean_mm": off.mean(), "p95_mm": np.percentile(off, 95), "max_mm": off.max(), "mean_deg": turned}
+        result[name] = {key: float(value) for key, value in errors.items()} | {"refused": int((~known).sum())}
+        print(
+            f"{name:30}{off.mean():8.1f}{np.percentile(off, 95):8.1f}{off.max():9.1f}{turned:12.2f}"
+            f"{result[name]['refused']:18}"
+        )
+    if args.json:
+        write_json(Path(args.json), result)
+    envs.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
