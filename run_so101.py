@@ -24,6 +24,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -243,10 +244,12 @@ class Loop:
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A picture of `size`, height and width."""
-    if image.shape[:2] == tuple(size):
-        return image
-    return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_AREA)
+    """A picture of `size`, height and width: the middle of another one, as a camera as wide as high would see it."""
+    height, width = image.shape[:2]
+    share = min(1.0, size[1] / size[0] * height / width), min(1.0, size[0] / size[1] * width / height)
+    columns, rows = round(width * share[0]), round(height * share[1])
+    left, top = (width - columns) // 2, (height - rows) // 2
+    return cv2.resize(image[top : top + rows, left : left + columns], size[::-1], interpolation=cv2.INTER_AREA)
 
 
 def make_robot(args: RunArgs, task: Task) -> Robot:
@@ -284,6 +287,7 @@ def main() -> int:
     """Run the episodes; returns the exit code."""
     args = tyro.cli(RunArgs, description=__doc__)
     check_run_args(args)
+    torch.set_num_threads(1)  # the other cores are the simulation's, or the camera's
     spec = args.policy.removeprefix("opencv:")
     policy = load_policy(spec)
     if policy is None or CAMERA not in policy.cameras or spec != args.policy:

@@ -12,7 +12,7 @@ from conftest import ROOT, refusal
 
 import run_so101
 import so101_robot
-from run_so101 import ASIDE_RAD, RAISED_RAD, Blind, Clock, Loop
+from run_so101 import ASIDE_RAD, RAISED_RAD, Blind, Clock, Loop, resize
 from so101_control import BACKLASH_RAD, JOINTS, LATENCY_S, Controller
 from so101_env import CONTROL_HZ, HOME_RAD, SO101Error, Task, load_model
 from so101_policies import BasePolicy, load_policy
@@ -160,6 +160,16 @@ def test_without_a_view_it_does_not_act():
     loop.robot.picture = lambda: Picture(old().image, loop.robot.time_s - 0.3)
     with pytest.raises(RobotError, match="newest picture is 300 ms old"):
         loop.episode(10, TASK.tape_margin)
+
+
+@pytest.mark.parametrize("size", [(96, 96), (120, 160)])
+def test_a_policy_sees_what_it_was_trained_on(size):
+    """The middle of a wide picture, and not all of it squeezed."""
+    robot = VirtualRobot()
+    painter = Painter(robot.arm.envs.model, size, fast=True)
+    expected = painter.paint(robot.arm.envs.qpos[0], "top", robot.arm.look).astype(float)
+    painter.close()
+    assert np.abs(resize(robot.picture().image, size) - expected).mean() < 2  # squeezed, the square one is off by 4
 
 
 def test_something_in_the_way_is_told():
