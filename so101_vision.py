@@ -25,6 +25,7 @@ SHEET_POINTS, MIN_SHEET_POINTS = 32, 8  # on each side of the sheet; at least tw
 # nobody knows where it was; below the second, it is not seen. Where 0.59 agreed, the pose was right to 5 mm; with 0.5
 # it could be off by 50.
 SURE, ENOUGH = 0.59, 0.5
+MIN_TELLING = 0.5  # of the outline; the share is one of no less
 MIN_CONTRAST = 12.0  # of 255, between sheet and table
 MAX_UNSEEN_STEPS = 30  # a second
 STARTS = 12  # places at which the sheet is looked for more closely
@@ -105,6 +106,17 @@ def sample_normals(
     return values.reshape(places.shape[:3]), points, normals
 
 
+def redness_of(image: np.ndarray) -> np.ndarray:
+    """How red a picture (H, W, 3) uint8 is, (H, W) float32."""
+    rgb = image.astype(np.float32)
+    return rgb[..., 0] - np.maximum(rgb[..., 1], rgb[..., 2])
+
+
+def is_red(redness: np.ndarray) -> np.ndarray:
+    """Where it is as red as the tape, (H, W) float32, 0 or 1."""
+    return (redness > max(20.0, 0.4 * np.percentile(redness, 99.5))).astype(np.float32)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the locator
 
@@ -124,12 +136,8 @@ class SheetLocator:
 
         It holds until the camera is moved. Raises NotSeen.
         """
-        rgb = image.astype(np.float32)
-        redness = rgb[..., 0] - np.maximum(rgb[..., 1], rgb[..., 2])
-        camera, outer = (
-            NominalCamera(image.shape[:2]),
-            rectangle(self.opening_half_m + TAPE_WIDTH_M, *TAPE_CENTER_M, 0.0),
-        )
+        redness, camera = redness_of(image), NominalCamera(image.shape[:2])
+        outer = rectangle(self.opening_half_m + TAPE_WIDTH_M, *TAPE_CENTER_M, 0.0)
         nominal, starts = np.zeros(7), [np.zeros(7)]
         if (quad := self._outer_corners(redness, project(camera.homography(nominal), outer))) is not None:
             fit = least_squares(lambda change: (project(camera.homography(change), outer) - quad).ravel(), nominal)
@@ -149,8 +157,7 @@ class SheetLocator:
 
         In the order in which they are nearest to those expected.
         """
-        mask = (redness > max(20.0, 0.4 * np.percentile(redness, 99.5))).astype(np.uint8)
-        contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        contours, _ = cv2.findContours(is_red(redness).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         contours = [contour for contour in contours if len(contour) > 0.05 * max(redness.shape)]
         if not contours:
             return None
@@ -220,7 +227,14 @@ class SheetLocator:
                 return np.append(((points * normal).sum(1) - level) / 0.001, change[6] / 0.3)
 
             change = least_squares(misses, change, loss="soft_l1").x
-        return camera.homography(change), int(good.sum())
+        homography = camera.homography(change)
+        # red along the middle of the tape, and as much farther out and farther in, where there should be none
+        offsets = np.array([0.5, 1.5, -0.5]) * TAPE_WIDTH_M
+        along = sample_normals(is_red(redness), homography, corners, offsets, TAPE_POINTS)[0]
+        on, out, within = np.nan_to_num(along).sum(1).T
+        if (on <= np.maximum(out, within)).any():
+            raise NotSeen("the red tape cannot be told from other red things")
+        return homography, int(good.sum())
 
     def locate(self, image: np.ndarray, to_picture: np.ndarray, last: np.ndarray | None = None) -> np.ndarray:
         """Pose (3,) of the sheet, x and y (m), yaw (rad, within a quarter turn to either side).
@@ -234,15 +248,15 @@ class SheetLocator:
         Raises:
             NotSeen: the sheet cannot be made out.
         """
-        whiteness = image.min(axis=2).astype(np.float32)
+        whiteness, tape = image.min(axis=2).astype(np.float32), is_red(redness_of(image))
         yaws, starts = np.arange(-0.78, 0.78, 0.06), []
         if last is not None:
-            pose, support = self._refine(whiteness, to_picture, last)
+            pose, support = self._refine(whiteness, tape, to_picture, last)
             if support >= SURE:
                 return pose
             yaws, starts = last[2] + np.array([-0.12, -0.06, 0.0, 0.06, 0.12]), [last]
         starts += self._search(whiteness, to_picture, yaws)[: 4 if starts else STARTS]
-        found = [self._refine(whiteness, to_picture, start) for start in starts]
+        found = [self._refine(whiteness, tape, to_picture, start) for start in starts]
         pose, support = max(found, key=lambda each: each[1], default=(None, 0.0))
         if support >= (SURE if last is None else ENOUGH):
             return pose
@@ -282,10 +296,13 @@ class SheetLocator:
         best = sorted(peaks, key=lambda peak: -peak[0])[:STARTS]
         return [pose for support, pose in best if support > 0.3 * outline]
 
-    def _refine(self, whiteness: np.ndarray, to_picture: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, float]:
+    def _refine(
+        self, whiteness: np.ndarray, tape: np.ndarray, to_picture: np.ndarray, start: np.ndarray
+    ) -> tuple[np.ndarray, float]:
         """The pose (3,) that puts the sheet's outline where the picture has it, from one that nearly does.
 
-        And which share of the outline agrees; none if two of its sides say nothing.
+        And which share of the outline agrees; none if two of its sides say nothing. Where red lies outside, nothing is
+        said: a table ends there just as a sheet does.
         """
         pose, step = start.copy(), 0.001
         for reach_m in (0.020, 0.012, 0.008, 0.006):
@@ -312,10 +329,14 @@ class SheetLocator:
             distance = offsets[0] + (k + near - 0.5 + np.clip(shift, -1, 1)) * step
             good = (height > max(MIN_CONTRAST, 0.4 * np.percentile(height, 75))) & (np.abs(distance) < reach_m)
             pose, inliers = _fit_rectangle(pose, points, normals, distance, good)
+        corners = rectangle(SHEET_HALF_M, *pose)
+        beside = sample_normals(tape, to_picture, corners, np.arange(0.003, 0.009, 0.001), SHEET_POINTS)[0]
+        telling = np.nan_to_num(beside).mean(2) < 0.5
+        inliers = inliers & telling
         counts = inliers.sum(1)
         across = min(max(counts[0], counts[2]), max(counts[1], counts[3]))
         pose[2] = (pose[2] + np.pi / 2) % np.pi - np.pi / 2  # a sheet looks alike after half a turn
-        return pose, counts.sum() / inliers.size * (across >= MIN_SHEET_POINTS)
+        return pose, counts.sum() / max(telling.sum(), MIN_TELLING * telling.size) * (across >= MIN_SHEET_POINTS)
 
 
 def _near_line(found: np.ndarray, seen: np.ndarray, normal: np.ndarray, tolerance_m: float) -> np.ndarray:

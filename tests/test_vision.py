@@ -1,5 +1,6 @@
 """Where the sheet lies, from rendered pictures under visual randomisation, and what is refused."""
 
+import cv2
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
@@ -47,6 +48,24 @@ def test_what_cannot_be_seen_is_refused(scenes):
     hidden[picture.min(axis=2) > 80] = 40
     with pytest.raises(NotSeen, match="the sheet cannot be made out"):
         locator.locate(hidden, to_picture)
+
+
+@pytest.mark.parametrize("seed, brighter", [(1_700_002_280, 160), (1_700_002_840, 160), (1_700_002_333, 0)])
+def test_what_looks_like_the_sheet_or_the_tape_is_not_taken_for_it(seed, brighter):
+    """A glaring table ends at the tape as a sheet does; parts of an arm are as red as a side of the tape."""
+    envs = SO101ResidualVectorEnv(1, visual_randomization=True)
+    envs.reset(seed=seed)
+    image = envs.camera_images(envs.qpos, "top", (480, 640), envs.look_seed)[0]
+    rows, columns = np.mgrid[0:480, 0:640]
+    spot = brighter * np.exp(-((columns - 320) ** 2 + (rows - 240) ** 2) / (2 * 60.0**2))
+    image = np.clip(image + spot[..., None], 0, 255).astype(np.uint8)
+    image = cv2.resize(image, (320, 240), interpolation=cv2.INTER_AREA)
+    locator = SheetLocator()
+    try:
+        pose = locator.locate(image, locator.find_tape(image))
+    except NotSeen:
+        return
+    np.testing.assert_allclose(pose[:2], envs.qpos[0, 6:8], atol=0.008)
 
 
 def test_a_policy_that_is_told_by_opencv_rests_until_it_sees():
