@@ -295,6 +295,7 @@ def main() -> int:
     task = getattr(policy, "task", Task())
     margin = task.tape_margin if args.tape_margin is None else args.tape_margin
     task = dataclasses.replace(task, tape_margin=margin)
+    policy.firmware_p = args.firmware_p
     sim, max_steps = args.robot == "sim", max(1, round(args.episode_s * CONTROL_HZ))
     robot = make_robot(args, task)
     controller = Controller(

@@ -534,6 +534,8 @@ class SO101ResidualVectorEnv(gym.vector.VectorEnv):
                 f"base policy {name} acts in {base_policy.max_envs} environment at a time, not in {num_envs}; to train "
                 "on it, record it and clone what it did"
             )
+        if base_policy is not None:
+            base_policy.firmware_p = self.task.firmware_p
         self.num_envs, self.render_mode = num_envs, render_mode
         self.width, self.height, self.camera_name = width, height, camera_name
         self.metadata = {**self.metadata, "autoreset_mode": AutoresetMode(autoreset_mode)}

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from so101_control import COMMAND_WINDOW_RAD, clamp, from_rad, to_rad
+from so101_control import COMMAND_WINDOW_RAD, FIRMWARE_P, clamp, from_rad, to_rad
 from so101_env import (
     ACT_DIM,
     BASE_DELTA,
@@ -81,6 +81,7 @@ class BasePolicy:
     max_envs: int | None = None  # how many environments it can act in at once: a person can in one
     # where it took the sheet to be in the last step: x, y (m), yaw (rad), (N, 3); NaN where it had no idea
     estimate: np.ndarray | None = None
+    firmware_p: int = FIRMWARE_P  # P coefficient of the servos that it moves: the environment says so, or run_so101.py
     trouble: str = ""  # why it rests in this step, if it does: what it cannot see
     quit: bool = False  # a person has had enough: the episode under way does not count, and no other follows
 
@@ -213,14 +214,16 @@ class TipPolicy(BasePolicy):
         wanted = np.column_stack([motion_m, rise_m, self.PITCH_GAIN * self.PITCH_M_PER_RAD * pitch])
         transposed = rows.transpose(0, 2, 1)
         step = transposed @ np.linalg.solve(rows @ transposed + self.DAMPING * np.eye(4), wanted[:, :, None])
-        lead = COMMAND_WINDOW_RAD + self.LEAD_S * np.abs(velocity)
+        softer = FIRMWARE_P / self.firmware_p  # than the model's servos
+        lead = COMMAND_WINDOW_RAD * softer + self.LEAD_S * np.abs(velocity)
         step = step[:, :, 0] / np.maximum((np.abs(step[:, :, 0]) / lead).max(1, keepdims=True), 1.0)
 
         torque = self.gravity[:, :ARM] + self.model.dof_damping[:ARM] * velocity
         torque -= self.PRESS_N * jacobian[:, 2] * pressing[:, None]
         # wrist_roll and gripper stay where they were told to be: a residual may turn them
         delta = np.zeros((len(obs), ACT_DIM))
-        delta[:, :ARM] = joints[:, :ARM] + step + torque / self.model.actuator_gainprm[:ARM, 0] - command[:, :ARM]
+        held = torque * softer / self.model.actuator_gainprm[:ARM, 0]
+        delta[:, :ARM] = joints[:, :ARM] + step + held - command[:, :ARM]
         return delta
 
 
@@ -616,6 +619,16 @@ class StackedPolicy(BasePolicy):
         self.residual[mask] = 0.0
         if self.base is not None:
             self.base.reset(mask)
+
+    @property
+    def firmware_p(self) -> int:
+        """P coefficient of the servos that it moves; passed on to its own base policy."""
+        return FIRMWARE_P if self.base is None else self.base.firmware_p
+
+    @firmware_p.setter
+    def firmware_p(self, firmware_p: int) -> None:
+        if self.base is not None:
+            self.base.firmware_p = firmware_p
 
     @property
     def memory(self) -> Mapping[str, np.ndarray]:

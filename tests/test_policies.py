@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode
 
 import ppo_residual_so101 as ppo
 from so101_env import ACT_DIM, TAPE_CENTER_M, BasePolicyError, SO101Error, SO101ResidualVectorEnv, base_observation
-from so101_policies import BasePolicy, JacobianPolicy, load_checkpoint, load_policy
+from so101_policies import BasePolicy, JacobianPolicy, StackedPolicy, load_checkpoint, load_policy
 from so101_runs import VALIDATION_SEED, evaluate, no_residual
 
 SEEDS = list(range(1_700_000_000, 1_700_000_100))  # of no training and no evaluation
@@ -42,9 +42,26 @@ def test_pusher_is_deterministic_and_alike_in_every_batch():
     assert run_alone(0.04, num_envs=50)[:20] == run_alone(0.04, num_envs=20)[:20]
 
 
-def test_pusher_drags_the_sheet_with_a_light_press():
+@pytest.mark.parametrize("stacked", [False, True])
+def test_pusher_knows_the_servos(stacked):
+    """At LeRobot's gain, half of the model's; also where it is the base policy of another one."""
+
+    class Frozen(StackedPolicy):
+        def act(self, obs, mask):
+            return self.base_delta(obs, mask)
+
+    pusher = Frozen(JacobianPolicy()) if stacked else JacobianPolicy()
+    envs = SO101ResidualVectorEnv(50, pusher, firmware_p=16, autoreset_mode=AutoresetMode.DISABLED)
+    episodes = evaluate(no_residual, envs, SEEDS[:50])
+    assert np.mean([episode["success"] for episode in episodes]) >= 0.95
+
+
+@pytest.mark.parametrize("firmware_p", [16, 32])
+def test_pusher_drags_the_sheet_with_a_light_press(firmware_p):
     """Contact force of the fingertips while the sheet moves."""
-    envs = SO101ResidualVectorEnv(20, JacobianPolicy(), randomize=False, autoreset_mode=AutoresetMode.DISABLED)
+    envs = SO101ResidualVectorEnv(
+        20, JacobianPolicy(), randomize=False, firmware_p=firmware_p, autoreset_mode=AutoresetMode.DISABLED
+    )
     obs, _ = envs.reset(seed=SEEDS[0])
     data, sensed = mujoco.MjData(envs.model), []
     for _ in range(120):
