@@ -89,6 +89,10 @@ def main() -> int:
             except NotSeen:
                 continue
         known = np.isfinite(found[:, 0])
+        if not known.any():
+            result[name] = {"refused": args.episodes}
+            print(f"{name:30}{'all refused':>25}")
+            continue
         off = 1000 * np.linalg.norm((found - truth)[known, :2], axis=1)
         turned = np.rad2deg(np.abs(wrap_angle((found - truth)[known, 2]))).mean()
         errors = {"mean_mm": off.mean(), "p95_mm": np.percentile(off, 95), "max_mm": off.max(), "mean_deg": turned}
