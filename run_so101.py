@@ -244,7 +244,7 @@ class Loop:
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A picture of `size`, height and width: the middle of another one, as a camera as wide as high would see it."""
+    """A picture of `size`, height and width, from the middle of another one: what a camera of that shape would see."""
     height, width = image.shape[:2]
     share = min(1.0, size[1] / size[0] * height / width), min(1.0, size[0] / size[1] * width / height)
     columns, rows = round(width * share[0]), round(height * share[1])
@@ -291,7 +291,7 @@ def main() -> int:
     spec = args.policy.removeprefix("opencv:")
     policy = load_policy(spec)
     if policy is None or CAMERA not in policy.cameras or spec != args.policy:
-        policy = OpenCVPolicy(spec, args.tape_margin)
+        policy = OpenCVPolicy(policy, args.tape_margin)
     task = getattr(policy, "task", Task())
     margin = task.tape_margin if args.tape_margin is None else args.tape_margin
     task = dataclasses.replace(task, tape_margin=margin)

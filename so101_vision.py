@@ -15,7 +15,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from so101_env import ACT_DIM, IMAGES, BaseObservation, SO101Error, Task
-from so101_policies import StackedPolicy, add_cameras, load_policy
+from so101_policies import BasePolicy, StackedPolicy, add_cameras, load_policy
 from so101_scene import SHEET_HALF_M, TAPE_CENTER_M, TAPE_MARGIN_M, TAPE_WIDTH_M, load_model
 
 CAMERA = "top"
@@ -379,14 +379,14 @@ class OpenCVPolicy(StackedPolicy):
     after MAX_UNSEEN_STEPS without, the arm rests; `trouble` then says what cannot be seen.
 
     Args:
-        spec: of the policy.
+        base: the policy, or its spec string.
         tape_margin: m between sheet and tape, as laid; None: that of the policy's task.
     """
 
     own_cameras, own_size = (CAMERA,), (240, 320)
 
-    def __init__(self, spec: str, tape_margin: float | None = None):
-        super().__init__(load_policy(spec))
+    def __init__(self, base: BasePolicy | str | None, tape_margin: float | None = None):
+        super().__init__(load_policy(base) if isinstance(base, str) else base)
         self.cameras, self.image_size = add_cameras(self.base, self.own_cameras, self.own_size, "opencv")
         self.task = getattr(self.base, "task", Task())
         self.locator = SheetLocator(self.task.tape_margin if tape_margin is None else tape_margin)
