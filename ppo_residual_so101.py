@@ -2,79 +2,38 @@
 
     python ppo_residual_so101.py --total-timesteps 50000
 
-The policy's action is a residual that corrects a base policy (default: zero). It is added in one place, `step` of
-so101_env.py: delta = base + alpha * act_scale * clip(residual, -1, 1). Top to bottom: Args, Agent, rollout, advantages,
-loss, update, checkpoints, main.
+The policy's action is a residual that corrects a base policy (default: zero). It is added in one place, `joint_targets`
+of so101_env.py: delta = base + alpha * act_scale * clip(residual, -1, 1). Top to bottom: Args, Agent, rollout,
+advantages, loss, update, main.
 
-A copy of this file works like the original: eval_so101.py, the sweep and `checkpoint:` bases load what it saves through
-the copy itself. They use its Args (with `task` and `base`), check_args, Agent(args) with `act`, and make_envs.
+A copy of this file works like the original: eval_so101.py, the sweep and `checkpoint:` bases load its checkpoints
+through the copy itself. They use its Args (with `task` and `base`), check_args, Agent(args) with `act`, and make_envs.
 """
 
-if __name__ == "__main__":  # Ctrl+C while importing ends the program, without a traceback
+if __name__ == "__main__":  # Ctrl+C during the imports ends the program without a traceback
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import copy
 import dataclasses
-import json
-import shlex
 import sys
-import time
-from collections import deque
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn as nn
-import tyro
 from gymnasium.vector import AutoresetMode
-from tqdm import tqdm
 
-from so101_env import ACT_DIM, MAX_EPISODE_STEPS, BasePolicyError, SO101Error, SO101ResidualVectorEnv, Task
-from so101_policies import (
-    CHECKPOINT,
-    Checkpoint,
-    Features,
-    Server,
-    check_base,
-    load_checkpoint,
-    load_policy,
-    load_weights,
-)
-from so101_runs import (
-    BEST_BY,
-    EVAL_TAGS,
-    FINALISTS,
-    RIVAL_EPISODES,
-    ROLLOUT_TAGS,
-    VALIDATION_SEED,
-    Interrupts,
-    Processes,
-    check_flags,
-    check_rendering,
-    check_run_name,
-    command_of,
-    copy_file,
-    describe_run,
-    episode_mean,
-    evaluate,
-    evaluate_agent,
-    finalists_of,
-    flag_of,
-    flat_settings,
-    log_best,
-    make_run_dir,
-    model_name,
-    ranking,
-    run_dir_of,
-    run_script,
-    save_tensors,
-    to_numpy,
-    to_plain,
-    write_json,
-)
+from so101.checkpoints import CHECKPOINT, check_base, load_weights, restore_optimizer, restoring
+from so101.cli import check_flags, parse_run, run_script
+from so101.distributed import World
+from so101.evaluation import training_seeds
+from so101.files import to_numpy, to_plain
+from so101.networks import CONTACT, EXPECTED_YAW, SHEET_TO_TIP, Features
+from so101.policies import load_policy
+from so101.recorder import Recorder, Run
+from so101.server import Server
+from so101_env import ACT_DIM, BASE_DELTA, MAX_EPISODE_STEPS, SO101Error, SO101ResidualVectorEnv, Task
 
 SCRIPT = Path(__file__).name
 LOG_2PI = float(np.log(2 * np.pi))
@@ -89,17 +48,17 @@ class PPO:
     """The algorithm."""
 
     num_envs: int = 32
-    """environments simulated side by side"""
+    """parallel environments, over all ranks"""
     num_steps: int = 64
     """steps per environment and rollout"""
     minibatch_size: int = 512
-    """samples per gradient step"""
+    """samples per gradient step, over all ranks"""
     update_epochs: int = 8
     """passes over each rollout"""
     learning_rate: float = 3e-3
-    """step size of Adam at the start"""
+    """initial step size of Adam"""
     anneal_lr: bool = True
-    """let the learning rate fall linearly to zero"""
+    """anneal the learning rate linearly to zero"""
     gamma: float = 0.98
     """discount factor"""
     gae_lambda: float = 0.95
@@ -111,11 +70,9 @@ class PPO:
     vf_coef: float = 0.5
     """weight of the value loss"""
     max_grad_norm: float = 0.5
-    """norm to which larger gradients are scaled down"""
-    norm_adv: bool = True
-    """normalise advantages per minibatch"""
+    """gradient clipping by norm"""
     recompute_adv: bool = True
-    """compute values and advantages anew before every pass, with the critic that the last pass has improved"""
+    """recompute values and advantages before every pass, with the critic as the last pass left it"""
     shaping: bool = True
     """add the potential-based shaping term to the rewards that PPO learns from; logged returns are unshaped"""
     train_episode_steps: int = 150
@@ -128,16 +85,12 @@ class Networks:
 
     hidden_size: int = 128
     """units in each of the two hidden layers"""
-    activation: Literal["relu", "tanh"] = "relu"
-    """activation of the hidden layers"""
-    layer_norm: bool = True
-    """layer normalisation in the second hidden layer: it learns from larger steps"""
     log_std_init: float = -0.3
-    """log standard deviation of the exploration noise at the start"""
+    """initial log standard deviation of the exploration noise"""
     symmetry: bool = True
     """average actor and critic over the scene and its left-right mirror image"""
     sheet_feature: bool = True
-    """show the networks where the tip is from the sheet, and whether it presses, computed from the observation"""
+    """show the networks where the tip is relative to the sheet, and whether it presses, derived from the observation"""
 
 
 @dataclasses.dataclass
@@ -146,44 +99,16 @@ class Base:
 
     base_policy: str = "zero"
     """zero, jacobian (a scripted pusher), checkpoint:PATH, onnx:PATH, bc:PATH, server:HOST:PORT (LeRobot's or
-    GR00T's), opencv:SPEC (SPEC told by OpenCV where the sheet lies), or MODULE:CLASS[:ARGUMENT] for your own class"""
+    GR00T's), opencv:SPEC (SPEC with the sheet's pose estimated by OpenCV), or MODULE:CLASS[:ARGUMENT] for your own"""
     observe_base: bool = False
     """append the base policy's action to the observation: 31 numbers instead of 25"""
     server: Server = dataclasses.field(default_factory=Server)
 
 
 @dataclasses.dataclass
-class Run:
-    """What is written, how often, and where."""
-
-    log_dir: str = "logs"
-    """directory that gets one directory per run; with --resume, by default, the one that the resumed run lies in"""
-    run_name: str | None = None
-    """name of that directory, and of the run at Weights & Biases (default: the script's name, the time and the seed)"""
-    num_threads: int | None = None
-    """physics threads (default: every core); the results do not depend on it"""
-    checkpoint_every: int = 10_000
-    """steps between checkpoints"""
-    eval_every: int = 10_000
-    """steps between evaluations, which also choose the best model; 0 for none"""
-    eval_episodes: int = 16
-    """episodes per evaluation, on fixed held-out seeds; 16 take about a fifth of the time of a default run"""
-    final_eval_episodes: int = 64
-    """episodes on which the best models are compared at the end if an evaluation's cannot tell them apart"""
-    resume: str | None = None
-    """checkpoint to continue, to the bit, with the settings it was started with"""
-    track: bool = False
-    """also log to Weights & Biases"""
-    wandb_project_name: str = "ppo-residual-so101"
-    """project of --track"""
-    capture_video: bool = False
-    """save a video of the first episode of every evaluation"""
-
-
-@dataclasses.dataclass
 class Args:
     seed: int = 1
-    """seed of everything: weights, exploration, minibatches, environments"""
+    """seed of weights, exploration, minibatches and environments"""
     total_timesteps: int = 50_000
     """environment steps in all; never exceeded"""
     ppo: PPO = dataclasses.field(default_factory=PPO)
@@ -198,16 +123,15 @@ RANGES = {
     "minibatch_size": (1, 2**22), "update_epochs": (1, 1000), "learning_rate": (1e-9, 10), "gamma": (0, 1),
     "gae_lambda": (0, 1), "clip_coef": (1e-6, 100), "ent_coef": (0, 100), "vf_coef": (0, 100),
     "max_grad_norm": (1e-6, 1e6), "train_episode_steps": (1, 10**6), "hidden_size": (1, 4096),
-    "log_std_init": (-10, 2), "num_threads": (1, 1024), "checkpoint_every": (1, 10**10), "eval_every": (0, 10**10),
-    "eval_episodes": (1, 4096), "final_eval_episodes": (0, 100_000), **Task.RANGES, **Server.RANGES,
+    "log_std_init": (-10, 2), **Task.RANGES, **Server.RANGES, **Run.RANGES,
 }  # fmt: skip
 
 
 def check_args(args: Args) -> None:
-    """Raise SO101Error with the name of the first flag that is out of range, or contradicts another."""
+    """Raise SO101Error with the name of the first flag that is out of range or contradicts another."""
     for settings in (args, args.ppo, args.networks, args.base.server, args.task, args.run):
         check_flags(settings, RANGES)
-    check_run_name(args.run.run_name)
+    args.run.check_name()
     # a budget below one rollout shortens the rollout, and below num_envs takes fewer environments
     samples = args.ppo.num_envs * args.ppo.num_steps
     if samples > 2**22:
@@ -224,7 +148,7 @@ def check_args(args: Args) -> None:
 
 
 def make_envs(args: Args, num_envs: int, evaluation: bool = False, num_threads: int | None = None):
-    """The task as args describe it, a SO101ResidualVectorEnv: for training, or for `evaluate`."""
+    """The task as args describe it, a SO101ResidualVectorEnv, for training or for `evaluate`."""
     return SO101ResidualVectorEnv(
         num_envs,
         load_policy(args.base.base_policy, args.base.server),
@@ -253,23 +177,23 @@ class Agent(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
-        net = args.networks
-        derived = ("sheet_to_tip", "contact") * net.sheet_feature + ("arrival_yaw",) * (
-            args.task.arrival_yaw_weight > 0
-        )
-        self.features = Features(args.base.observe_base, derived, net.symmetry)
-        width, activation = net.hidden_size, {"relu": lambda: nn.ReLU(inplace=True), "tanh": nn.Tanh}[net.activation]
+        parts = SO101ResidualVectorEnv.parts | ({"base_delta": BASE_DELTA} if args.base.observe_base else {})
+        derived = [SHEET_TO_TIP, CONTACT] if args.networks.sheet_feature else []
+        if args.task.arrival_yaw_weight > 0:
+            derived.append(EXPECTED_YAW)
+        self.features = Features(parts, derived, args.networks.symmetry)
+        width = args.networks.hidden_size
 
         def mlp(out_dim: int, out_std: float) -> nn.Sequential:
             return nn.Sequential(
-                layer_init(nn.Linear(self.features.dim, width)), activation(), layer_init(nn.Linear(width, width)),
-                nn.LayerNorm(width) if net.layer_norm else nn.Identity(), activation(),
+                layer_init(nn.Linear(self.features.dim, width)), nn.ReLU(inplace=True),
+                layer_init(nn.Linear(width, width)), nn.LayerNorm(width), nn.ReLU(inplace=True),
                 layer_init(nn.Linear(width, out_dim), std=out_std),
             )  # fmt: skip
 
         # with a base policy to start from, the residual starts at exactly zero
         self.actor_mean = mlp(ACT_DIM, out_std=0.01 if args.base.base_policy == "zero" else 0.0)
-        self.actor_logstd = nn.Parameter(torch.full((1, ACT_DIM), net.log_std_init))
+        self.actor_logstd = nn.Parameter(torch.full((1, ACT_DIM), args.networks.log_std_init))
         self.critic = mlp(1, out_std=1.0)
 
     def get_gaussian(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -308,21 +232,21 @@ def rollout(
     """
     num_steps, (n, obs_dim) = len(noise), next_obs.shape
     buffers = {
-        "obs": np.zeros((num_steps, n, obs_dim), np.float32),
+        "obs": np.zeros((num_steps, n, obs_dim), np.float32),  # (num_steps, num_envs, 25 or 31)
         "real_next_obs": np.zeros((num_steps, n, obs_dim), np.float32),  # the final one where an episode ended
-        "actions": np.zeros((num_steps, n, ACT_DIM), np.float32),  # unclipped
-        "rewards": np.zeros((num_steps, n), np.float32),
+        "actions": np.zeros((num_steps, n, ACT_DIM), np.float32),  # (num_steps, num_envs, 6), unclipped
+        "rewards": np.zeros((num_steps, n), np.float32),  # (num_steps, num_envs), as the next two
         "terminations": np.zeros((num_steps, n), np.float32),
         "dones": np.zeros((num_steps, n), np.float32),  # terminated or truncated
     }
     episodes = []
     with torch.inference_mode():
         for step in range(num_steps):
-            # only the action is needed now: values and log-probabilities follow for the whole rollout at once
+            # only the action is needed now; values and log-probabilities are computed for the whole rollout at once
             mean, logstd = agent.get_gaussian(agent.features(next_obs))
             action = mean.numpy() + noise[step] * logstd.exp().numpy()
             buffers["obs"][step], buffers["actions"][step] = next_obs, action
-            # which clips the action and adds it to the base's
+            # the environment clips the action and adds it to that of the base policy
             next_obs, reward, terminations, truncations, infos = envs.step(action)
             buffers["real_next_obs"][step], buffers["rewards"][step] = next_obs, reward
             if "final_info" in infos:
@@ -330,7 +254,7 @@ def rollout(
                 buffers["real_next_obs"][step][done] = infos["final_obs"][done]
                 buffers["terminations"][step], buffers["dones"][step] = terminations, done
                 for i in np.flatnonzero(done):
-                    episodes.append({
+                    episodes.append({  # every value is logged under rollout/
                         "success": float(final["is_success"][i]),
                         "return": float(final["episode_summary"]["return"][i]),
                         "length": float(final["episode_summary"]["length"][i]),
@@ -362,51 +286,43 @@ def compute_gae(
 
 def ppo_loss(
     agent: Agent, mb_x: torch.Tensor, critic_view: int, mb_actions: torch.Tensor, mb_logprobs: torch.Tensor,
-    mb_advantages: torch.Tensor, mb_returns: torch.Tensor, args: PPO, mb_size: int,
+    mb_advantages: torch.Tensor, mb_returns: torch.Tensor, args: PPO,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
-    """Loss and metrics to log of this process's part (B, ...) of a minibatch of mb_size: sums over it, per mb_size.
+    """Loss and metrics of a minibatch (B, ...).
 
-    The critic learns from one view only, the scene or its mirror image: taking turns teaches as much, at half the cost.
+    The critic learns from one view only, the scene or its mirror image: alternating teaches as much at half the cost.
     """
-
-    def mean(x: torch.Tensor) -> torch.Tensor:
-        return x.sum() / mb_size
-
     logprob, entropy = agent.get_logprob(mb_x, mb_actions)
     logratio = logprob - mb_logprobs
     ratio = logratio.exp()
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    pg_loss = mean(torch.max(-mb_advantages * ratio, -mb_advantages * clipped_ratio))
-    v_loss = 0.5 * mean((agent.get_value(mb_x[:, critic_view : critic_view + 1]) - mb_returns).square())
-    entropy_loss = mean(entropy.expand(len(ratio)))
+    pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * clipped_ratio).mean()
+    v_loss = 0.5 * (agent.get_value(mb_x[:, critic_view : critic_view + 1]) - mb_returns).square().mean()
+    entropy_loss = entropy.mean()
     loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
     with torch.no_grad():
         metrics = {
-            "approx_kl": mean((ratio - 1) - logratio),  # http://joschu.net/blog/kl-approx.html
-            "clip_fraction": mean(((ratio - 1.0).abs() > args.clip_coef).float()),
-            "entropy_loss": -entropy_loss.detach(),
-            "policy_gradient_loss": pg_loss.detach(),
-            "value_loss": v_loss.detach(),
+            "approx_kl": ((ratio - 1) - logratio).mean(),  # http://joschu.net/blog/kl-approx.html
+            "clip_fraction": ((ratio - 1.0).abs() > args.clip_coef).float().mean(),
+            "entropy_loss": -entropy_loss,
+            "policy_gradient_loss": pg_loss,
+            "value_loss": v_loss,
         }
-    return loss, metrics
+    return loss, {key: value.detach() for key, value in metrics.items()}
 
 
-def normalize(b_advantages: torch.Tensor, minibatches: list[torch.Tensor], processes: Processes) -> torch.Tensor:
-    """Advantages of mean 0 and standard deviation 1 in every minibatch, a list of rows of b_advantages."""
-    parts = [b_advantages[rows].double() for rows in minibatches]
-    sums = torch.stack([torch.stack([torch.ones_like(p).sum(), p.sum(), p.square().sum()]) for p in parts])
-    counts, sums, squares = processes.add_up(sums).T
-    means, normalized = sums / counts, b_advantages.clone()
-    stds = (squares / counts - means.square()).clamp(min=0).sqrt()
-    for rows, count, mean, std in zip(minibatches, counts, means, stds):
-        if count > 1:
-            normalized[rows] = (b_advantages[rows] - mean.float()) / (std.float() + 1e-8)
-    return normalized
+def normalize(mb_advantages: torch.Tensor) -> torch.Tensor:
+    """Advantages of a minibatch (B,) with mean 0 and standard deviation 1; computed in double precision."""
+    if len(mb_advantages) == 1:
+        return mb_advantages
+    mean = mb_advantages.double().mean()
+    std = (mb_advantages.double().square().mean() - mean.square()).clamp(min=0).sqrt()
+    return (mb_advantages - mean.float()) / (std.float() + 1e-8)
 
 
 def update(
     agent: Agent, optimizer: torch.optim.Optimizer, buffers: dict[str, torch.Tensor], args: PPO,
-    generator: torch.Generator, processes: Processes,
+    generator: torch.Generator, world: World,
 ) -> dict[str, float]:  # fmt: skip
     """Improve the agent on one rollout; returns the metrics averaged over all minibatches."""
     parameters, (num_steps, n) = list(agent.parameters()), buffers["rewards"].shape
@@ -417,9 +333,8 @@ def update(
         b_real_next_x = agent.features(buffers["real_next_obs"].flatten(0, 1).numpy())
 
     # minibatches of equal size, at most minibatch_size: a shortened rollout leaves no tiny rest
-    batch_size = num_steps * processes.num_envs
-    num_minibatches = -(-batch_size // args.minibatch_size)
-    sums: dict[str, torch.Tensor] = {}
+    num_minibatches = -(-len(b_x) // (args.minibatch_size // world.size))
+    history: list[dict[str, torch.Tensor]] = []  # metrics of the minibatches
     for epoch in range(args.update_epochs):
         if epoch == 0 or args.recompute_adv:
             with torch.no_grad():
@@ -430,123 +345,28 @@ def update(
                 ).flatten()  # fmt: skip
             b_returns = b_advantages + b_values
         if epoch == 0:
-            moments = [b_returns, b_returns.square(), b_returns - b_values, (b_returns - b_values).square()]
-        # every process draws the same order of all samples, and takes its own share of each minibatch
-        minibatches = torch.randperm(batch_size, generator=generator).tensor_split(num_minibatches)
-        sizes, minibatches = [len(rows) for rows in minibatches], [processes.own_rows(rows) for rows in minibatches]
-        mb_advantages = normalize(b_advantages, minibatches, processes) if args.norm_adv else b_advantages
-        tensors = (b_actions, b_logprobs, mb_advantages, b_returns)
-        for rows, size in zip(minibatches, sizes):
-            loss, metrics = ppo_loss(agent, b_x[rows], epoch % b_x.shape[1], *(b[rows] for b in tensors), args, size)
+            explained = 1 - b_advantages.var(correction=0) / b_returns.var(correction=0)
+        for mb in torch.randperm(len(b_x), generator=generator).tensor_split(num_minibatches):
+            loss, metrics = ppo_loss(
+                agent, b_x[mb], epoch % b_x.shape[1], b_actions[mb], b_logprobs[mb], normalize(b_advantages[mb]),
+                b_returns[mb], args,
+            )  # fmt: skip
             optimizer.zero_grad()
             loss.backward()
-            metrics = processes.add_up_gradients(parameters, {"loss": loss.detach(), **metrics})
-            if not torch.isfinite(metrics.pop("loss")):
+            world.average_gradients(parameters)
+            history.append(metrics)
+            if not torch.isfinite(loss):
                 raise FloatingPointError("loss (" + ", ".join(f"{k} {v:.3g}" for k, v in metrics.items()) + ")")
             if not torch.isfinite(nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)):
                 raise FloatingPointError("gradient")
             optimizer.step()
-            sums = {key: sums.get(key, 0.0) + value for key, value in metrics.items()}
     if not all(torch.isfinite(parameter).all() for parameter in parameters):
         raise FloatingPointError("weights")
-    count = args.update_epochs * num_minibatches
-    metrics = {key: float(value) / count for key, value in sums.items()}
-    moments = torch.stack([each.double().sum() for each in (*moments, b_actions.clamp(-1, 1).norm(dim=-1))])
-    returns, squares, error, squared_error, magnitude = (processes.add_up(moments) / batch_size).tolist()
-    variance = squares - returns**2
-    metrics["explained_variance"] = 1 - (squared_error - error**2) / variance if variance > 0 else 0.0
-    metrics["residual_magnitude"] = magnitude
+    metrics = {key: float(torch.stack([each[key] for each in history]).mean()) for key in history[0]}
+    metrics["explained_variance"] = float(explained) if torch.isfinite(explained) else 0.0
+    metrics["residual_magnitude"] = float(b_actions.clamp(-1, 1).norm(dim=-1).mean())
+    metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
     return metrics
-
-
-def choose_best(
-    finalists: list[dict[str, Any]], run_dir: Path, eval_envs: SO101ResidualVectorEnv, run: Run
-) -> dict[str, Any]:
-    """The best of the finalists, with its means over final_eval_episodes, those of its evaluation and more."""
-    more = [VALIDATION_SEED + i for i in range(run.eval_episodes, run.final_eval_episodes)]
-    needed = finalists[0]["success_rate"] - RIVAL_EPISODES / run.eval_episodes
-    rivals = [finalist for finalist in finalists if finalist["success_rate"] >= needed]
-    if not more or len(rivals) < 2:
-        return {**finalists[0], "episodes": run.eval_episodes}
-    share, compared = len(more) / run.final_eval_episodes, []
-    for finalist in rivals:
-        model = run_dir / "best_model" / model_name(finalist["step"])
-        results = evaluate(load_checkpoint(model).agent(model).act, eval_envs, more)
-        means = {"success_rate": episode_mean(results, "success"), "mean_return": episode_mean(results, "return")}
-        compared.append({key: (1 - share) * finalist[key] + share * means[key] for key in BEST_BY})
-        compared[-1] |= {"step": finalist["step"], "episodes": run.final_eval_episodes}
-    return max(compared, key=ranking)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoints: all that a run needs to go on to the bit
-
-
-# flags that may differ from the run that is resumed: none of them changes what is learned, but a longer budget
-RESUMABLE = {
-    "resume", "log_dir", "run_name", "num_threads", "total_timesteps", "track", "wandb_project_name", "capture_video",
-}  # fmt: skip
-
-
-def parse_args() -> tuple[Args, Checkpoint | None]:
-    """Command line to Args; with --resume, also the checkpoint, whose settings are then the defaults.
-
-    Raises SO101Error for flags that cannot be used.
-    """
-    config = (tyro.conf.OmitArgPrefixes,)
-    args = tyro.cli(Args, description=__doc__, config=config)
-    if args.run.resume is None:
-        check_args(args)
-        return args, None
-    path, checkpoint = args.run.resume, load_checkpoint(args.run.resume)
-    if checkpoint.saved["script"] != SCRIPT:
-        raise SO101Error(f"--resume {path}: written by {checkpoint.saved['script']}; resume it with that script")
-    saved = dataclasses.replace(checkpoint.args)
-    saved.run = dataclasses.replace(
-        saved.run, resume=None, log_dir=str(run_dir_of(path).parent), run_name=None, num_threads=None, track=False,
-        capture_video=False,
-    )  # fmt: skip
-    args = tyro.cli(Args, description=__doc__, config=config, default=saved)
-    before, after = flat_settings(dataclasses.asdict(saved)), flat_settings(dataclasses.asdict(args))
-    for name, new in after.items():
-        moved = name == "base_policy" and all(str(each[name]).startswith("server:") for each in (before, after))
-        if new != before[name] and name not in RESUMABLE and not moved:  # a server may listen elsewhere now
-            raise SO101Error(f"{flag_of(name)} {new}: {path} was trained with {before[name]}; drop the flag")
-    if args.total_timesteps < (steps := checkpoint.saved["global_step"]):
-        raise SO101Error(f"--total-timesteps {args.total_timesteps}: {path} has {steps} steps already")
-    check_args(args)
-    return args, checkpoint
-
-
-def restore(
-    checkpoint: Checkpoint, path: str, agent: Agent, optimizer: torch.optim.Optimizer, generator: torch.Generator,
-    envs: SO101ResidualVectorEnv, processes: Processes,
-) -> tuple[np.ndarray, int, list[dict[str, Any]], list[dict[str, float]]]:  # fmt: skip
-    """Put everything back as it was; returns next_obs, global_step, the finalists and the last 100 episodes.
-
-    Raises SO101Error if the checkpoint does not fit.
-    """
-    saved = checkpoint.saved
-    check_base(saved, checkpoint.args.base.base_policy, envs.base_policy, path)
-    load_weights(agent, saved["agent"], path)
-    try:
-        next_obs = processes.share(saved["next_obs"].numpy())
-        envs.set_state(processes.share(to_numpy(saved["envs"])))
-        optimizer.load_state_dict(saved["optimizer"])
-        generator.set_state(saved["generator"])
-        if next_obs.shape != envs.observation_space.shape or next_obs.dtype != np.float32:
-            raise ValueError(f"next_obs of shape {next_obs.shape}")
-        for parameter, state in optimizer.state.items():
-            if any(state[key].shape != parameter.shape for key in ("exp_avg", "exp_avg_sq")):
-                raise ValueError("the optimiser's state has other shapes")
-        if any(set(episode) != {"success", "return", "length", "failure"} for episode in saved["recent_episodes"]):
-            raise ValueError("recent_episodes has other keys")
-        finalists = [{key: finalist[key] for key in ("step", *BEST_BY)} for finalist in saved["finalists"]]
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise SO101Error(f"{path}: cannot be continued ({error}); resume another checkpoint") from error
-    if missing := [model for model in finalists_of(path, finalists) if not model.is_file()]:
-        raise SO101Error(f"{path}: one of the best models of its run, {missing[0]}, is missing; put it back to go on")
-    return next_obs, saved["global_step"], finalists, saved["recent_episodes"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -554,245 +374,49 @@ def restore(
 
 def main() -> int:
     """Train; returns the exit code."""
-    processes = Processes()
-    args, resumed = processes.together(processes.quietly, parse_args)
-    start_time, start_cpu = time.perf_counter(), time.process_time()
-    num_envs = resumed.saved["num_envs"] if resumed else min(args.ppo.num_envs, args.total_timesteps)
-    own_envs = processes.together(processes.split, num_envs)
-    if processes.first:
-        print(
-            f"from step {resumed.saved['global_step']} to" if resumed else "training for",
-            f"{args.total_timesteps} steps in {num_envs} environments,",
-            *([f"{processes.count} processes,"] * (processes.count > 1)),
-            f"tape margin {1000 * args.task.tape_margin:.0f} mm, base policy {args.base.base_policy}, seed {args.seed}",
-            flush=True,
-        )  # fmt: skip
-    torch.set_num_threads(1)  # these networks are too small to share out, and one thread adds up in one order
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a help for debugging, at 3 % of an update
-    torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)  # exploration and minibatches
+    args, saved = parse_run(Args, __doc__, SCRIPT, CHECKPOINT, check_args)  # with --resume, the checkpoint is `saved`
+    world = World()
+    num_envs = saved["num_envs"] if saved else min(args.ppo.num_envs, args.total_timesteps)
+    own_envs, _ = world.share(num_envs, "--num-envs"), world.share(args.ppo.minibatch_size, "--minibatch-size")
+    generator = world.seed(args.seed)  # of exploration and minibatches
 
     agent = Agent(args)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.ppo.learning_rate, eps=1e-5, fused=True)
-    envs = processes.together(
-        make_envs, args, own_envs, num_threads=args.run.num_threads or processes.num_threads
-    )  # fmt: skip
-    # as wide as the widest batch of episodes that are run at once
-    width = max(args.run.eval_episodes, args.run.final_eval_episodes - args.run.eval_episodes)
-    eval_envs = make_envs(args, width, evaluation=True)
-    if args.run.capture_video:
-        processes.together(check_rendering, eval_envs, "--capture-video")
-    if args.run.track and processes.first:
-        try:
-            import wandb
-        except ImportError as error:
-            raise SO101Error("--track needs Weights & Biases: pip install wandb") from error
-    recent: deque[dict[str, float]] = deque(maxlen=100)  # episodes
-    if resumed:
-        next_obs, global_step, finalists, episodes = processes.together(
-            restore, resumed, args.run.resume, agent, optimizer, generator, envs, processes
-        )
-        recent.extend(episodes)
+    envs = make_envs(args, own_envs, num_threads=args.run.num_threads or world.num_threads)
+    eval_envs = make_envs(args, args.run.eval_envs, evaluation=True)
+    if saved:
+        check_base(saved, args.base.base_policy, envs.base_policy, args.run.resume)
+        load_weights(agent, saved["agent"], args.run.resume)
+        with restoring(args.run.resume):
+            own = world.own(saved["ranks"])
+            restore_optimizer(optimizer, saved["optimizer"])
+            generator.set_state(own["generator"])
+            envs.set_state(to_numpy(own["envs"]))
+            next_obs, global_step = envs.observation, saved["global_step"]
     else:
-        seeds = np.random.SeedSequence(args.seed).generate_state(num_envs)[processes.own] % VALIDATION_SEED
-        next_obs, global_step, finalists = envs.reset(seed=[int(seed) for seed in seeds])[0], 0, []
-    name = args.run.run_name or (
-        f"{Path(SCRIPT).stem.removesuffix('_so101')}_{time.strftime('%Y%m%d-%H%M%S')}_s{args.seed}"
-    )
-    interrupts = Interrupts()
-    if processes.first:  # the others only roll out and learn
-        run_dir = make_run_dir(args.run.log_dir, name, "checkpoints", "best_model", "eval_results", "tensorboard")
-        for model in reversed(finalists_of(args.run.resume, finalists) if resumed else []):  # the best one last
-            for file in (model.name, "best_model.pt"):
-                copy_file(model, run_dir / "best_model" / file)
-        try:
-            print(f"everything goes to {run_dir}", flush=True)
-        except BrokenPipeError:
-            interrupts.on_broken_pipe()
-        settings = flat_settings(dataclasses.asdict(args))
-        if args.run.track:
-            wandb.init(
-                project=args.run.wandb_project_name, name=run_dir.name, config=settings, sync_tensorboard=True,
-            )  # fmt: skip
-        from torch.utils.tensorboard import SummaryWriter  # after wandb, which patches it; and slow to import
+        next_obs, _ = envs.reset(seed=training_seeds(args.seed, num_envs)[world.rank :: world.size])
+        global_step = 0
 
-        writer = SummaryWriter(str(run_dir / "tensorboard"))
-        write_json(run_dir / "config.json", describe_run(SCRIPT, args))
-        writer.add_text("command", shlex.join(["python", *sys.argv]))
-        table = "".join(f"|{key}|{value}|\n" for key, value in settings.items())
-        writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{table}")
-
-    def stopped() -> bool:
-        """Whether a signal has asked one of the processes to stop: the same answer in all of them."""
-        if signum := max(processes.gather(interrupts.signum)):
-            interrupts.signum = signum  # never back to 0: a signal may have come meanwhile
-        return bool(signum)
-
-    def checkpoint() -> dict[str, Any]:
-        """Everything a resumed run needs, as tensors and plain values; complete in the first process."""
-        settings = dataclasses.asdict(args)
-        settings["run"]["resume"] = None
+    def checkpoint() -> dict:
+        """What a resumed run needs: the mirror of the lines above."""
+        own = {"generator": generator.get_state(), "envs": to_plain(envs.get_state())}
         return {
-            "format": CHECKPOINT, "script": SCRIPT, "args": settings, "num_envs": num_envs,
-            "base_fingerprint": envs.base_policy.fingerprint if envs.base_policy else "", "global_step": global_step,
-            "agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
-            "envs": to_plain(processes.join(envs.get_state())), "next_obs": torch.from_numpy(processes.join(next_obs)),
-            "recent_episodes": list(recent), "finalists": finalists,
+            "agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "ranks": world.gather(own),
+            "global_step": global_step, "num_envs": num_envs,
+            "base_fingerprint": envs.base_policy.fingerprint if envs.base_policy else "",
         }  # fmt: skip
 
-    def eval_and_log() -> None:
-        """Evaluate, log it, and keep the model if it is among the best so far."""
-        nonlocal finalists, base_success, eval_time, result, evaluated
-        evaluated, content = global_step, checkpoint()
-        if not processes.first:
-            return
-        eval_start = time.perf_counter()
-        film = run_dir / "eval_results" / f"step_{global_step}.mp4" if args.run.capture_video else None
-        show_progress("evaluating")
-        result = evaluate_agent(agent, eval_envs, args.run.eval_episodes, base_success, film)
-        base_success = result["base_success_rate"]
-        for name, value in result.items():
-            writer.add_scalar(f"eval/{EVAL_TAGS.get(name, name)}", value, global_step)
-        result = {"step": global_step, **result}
-        with open(run_dir / "eval_results" / "evaluations.jsonl", "a") as file:
-            file.write(json.dumps(result) + "\n")
-        if args.run.track and film:
-            wandb.log({"eval/video": wandb.Video(str(film), format="mp4"), "global_step": global_step})
-        own = {key: result[key] for key in ("step", *BEST_BY)}
-        others = [each for each in finalists if each["step"] != global_step]  # a resumed run may evaluate a step again
-        best = sorted([*others, own], key=ranking, reverse=True)[:FINALISTS]
-        if own in best:
-            finalists, model = best, run_dir / "best_model" / model_name(global_step)
-            save_tensors(model, content | {"finalists": finalists})
-            if own == best[0]:
-                copy_file(model, run_dir / "best_model" / "best_model.pt")
-        eval_time += time.perf_counter() - eval_start
-
-    def show_progress(doing: str = "", steps: int = 0) -> None:
-        """Say on the progress bar what is being done, or how good the agent is, and steps that were done."""
-        text = doing or (f"success {means['success']:.2f}" if means else "training")
-        text += f", evaluation {result['success_rate']:.2f}" if result and not doing else ""
-        try:
-            bar.set_description_str(text, refresh=False)
-            bar.update(steps) if steps else bar.refresh()
-        except BrokenPipeError:
-            interrupts.on_broken_pipe()
-
-    first_step, eval_time, metrics, means = global_step, 0.0, {}, {}
-    result = evaluated = None  # the last evaluation, and its step
-    # an arm that rests moves nothing, and no sheet starts inside the tape
-    base_success = 0.0 if envs.base_policy is None else None
-    before_failure = None if envs.base_policy is None else copy.deepcopy(checkpoint())
-    # the delay: nothing is drawn before show_progress, which knows what to do if nobody reads it
-    bar = tqdm(
-        total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True, delay=1e-3,
-        disable=not processes.first,
-    )  # fmt: skip
-    try:
-        if args.run.eval_every and not finalists:
-            eval_and_log()
-        while args.total_timesteps - global_step >= num_envs and not stopped():
+    with Recorder(SCRIPT, CHECKPOINT, args, agent, envs, eval_envs, checkpoint, saved, world=world) as recorder:
+        while args.total_timesteps - global_step >= num_envs and not recorder.stopped():
             if args.ppo.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.ppo.learning_rate * (1.0 - global_step / args.total_timesteps)
             num_steps = min(args.ppo.num_steps, (args.total_timesteps - global_step) // num_envs)
-            if envs.base_policy is not None:  # it can fail at any step: then this pass of the loop is done again
-                before_failure = copy.deepcopy(checkpoint())
-            noise = torch.randn(num_steps, num_envs, ACT_DIM, generator=generator).numpy()[:, processes.own]
-            buffers, next_obs, episodes = processes.together(rollout, agent, envs, next_obs, noise)
-            metrics = update(agent, optimizer, buffers, args.ppo, generator, processes)
-            before, global_step = global_step, global_step + num_steps * num_envs
-
-            recent.extend(sum(processes.gather(episodes), []))
-            means = {key: episode_mean(recent, key) for key in ROLLOUT_TAGS} if recent else {}
-            fps = (global_step - first_step) / (time.perf_counter() - start_time)
-            scalars = {f"train/{key}": value for key, value in metrics.items()}
-            scalars |= {"train/learning_rate": optimizer.param_groups[0]["lr"], "time/fps": fps}
-            scalars |= {f"rollout/{ROLLOUT_TAGS[key]}": value for key, value in means.items()}
-            for tag, value in scalars.items() if processes.first else ():
-                writer.add_scalar(tag, value, global_step)
-            show_progress(steps=global_step - before)
-
-            # the evaluation first, so that a checkpoint of the same step knows the best model
-            if args.run.eval_every and global_step // args.run.eval_every > before // args.run.eval_every:
-                eval_and_log()
-            if global_step // args.run.checkpoint_every > before // args.run.checkpoint_every:
-                content = checkpoint()
-                if processes.first:
-                    save_tensors(run_dir / "checkpoints" / model_name(global_step), content)
-        if args.run.eval_every and evaluated != global_step and not stopped():
-            eval_and_log()
-        content, stop = checkpoint(), stopped()
-        if not processes.first:
-            return 128 + interrupts.signum if stop else 0
-        best = {**finalists[0], "episodes": args.run.eval_episodes} if finalists else None
-        if best and not interrupts.signum:
-            show_progress("choosing the best model")
-            start = time.perf_counter()
-            best = choose_best(finalists, run_dir, eval_envs, args.run)
-            copy_file(run_dir / "best_model" / model_name(best["step"]), run_dir / "best_model" / "best_model.pt")
-            eval_time += time.perf_counter() - start
-            log_best(writer, settings, best)
-        show_progress()
-        model = run_dir / ("interrupted_model.pt" if interrupts.signum else "final_model.pt")
-        save_tensors(model, content)
-    except BasePolicyError as error:
-        model = run_dir / "interrupted_model.pt"
-        save_tensors(model, before_failure)
-        way_out = f"resume {before_failure['global_step']} steps with --resume {model}"
-        raise SO101Error(f"--base-policy {args.base.base_policy}: {error}; {way_out}") from error
-    except FloatingPointError as error:
-        if processes.first:
-            print(
-                f"{SCRIPT}: error: NaN or Inf in the {error} after {global_step} steps; "
-                f"the checkpoints in {run_dir} are from before; try a lower --learning-rate",
-                file=sys.stderr,
-            )
-        return 1
-    finally:
-        bar.close()
-        if processes.first:
-            writer.close()
-        envs.close()
-        eval_envs.close()
-
-    wall_time = time.perf_counter() - start_time
-    best_model = run_dir / "best_model" / "best_model.pt" if best else model
-    summary = {
-        "total_timesteps": global_step,
-        "wall_time_s": wall_time,
-        "cpu_time_s": time.process_time() - start_cpu,
-        "steps_per_second": (global_step - first_step) / wall_time,
-        "eval_time_s": eval_time,
-        "processes": processes.count,
-        "base_time_s": envs.base_time_s + eval_envs.base_time_s,
-        "interrupted": bool(interrupts.signum),
-        "success_rate_100": means.get("success"),
-        "mean_return_100": means.get("return"),
-        "mean_length_100": means.get("length"),
-        "residual_magnitude": metrics.get("residual_magnitude"),
-        "final_eval_success_rate": result["success_rate"] if result else None,
-        "final_eval_mean_return": result["mean_return"] if result else None,
-        "base_eval_success_rate": base_success,
-        "best_eval_success_rate": best["success_rate"] if best else None,
-        "best_eval_step": best["step"] if best else None,
-        "best_eval_episodes": best["episodes"] if best else None,
-        "best_checkpoint": str(best_model),
-    }
-    write_json(run_dir / "training_summary.json", summary)
-    speed = f"{summary['steps_per_second']:.0f} steps/s"
-    if envs.base_policy is not None:
-        speed += f", {summary['base_time_s'] / wall_time:.0%} of the time for the base policy"
-    print(f"{global_step} steps in {wall_time:.1f} s ({speed}), saved in {run_dir}")
-    if interrupts.signum:
-        print(f"resume:   {command_of(SCRIPT)} --resume {model}")
-        return 128 + interrupts.signum
-    if best:
-        seen = f"step {best['step']}, {best['episodes']} episodes"
-        print(f"success: best model ({seen}) {best['success_rate']:.2f}", end="")
-        print((f", last {result['success_rate']:.2f}" if result else "") + f", base policy alone {base_success:.2f}")
-    print(f"evaluate: {command_of('eval_so101.py')} --model {best_model}")
-    return 0
+            noise = torch.randn(num_steps, own_envs, ACT_DIM, generator=generator).numpy()
+            buffers, next_obs, episodes = rollout(agent, envs, next_obs, noise)
+            metrics = update(agent, optimizer, buffers, args.ppo, generator, world)
+            global_step += num_steps * num_envs
+            recorder.record(global_step, metrics, episodes)
+        return recorder.finish()
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from so101.checkpoints import load_script
 from so101_env import SO101Error
-from so101_policies import load_script
 
 ROOT = Path(__file__).resolve().parent.parent
 # a run of a few seconds that still has every part: several rollouts, checkpoints, evaluations, a shortened last rollout
@@ -28,19 +28,28 @@ SMALL = (
 PYTHON_PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
+def command(name: str) -> list[str]:
+    """How to start a script: "eval_so101.py", or "so101.clone", which is found from any directory by PYTHONPATH."""
+    return [sys.executable, str(ROOT / name)] if name.endswith(".py") else [sys.executable, "-m", name]
+
+
+def environment(**env: str | None) -> dict[str, str]:
+    """The environment for a script; variables given as None are unset."""
+    merged = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    return {key: value for key, value in merged.items() if value is not None}
+
+
 def run_script(name: str, *flags: str, **env: str | None) -> subprocess.CompletedProcess:
-    """Run a script of the project to its end; environment variables given as None are unset."""
-    environment = {**os.environ, **{key: value for key, value in env.items() if value is not None}}
-    for key in (key for key, value in env.items() if value is None):
-        environment.pop(key, None)
-    command = [sys.executable, str(ROOT / name), *flags]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    """Run a script of the project to its end, see `command`; environment variables given as None are unset."""
+    words = [*command(name), *flags]
+    return subprocess.run(words, capture_output=True, text=True, env=environment(**env), timeout=300)
 
 
 def train(log_dir: Path, *flags: str, script: str = "ppo_residual_so101.py") -> Path:
     """Train to the end, in this process, and return the run's directory."""
     before = set(log_dir.glob("*")) if log_dir.exists() else set()
-    argv, handlers = sys.argv, {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    argv, handlers = sys.argv, {each: signal.getsignal(each) for each in signals}
     sys.argv = [script, "--log-dir", str(log_dir), *flags]
     try:
         assert load_script(script).main() == 0
@@ -52,8 +61,8 @@ def train(log_dir: Path, *flags: str, script: str = "ppo_residual_so101.py") -> 
     return run_dir
 
 
-def refusal(monkeypatch: pytest.MonkeyPatch, name: str, *flags: str) -> str:
-    """What a script says when it refuses these flags, run in this process: see `run_script` for its exit code."""
+def error_of(monkeypatch: pytest.MonkeyPatch, name: str, *flags: str) -> str:
+    """The error message of a script, run in this process with these flags; `run_script` gives its exit code, too."""
     monkeypatch.setattr(sys, "argv", [name, *flags])
     with pytest.raises(SO101Error) as error:
         load_script(name).main()
@@ -64,27 +73,28 @@ def load(path: Path) -> dict:
     return torch.load(path, weights_only=True)
 
 
+def assert_same(a, b, where: str = "") -> None:
+    """Nested plain values and tensors are bit-identical."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
 def assert_equal_training_state(one: Path, other: Path) -> None:
-    """Everything training depends on is equal to the bit: weights, optimiser, generators, environments."""
-
-    def compare(a, b, where):
-        assert type(a) is type(b), where
-        if isinstance(a, dict):
-            assert a.keys() == b.keys(), where
-            for key in a:
-                compare(a[key], b[key], f"{where}.{key}")
-        elif isinstance(a, list):
-            assert len(a) == len(b), where
-            for i, (x, y) in enumerate(zip(a, b)):
-                compare(x, y, f"{where}[{i}]")
-        elif isinstance(a, torch.Tensor):
-            assert torch.equal(a, b), where
-        else:
-            assert a == b, where
-
-    files, keys = [load(one), load(other)], ("agent", "optimizer", "generator", "envs", "next_obs", "global_step")
-    for key in (*keys, "recent_episodes", "finalists"):
-        compare(files[0][key], files[1][key], key)
+    """Everything that training depends on is bit-identical: weights, optimiser, generators, environments."""
+    files = [load(one), load(other)]
+    for key in ("agent", "optimizer", "ranks", "global_step", "recorder"):
+        assert_same(files[0][key], files[1][key], key)
 
 
 def assert_equal_best_models(one: Path, other: Path) -> None:
@@ -92,9 +102,9 @@ def assert_equal_best_models(one: Path, other: Path) -> None:
     paths = [run / "best_model" / "best_model.pt" for run in (one, other)]
     assert_equal_training_state(*paths)
     for run, path in zip((one, other), paths):
-        own = run / "best_model" / f"ppo_residual_{load(path)['global_step']}_steps.pt"
+        (own,) = run.glob(f"best_model/*_{load(path)['global_step']}_steps.pt")
         assert own.read_bytes() == path.read_bytes()
-        steps = [finalist["step"] for finalist in load(run / "final_model.pt")["finalists"]]
+        steps = [finalist["step"] for finalist in load(run / "final_model.pt")["recorder"]["finalists"]]
         assert load(path)["global_step"] in steps
 
 

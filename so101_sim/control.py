@@ -1,8 +1,8 @@
-"""From what an SO-101 measures to where its joints go next, at 30 Hz: in the simulation, and on an arm.
+"""The command law: from measured joints to the next joint targets, at 30 Hz, in the simulation and on a real arm.
 
-The command law stands here once: the batched simulation asks `Controller.limit` for a row per environment. On one arm,
-`Controller.measure` takes what the encoders say and `Controller.move` gives the next joint targets; units are those of
-LeRobot's drivers, see `to_rad`. NumPy and MuJoCo are all it needs.
+The batched simulation calls `Controller.limit` with a row per arm. For one real arm, `Controller.measure` takes the
+encoder readings and `Controller.move` returns the next joint targets. Units are those of LeRobot's drivers, see
+`to_rad`. NumPy and MuJoCo are the only dependencies.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from typing import NamedTuple
 import mujoco
 import numpy as np
 
-from so101_scene import CONTROL_HZ, SO101Error, load_model
+from so101_sim.errors import SO101Error
+from so101_sim.scene import ASSETS, CONTROL_HZ
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 ACT_DIM = len(JOINTS)
-# A target stays this close to the one a free arm would need for the same motion. Times the servo gain it bounds the
-# torque against an obstacle to 0.21 N m, and so the press of a fingertip to about 1 N: light enough to drag a sheet.
+# Largest distance of a target from the target that a free arm would need for the same motion. Times the servo gain it
+# limits the torque against an obstacle to 0.21 N m and the force of a fingertip to about 1 N, light enough to drag
+# a thin object over a table.
 COMMAND_WINDOW_RAD = 0.012
-BACKLASH_RAD = float(np.deg2rad(1.0))  # of the arm's servos
-FIRMWARE_P = 32  # for which assets/so101.xml has the servo gain; it is proportional. LeRobot's drivers set 16
-LATENCY_S = 2 / CONTROL_HZ  # until a command takes effect, at most; of an arm nobody knows it better
-TICKS_PER_TURN = 4096  # of an encoder
+BACKLASH_RAD = float(np.deg2rad(1.0))  # typical backlash of the servos
+FIRMWARE_P = 32  # assets/so101.xml has the servo gain for this P; the gain is proportional. LeRobot's drivers set 16
+LATENCY_S = 2 / CONTROL_HZ  # upper bound on command latency; not measured on a real arm
+TICKS_PER_TURN = 4096  # encoder resolution
 
 
 def clamp(x: np.ndarray, low: object, high: object) -> np.ndarray:
-    """np.clip, which takes three times as long on the few rows of a step: 1 % of a training run in all."""
+    """np.clip for small arrays: np.clip takes three times as long on the few rows of a step, 1 % of a training run."""
     return np.minimum(np.maximum(x, low), high)
 
 
@@ -41,19 +43,20 @@ UNITS = ("rad", "deg", "norm")
 
 
 class Calibration(NamedTuple):
-    """Ranges of an arm's joints, (6,) each, rad: what -100 and 100 mean, and of the gripper 0 and 100."""
+    """Ranges of an arm's joints, (6,) each, rad: -100 and 100 in LeRobot's units; for the gripper 0 and 100."""
 
     low_rad: np.ndarray
     high_rad: np.ndarray
 
 
 def read_calibration(path: str | Path) -> Calibration:
-    """The ranges in a calibration file of LeRobot's, `calibration/robots/so101_follower/ID.json` in its cache.
+    """The joint ranges in LeRobot's calibration file, `calibration/robots/so101_follower/ID.json` in LeRobot's cache.
 
-    It has range_min and range_max of each joint in encoder ticks; their middle is zero, the gripper's range_min closed.
+    The file has range_min and range_max of each joint in encoder ticks. The middle of the range is zero; the gripper is
+    closed at range_min.
 
     Raises:
-        SO101Error: no such file, or not one of an SO-101.
+        SO101Error: there is no such file, or it is not the calibration of an SO-101.
     """
     try:
         motors = json.loads(Path(path).read_text())
@@ -61,7 +64,7 @@ def read_calibration(path: str | Path) -> Calibration:
     except OSError as error:
         raise SO101Error(f"calibration {path}: cannot be read ({error.strerror}); calibrate the arm first") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise SO101Error(f"calibration {path}: is no calibration of an SO-101 by LeRobot ({error!r})") from error
+        raise SO101Error(f"calibration {path}: is not a LeRobot calibration of an SO-101 ({error!r})") from error
     spans = np.ptp(ticks, axis=1) * 2 * np.pi / TICKS_PER_TURN
     if not (ticks[:, 0] < ticks[:, 1]).all() or spans.max() > 2 * np.pi:
         raise SO101Error(f"calibration {path}: a joint's range_min is not below its range_max; calibrate the arm again")
@@ -73,18 +76,18 @@ def read_calibration(path: str | Path) -> Calibration:
 
 @functools.cache
 def _model_ranges() -> Calibration:
-    """The ranges of the model's joints, which a calibration that reached the arm's stops has as well."""
-    return Calibration(*load_model().actuator_ctrlrange.T.copy())
+    """The joint ranges of the model. A calibration that reached the arm's end stops has the same ranges."""
+    return Calibration(*mujoco.MjModel.from_xml_path(str(ASSETS / "so101.xml")).actuator_ctrlrange.T.copy())
 
 
 def _unit_scale(unit: str, ranges: Calibration | None) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and offset (6,) that turn joint angles in `unit` into rad."""
+    """Scale and offset, (6,) each, that convert joint angles in `unit` to rad."""
     low, high = ranges or _model_ranges()
     if unit == "rad":
         return np.ones(ACT_DIM), np.zeros(ACT_DIM)
     if unit not in UNITS:
-        raise SO101Error(f"unknown unit {unit!r}; known are {', '.join(UNITS)}")
-    # from -100 to 100 over each joint's range, but for the gripper: from 0 to 100
+        raise SO101Error(f"unknown unit {unit!r}; known: {', '.join(UNITS)}")
+    # -100 to 100 over each joint's range; the gripper 0 to 100
     scale, offset = (high - low) / 200.0, (high + low) / 2.0
     if unit == "deg":
         scale, offset = np.full(ACT_DIM, np.pi / 180.0), np.zeros(ACT_DIM)
@@ -97,18 +100,18 @@ def to_rad(joints: np.ndarray, unit: str, ranges: Calibration | None = None) -> 
 
     Args:
         joints: in `unit`, JOINTS order.
-        unit: "rad"; "deg", as LeRobot has them with use_degrees, its default since 0.4.4: the gripper is then in 0 to
-            100; "norm", LeRobot's -100 to 100 over each joint's range, and 0 to 100 for the gripper.
-        ranges: of the arm's calibration; None: those of the model, which is as good as the arm's calibration reaches
-            its stops.
+        unit: "rad"; "deg", LeRobot's use_degrees (its default since 0.4.4), with the gripper in 0 to 100; "norm",
+            LeRobot's -100 to 100 over each joint's range, with the gripper in 0 to 100.
+        ranges: joint ranges of the arm's calibration; None: those of the model, which are right if the calibration
+            reached the arm's end stops.
 
     Raises:
-        SO101Error: an unknown unit, or numbers that no such unit can have.
+        SO101Error: unknown unit, or numbers that are impossible in this unit.
     """
     scale, offset = _unit_scale(unit, ranges)
     result = np.asarray(joints, np.float64) * scale + offset
     if np.abs(result).max() > 2 * np.pi:
-        raise SO101Error(f"joint angles of {np.abs(result).max():.0f} rad: they are not in {unit}; see --units")
+        raise SO101Error(f"joint angles of {np.abs(result).max():.0f} rad: they are not in {unit}")
     return result
 
 
@@ -123,19 +126,19 @@ def from_rad(joints_rad: np.ndarray, unit: str, ranges: Calibration | None = Non
 
 
 BEYOND_RANGE_RAD = float(np.deg2rad(5.0))
-WATCHDOG_S = 0.1  # a measurement that is older than this says nothing of where the arm is
+WATCHDOG_S = 0.1  # a measurement older than this is not used
 
 
 class Controller:
-    """Where the joints of arms go next: `limit` for a row per arm, `measure` and `move` for one that is measured.
+    """The command law: `limit` for a batch of arms, `measure` and `move` for one arm that is measured.
 
     Args:
-        model: the scene, with the arm's kinematics, joint limits, and servos at P = 32.
-        firmware_p: the P coefficient that the servos are set to. Their gain is proportional to it, and the command
-            window inversely: a fingertip presses with the same force.
-        backlash_rad: how far a joint moves before its servo minds: the window is wider by half of it.
-        latency_s: until a command takes effect, at most: a joint in motion gets a window as much wider.
-        max_speed_rad_s: how fast the targets of `move` may go.
+        model: the scene, with the arm's kinematics, joint limits, and servo gains at P = 32.
+        firmware_p: the P coefficient the servos are set to. The servo gain is proportional to it and the command window
+            inversely proportional, so the force of a fingertip does not depend on it.
+        backlash_rad: play before a servo reacts; the window is wider by half of it.
+        latency_s: largest command latency; the window of a moving joint is wider by the motion in this time.
+        max_speed_rad_s: largest speed of the targets of `move`.
     """
 
     def __init__(
@@ -157,7 +160,7 @@ class Controller:
 
     @functools.cached_property
     def _data(self) -> mujoco.MjData:
-        """For the kinematics of an arm that is measured."""
+        """Kinematics of the measured arm."""
         return mujoco.MjData(self._model)
 
     def limit(
@@ -167,16 +170,16 @@ class Controller:
         velocity_rad_s: np.ndarray,
         gravity_n_m: np.ndarray,
     ) -> np.ndarray:
-        """Wanted joint targets (N, 6), rad as the encoders count, held within the joints' limits and the window.
+        """Wanted joint targets (N, 6), rad in encoder coordinates, clipped to the joint limits and to the window.
 
         Args:
             target_rad, joints_rad, velocity_rad_s: wanted and measured, (N, 6).
-            gravity_n_m: torque that holds the joints at rest there, (N, 6).
+            gravity_n_m: torque that holds the joints at rest in this pose, (N, 6).
         """
-        # the targets of a free arm in this motion: what it measures, plus its lag under gravity and damping
+        # the targets of a free arm in the same motion: the measured positions plus the lag under gravity and damping
         holding = joints_rad + (gravity_n_m + self.damping * velocity_rad_s) / self.gain
         lower, upper = holding - self.window_rad, holding + self.window_rad
-        if self.latency_s:  # and under a latency from none to this
+        if self.latency_s:  # plus the lag for any latency from none to this
             lead = velocity_rad_s * self.latency_s
             lower, upper = lower + np.minimum(lead, 0.0), upper + np.maximum(lead, 0.0)
         return clamp(target_rad, np.maximum(self.low_rad, lower), np.minimum(self.high_rad, upper))
@@ -184,30 +187,30 @@ class Controller:
     # -- one arm that is measured
 
     def reset(self) -> None:
-        """Forget what was measured and commanded: the next measurement is one of an arm at rest."""
-        self.time_s = -np.inf  # of the last measurement
+        """Forget measurements and commands: the next measurement is taken as that of an arm at rest."""
+        self.time_s = -np.inf  # time of the last measurement
         self.joints_rad, self.velocity_rad_s = np.zeros(ACT_DIM), np.zeros(ACT_DIM)
         self.command_rad: np.ndarray | None = None  # the last target, rad
 
     def measure(self, joints_rad: np.ndarray, time_s: float) -> None:
-        """Take what the encoders say, (6,), rad, and when, s.
+        """Take encoder readings (6,), rad, and their time, s.
 
-        Brings up to date velocity_rad_s, the difference to the last measurement; gravity_n_m, what holds the arm there;
-        tip_m (3,), by forward kinematics; and at first command_rad, the targets at which the arm stays where it is.
+        Updates velocity_rad_s, the difference to the last measurement; gravity_n_m, the torque that holds the arm in
+        this pose; tip_m (3,), by forward kinematics; and, on the first call, command_rad, the targets at which the arm
+        stays where it is.
 
         Raises:
-            SO101Error: numbers that are not finite, or farther outside of a joint's range than backlash and calibration
+            SO101Error: readings that are not finite, or farther outside a joint's range than backlash and calibration
                 explain.
         """
         joints_rad = np.asarray(joints_rad, np.float64)
         if not np.isfinite(joints_rad).all():
-            raise SO101Error(f"the arm says that its joints are at {joints_rad}: check cables and power")
+            raise SO101Error(f"the arm reports joint positions {joints_rad}: check cables and power")
         outside = np.maximum(self.low_rad - joints_rad, joints_rad - self.high_rad)
         if (outside > BEYOND_RANGE_RAD).any():
             joint = int(outside.argmax())
             raise SO101Error(
-                f"{JOINTS[joint]} is {np.rad2deg(outside[joint]):.0f} degrees outside of its range: calibrate the arm, "
-                "and see --units"
+                f"{JOINTS[joint]} is {np.rad2deg(outside[joint]):.0f} degrees outside its range: calibrate the arm"
             )
         elapsed, moved = time_s - self.time_s, joints_rad - self.joints_rad
         self.velocity_rad_s = moved / elapsed if 0 < elapsed < WATCHDOG_S else np.zeros(ACT_DIM)
@@ -220,14 +223,14 @@ class Controller:
             self.command_rad = clamp(joints_rad + self.gravity_n_m / self.gain, self.low_rad, self.high_rad)
 
     def move(self, delta_rad: np.ndarray, time_s: float) -> np.ndarray:
-        """The next joint targets (6,), rad: the last ones and delta (6,), within the limits, the window and the speed.
+        """The next joint targets (6,), rad: the last targets plus delta (6,), within limits, window and speed.
 
         Raises:
-            SO101Error: the last measurement is older than WATCHDOG_S: nobody knows where the arm is.
+            SO101Error: the last measurement is older than WATCHDOG_S.
         """
         if not time_s - self.time_s <= WATCHDOG_S:
-            age = f"{1000 * (time_s - self.time_s):.0f} ms ago" if np.isfinite(self.time_s) else "never"
-            raise SO101Error(f"the arm was measured last {age}: it gets no further target")
+            age = f"was {1000 * (time_s - self.time_s):.0f} ms ago" if np.isfinite(self.time_s) else "never happened"
+            raise SO101Error(f"the last measurement of the arm {age}: no further target is sent")
         wanted = self.command_rad + clamp(np.asarray(delta_rad), -self.max_step_rad, self.max_step_rad)
         row = self.limit(wanted[None], self.joints_rad[None], self.velocity_rad_s[None], self.gravity_n_m[None])
         self.command_rad = row[0]

@@ -1,0 +1,223 @@
+"""What all scripts do with their command line: parsing, argument checks, exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from so101.checkpoints import load_file, restore_settings
+from so101.distributed import is_launched, is_main
+from so101.files import DISK_ERRORS, disk_error
+from so101_env import SO101ResidualVectorEnv, camera_names
+from so101_sim.errors import SO101Error, check_ranges
+
+ROOT = Path(__file__).resolve().parent.parent
+Settings = TypeVar("Settings")
+
+# what other projects call a flag, and what it is called here
+USUAL_NAMES = {
+    "lr": "learning-rate", "n-envs": "num-envs", "n-steps": "num-steps", "rollout-steps": "num-steps",
+    "batch-size": "minibatch-size", "mini-batch-size": "minibatch-size", "epochs": "update-epochs",
+    "n-epochs": "update-epochs", "num-epochs": "update-epochs", "ppo-epochs": "update-epochs",
+    "timesteps": "total-timesteps", "n-timesteps": "total-timesteps", "total-steps": "total-timesteps",
+    "num-timesteps": "total-timesteps", "max-steps": "total-timesteps", "steps": "total-timesteps",
+    "lam": "gae-lambda", "lambda": "gae-lambda", "clip": "clip-coef", "clip-range": "clip-coef",
+    "clip-param": "clip-coef", "clip-eps": "clip-coef", "entropy-coef": "ent-coef", "value-coef": "vf-coef",
+    "grad-clip": "max-grad-norm", "hidden-dim": "hidden-size", "hidden": "hidden-size", "name": "run-name",
+    "exp-name": "run-name", "experiment-name": "run-name", "logdir": "log-dir", "output-dir": "log-dir",
+    "save-dir": "log-dir", "out-dir": "log-dir", "checkpoint": "model", "ckpt": "model", "model-path": "model",
+    "policy": "model", "policy-path": "model", "teacher": "model", "load": "model", "wandb": "track",
+    "use-wandb": "track", "wandb-project": "wandb-project-name", "n-episodes": "episodes",
+    "num-episodes": "episodes", "eval-episodes": "episodes", "n-eval-episodes": "episodes",
+    "threads": "num-threads", "n-threads": "num-threads", "num-workers": "num-threads", "render": "render-mode",
+    "demos": "dataset", "data": "dataset", "record": "dataset", "save-freq": "checkpoint-every",
+    "eval-freq": "eval-every", "resume-from": "resume", "save-video": "video", "max-episode-steps": "episode-steps",
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scripts
+
+
+def run_script(main: Callable[[], int]) -> int:
+    """Run a script's main; returns its exit code. A user error or a full disk is one line and exit code 2."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code = main()
+        sys.stdout.flush()  # here, where a closed pipe is caught
+        return code
+    except SO101Error as error:
+        message: Any = error
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            silence_output()
+            return 128 + signal.SIGPIPE
+        if error.errno not in DISK_ERRORS:
+            raise
+        message = disk_error(error.filename or "a file", error)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    return 2
+
+
+def silence_output() -> None:
+    """Discard all further output: the reader of stdout or stderr is gone."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.dup2(null, sys.stderr.fileno())
+
+
+def command_of(script: str) -> str:
+    """How to start a script of the project from the working directory: "eval_so101.py" or "so101.clone"."""
+    if script.endswith(".py"):
+        return shlex.join(["python", os.path.relpath(ROOT / script)])
+    return shlex.join(["python", "-m", script])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# parsing
+
+
+def parse(cls: type[Settings], description: str, default: Settings | None = None) -> Settings:
+    """The command line as an instance of a dataclass, whose fields, also those of nested dataclasses, are flags.
+
+    Raises SO101Error for a flag that does not exist, with the one that is probably meant.
+    """
+    _check_names(default or cls)
+    options = {} if default is None else {"default": default}
+    with contextlib.ExitStack() as stack:
+        if not is_main():  # all ranks parse the same command line; rank 0 prints the help and the errors
+            null = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(null))
+            stack.enter_context(contextlib.redirect_stderr(null))
+        return tyro.cli(cls, description=description, config=(tyro.conf.OmitArgPrefixes,), **options)
+
+
+def _check_names(settings: Any) -> None:
+    """Raise SO101Error for a flag on the command line that no field of a dataclass has."""
+    known = {"help"}
+    for name in _field_names(settings):
+        known |= {name.replace("_", "-"), f"no-{name.replace('_', '-')}"}
+    for word in sys.argv[1:]:
+        flag = word.split("=")[0].removeprefix("--").replace("_", "-")
+        if not word.startswith("--") or flag in known:
+            continue
+        usual = USUAL_NAMES.get(flag)
+        nearest = [usual] if usual in known else difflib.get_close_matches(flag, known, 1, 0.7)
+        hint = f"did you mean --{nearest[0]}?" if nearest else "--help lists all flags"
+        raise SO101Error(f"--{flag}: there is no such flag; {hint}")
+
+
+def _field_names(settings: Any) -> list[str]:
+    """Names of the fields of a dataclass, or of an instance, without those that only group others."""
+    names: list[str] = []
+    for field in dataclasses.fields(settings):
+        value = field.default_factory() if isinstance(settings, type) and callable(field.default_factory) else None
+        value = getattr(settings, field.name, value)
+        names += _field_names(value) if dataclasses.is_dataclass(value) else [field.name]
+    return names
+
+
+# Flags that may differ from those of the run that is resumed. None changes what is learned, except that a larger budget
+# lets the learning rate fall more slowly.
+RESUMABLE = {
+    "resume", "log_dir", "run_name", "num_threads", "total_timesteps", "track", "wandb_project_name", "capture_video",
+}  # fmt: skip
+
+
+def parse_run(
+    cls: type[Settings], description: str, script: str, kind: str, check_args: Callable[[Settings], None],
+    one_rank: bool = False,
+) -> tuple[Settings, dict[str, Any] | None]:  # fmt: skip
+    """The command line of a training script; with --resume also the checkpoint, whose settings are then the defaults.
+
+    Args:
+        cls: the script's Args, with a Run (see so101.recorder) in `run`, and `total_timesteps`.
+        description: the script's docstring.
+        script: the script's file name.
+        kind: format of its checkpoints, see so101.checkpoints.
+        check_args: raises SO101Error for arguments that cannot be used.
+        one_rank: whether the script cannot train in several ranks.
+    """
+    if one_rank and is_launched():
+        raise SO101Error(f"{script} trains in one process: start it without torchrun")
+    args = parse(cls, description)
+    if (path := args.run.resume) is None:
+        check_args(args)
+        return args, None
+    saved = load_file(path, kind)
+    if saved["script"] != script:
+        raise SO101Error(f"--resume {path}: written by {saved['script']}; resume it with that script")
+    then = restore_settings(cls, saved["args"], path)
+    own = {field.name: field.default for field in dataclasses.fields(then.run) if field.name in RESUMABLE}
+    then.run = dataclasses.replace(then.run, **own)
+    args = parse(cls, description, default=then)
+    before, after = flat_settings(dataclasses.asdict(then)), flat_settings(dataclasses.asdict(args))
+    for name, new in after.items():
+        moved = name == "base_policy" and all(str(each[name]).startswith("server:") for each in (before, after))
+        if new != before[name] and name not in RESUMABLE and not moved:  # a server may listen elsewhere now
+            raise SO101Error(f"{flag_of(name)} {new}: {path} was trained with {before[name]}; drop the flag")
+    if args.total_timesteps < saved["global_step"]:
+        raise SO101Error(f"--total-timesteps {args.total_timesteps}: {path} has {saved['global_step']} steps already")
+    check_args(args)
+    return args, saved
+
+
+def flat_settings(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a config.json or a checkpoint by flag name, without the groups they are kept in."""
+    flat: dict[str, Any] = {}
+    for key, value in args.items():
+        flat |= flat_settings(value) if isinstance(value, Mapping) else {key: value}
+    return flat
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# argument checks
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_flags(settings: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Raise SO101Error, naming the flag, for the first number that is not finite or out of its range."""
+    check_ranges(settings, ranges, flag_of)
+
+
+def check_cameras(flag: str, cameras: tuple[str, ...]) -> None:
+    """Raise SO101Error, naming the flag, unless cameras are one or more of the scene's, each once."""
+    if not cameras or len({*cameras}) < len(cameras) or not {*cameras} <= {*camera_names()}:
+        known = " and ".join(camera_names())
+        raise SO101Error(f"{flag} {' '.join(cameras)}: give one or more of {known}, each once")
+
+
+def check_output(flag: str, path: str | None, suffixes: tuple[str, ...] = ()) -> None:
+    """Raise SO101Error, before any work is done, if a result cannot be written to path; None passes."""
+    if path is None:
+        return
+    if suffixes and Path(path).suffix not in suffixes:
+        raise SO101Error(f"{flag} {path}: must end in {' or '.join(suffixes)}")
+    if not Path(path).name or (suffixes and Path(path).is_dir()):
+        raise SO101Error(f"{flag} {path!r}: is a directory; name a file in it")
+    if not os.access(Path(path).resolve().parent, os.W_OK):
+        raise SO101Error(f"{flag} {path}: its directory does not exist or cannot be written; create it or name another")
+
+
+def check_rendering(envs: SO101ResidualVectorEnv, flag: str) -> None:
+    """Raise SO101Error, naming the flag, if this machine cannot render off screen."""
+    try:
+        envs.render_state(envs.qpos[0])
+    except SO101Error as error:
+        raise SO101Error(f"{flag}: {error}") from error

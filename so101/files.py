@@ -1,0 +1,87 @@
+"""Atomic writes, and values in the form in which checkpoints keep them."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from so101_sim.errors import SO101Error
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EISDIR}
+
+
+def disk_error(path: str | Path, error: OSError) -> SO101Error:
+    """The error message for a file that cannot be written."""
+    reason = error.strerror or str(error).splitlines()[0]  # FFmpeg's own message has many lines
+    return SO101Error(f"{path}: cannot be written ({reason}); free the disk, or name another place")
+
+
+def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a new file beside path, flush it, and rename it: path is either complete or unchanged.
+
+    Raises SO101Error for a disk that is full or cannot be written.
+    """
+    path = Path(os.path.realpath(path))  # a symbolic link stays one
+    try:
+        descriptor, name = tempfile.mkstemp(path.suffix, f"{path.stem}.tmp", path.parent)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's files are private
+        os.replace(temporary, path)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, content: dict[str, Any]) -> None:
+    """Save tensors and plain values."""
+    buffer = io.BytesIO()  # torch's own writer does not report a full disk
+    torch.save(content, buffer)
+    write_atomic(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Save as indented JSON."""
+    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file; target is either complete or unchanged."""
+    write_atomic(target, lambda temporary: shutil.copyfile(source, temporary))
+
+
+def to_plain(value: Any) -> Any:
+    """Convert arrays to tensors, recursively, so that a checkpoint loads with weights_only=True."""
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+
+
+def to_numpy(value: Any) -> Any:
+    """Inverse of to_plain."""
+    if isinstance(value, dict):
+        return {key: to_numpy(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [to_numpy(item) for item in value]
+    return value.numpy().copy() if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,126 @@
+"""Record demonstrations of a policy, or of a person at the keyboard, as a LeRobotDataset v3.0.
+
+    python -m so101.record --base-policy jacobian --dataset demos --episodes 200 --action-noise 0.25 --only-successes
+    python -m so101.record --base-policy jacobian --dataset demos --cameras top wrist --image-size 96
+
+Recorded episodes have seeds of their own: a policy that is trained on them has not seen the held-out episodes of
+eval_so101.py. With --cameras the dataset has videos, and leaves out the sheet's pose, which a real arm does not know.
+"""
+
+if __name__ == "__main__":  # Ctrl+C during the imports ends the program without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from so101.cli import check_flags, check_output, command_of, parse, run_script
+from so101.evaluation import RECORD_SEED, evaluate, summarize
+from so101.extras import import_extra
+from so101.subject import Subject, parse_subject
+from so101_env import ACTION, ENVIRONMENT, STATE, SO101Error
+from so101_sim.control import ACT_DIM
+from so101_sim.vector import ArmVectorEnv
+
+BATCH = 50  # episodes that run at once
+
+
+@dataclasses.dataclass
+class RecordArgs:
+    """A recording."""
+
+    dataset: str
+    """new directory for the dataset"""
+    subject: Subject = dataclasses.field(default_factory=Subject)
+    episodes: int = 50
+    """number of episodes"""
+    seed: int = 0
+    """number of the first episode: another recording of the same policy starts at its own"""
+    action_noise: float = 0.0
+    """standard deviation of noise on the residual; 1 is alpha * act_scale rad"""
+    only_successes: bool = False
+    """leave out episodes that fail"""
+    environment_state: bool = False
+    """with --cameras: also write what a real arm does not know, as the sheet's pose"""
+
+
+def check_args(args: RecordArgs) -> None:
+    """Raise SO101Error, before any work is done, for what cannot work."""
+    check_flags(args, {"episodes": (1, 100_000), "action_noise": (0, 100), "seed": (0, 10**8)})
+    check_output("--dataset", args.dataset)
+    if Path(args.dataset).exists():
+        raise SO101Error(f"--dataset {args.dataset}: exists; delete it or name another directory")
+
+
+def write(args: RecordArgs, envs: ArmVectorEnv, episodes: list[dict[str, Any]]) -> None:
+    """Write traced episodes, and the pictures of the cameras, as a dataset."""
+    from so101.dataset import write_dataset
+
+    server, length = args.subject.server, sum(len(episode["command"]) for episode in episodes)
+    cameras = server.camera_map()
+    privileged = args.environment_state or not cameras
+    demos = []
+    for episode in episodes:
+        state, environment = np.split(episode["obs"], [ACT_DIM], axis=1)
+        demos.append({STATE: state, ACTION: episode["command"]} | ({ENVIRONMENT: environment} if privileged else {}))
+
+    def pictures(name: str, camera: str) -> Iterator[np.ndarray]:
+        states = (  # the states in which the policy acted
+            (qpos[None], np.array([episode["look_seed"]]), np.array([step]))
+            for episode in episodes
+            for step, qpos in enumerate(episode["qpos"][:-1])
+        )
+        for qpos, *look in tqdm(states, f"camera {name}", length, unit="frame", dynamic_ncols=True):
+            yield envs.camera_images(qpos, camera, server.size, *look)[0]
+
+    frames = {name: pictures(name, camera) for name, camera in cameras.items()}
+    try:
+        write_dataset(Path(args.dataset), demos, frames)
+    finally:
+        for each in frames.values():
+            each.close()  # ends the line of its progress bar before an error is printed
+    print(f"{len(demos)} episodes, {length} frames in {args.dataset}")
+    if privileged:
+        print(f"clone: {command_of('so101.clone')} --dataset {args.dataset}")
+    if cameras:
+        flags = f"--dataset.repo_id=local/demos --dataset.root={args.dataset} --policy.type=act"
+        print(f"train: lerobot-train {flags} --policy.push_to_hub=false --output_dir=outputs/act")
+
+
+def main() -> int:
+    """Record; returns the exit code."""
+    check_args(parse(RecordArgs, __doc__))
+    import_extra("pyarrow", "data", "so101.record")
+    args, loaded, task = parse_subject(RecordArgs, __doc__, default_model=False, records=True)
+    torch.set_num_threads(1)
+    envs = loaded.make_envs(min(args.episodes, BATCH), task)
+    for camera in args.subject.server.camera_map().values():  # fails early without OpenGL
+        envs.camera_images(envs.qpos[:1], camera, args.subject.server.size)
+    noise = np.random.default_rng(args.seed)
+
+    def act(obs: Any) -> np.ndarray:
+        action = loaded.act(obs)
+        return action + args.action_noise * noise.standard_normal(action.shape) if args.action_noise else action
+
+    seeds = [RECORD_SEED + args.seed + i for i in range(args.episodes)]
+    episodes = evaluate(act, envs, seeds, trace=True)
+    if not episodes:
+        raise SO101Error(f"{loaded.base_policy}: ended before its first episode did; nothing is written")
+    low, high = (summary := summarize(episodes))["success_ci95"]
+    print(f"{len(episodes)} episodes, success {summary['success_rate']:.2f} [{low:.2f}, {high:.2f}]")
+    kept = [episode for episode in episodes if episode["success"] or not args.only_successes]
+    write(args, envs, kept)
+    envs.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,601 @@
+"""Run management: run directory, curves, evaluations, best models, checkpoints, signals, progress bar, summary."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+from so101.checkpoints import load_file, load_weights
+from so101.cli import check_rendering, command_of, flat_settings, silence_output
+from so101.distributed import World
+from so101.evaluation import VALIDATION_SEED, episode_mean, evaluate, no_residual, residual_to_base
+from so101.films import write_video
+from so101.files import copy_file, save_tensors, write_atomic, write_json
+from so101_env import BasePolicyError, SO101Error, SO101ResidualVectorEnv
+
+ROOT = Path(__file__).resolve().parent.parent
+RECENT = 100  # training episodes that the curves under rollout/ average over
+# tags of values that have another name in TensorBoard; all others keep theirs
+ROLLOUT_TAGS = {"success": "success_rate_100", "return": "ep_reward", "length": "ep_length", "failure": "failure_rate"}
+EVAL_TAGS = {"mean_return": "mean_reward", "mean_length": "mean_ep_length"}
+BEST_BY = ("success_rate", "mean_return")  # the best model has the highest; the second breaks ties in the first
+FINALISTS = 3  # number of best models that are evaluated on more episodes at the end,
+RIVAL_EPISODES = 2  # if they succeeded in at most this many episodes fewer than the best
+
+
+@dataclasses.dataclass
+class Run:
+    """What is written, how often, and where."""
+
+    log_dir: str = "logs"
+    """directory that gets one directory per run"""
+    run_name: str | None = None
+    """name of that directory, and of the run at Weights & Biases (default: the script's name, the time and the seed)"""
+    num_threads: int | None = None
+    """physics threads (default: every core); the results do not depend on it"""
+    checkpoint_every: int = 10_000
+    """steps between checkpoints"""
+    eval_every: int = 10_000
+    """steps between evaluations, which also choose the best model; 0 for none"""
+    eval_episodes: int = 16
+    """episodes per evaluation, on fixed held-out seeds; 16 take about a fifth of the time of a default run"""
+    final_eval_episodes: int = 64
+    """episodes on which the best models are compared at the end if the evaluations cannot separate them"""
+    resume: str | None = None
+    """checkpoint to continue exactly, with the settings it was started with"""
+    track: bool = False
+    """also log to Weights & Biases"""
+    wandb_project_name: str = "ppo-residual-so101"
+    """project of --track"""
+    capture_video: bool = False
+    """save a video of the first episode of every evaluation"""
+
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = {
+        "num_threads": (1, 1024), "checkpoint_every": (1, 10**10), "eval_every": (0, 10**10),
+        "eval_episodes": (1, 4096), "final_eval_episodes": (0, 100_000),
+    }  # fmt: skip
+
+    @property
+    def eval_envs(self) -> int:
+        """Number of environments for evaluations: the largest number of episodes that run at once."""
+        return max(self.eval_episodes, self.final_eval_episodes - self.eval_episodes)
+
+    def check_name(self) -> None:
+        """Raise SO101Error for a run name that is not a name of a directory in log_dir."""
+        if self.run_name is not None and (Path(self.run_name).parts != (self.run_name,) or self.run_name == ".."):
+            raise SO101Error(f"--run-name {self.run_name!r}: must be a plain name; --log-dir says where")
+
+
+class Recorder:
+    """Manages one training run.
+
+        with Recorder(...) as recorder:
+            while steps remain and not recorder.stopped():
+                ...
+                recorder.record(global_step, metrics, episodes)
+            return recorder.finish()
+
+    It draws no random numbers. Of the trainer it uses `agent.act`, `agent`'s weights and `checkpoint`. Only rank 0
+    writes, evaluates and prints; the methods must be called on all ranks. A failing base policy, lost ranks and
+    non-finite numbers end the run with one line; Ctrl+C, SIGTERM and a closed terminal request a stop after the present
+    iteration, from where the run can be resumed exactly.
+
+    Args:
+        script: file name of the training script.
+        kind: format of its checkpoints, see so101.checkpoints.
+        args: its arguments, with seed, total_timesteps and `run`, a Run.
+        agent: the module that is trained.
+        act: residuals (N, 6) for observations of eval_envs; None: agent.act.
+        envs: the training environments; closed at the end.
+        eval_envs: environments with DISABLED autoreset; closed at the end.
+        checkpoint: returns everything that a resumed run needs; called on all ranks.
+        saved: the checkpoint that is resumed, if any.
+        reference: what a policy is compared with: its name, and its success in evaluations, None to measure that of a
+            zero residual.
+        fallible: whether the training environments contain a policy that can fail; None: whether they have a base policy.
+        world: the ranks.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        kind: str,
+        args: Any,
+        agent: nn.Module,
+        envs: SO101ResidualVectorEnv,
+        eval_envs: SO101ResidualVectorEnv,
+        checkpoint: Callable[[], dict[str, Any]],
+        saved: dict[str, Any] | None = None,
+        act: Callable[[Any], np.ndarray] | None = None,
+        reference: tuple[str, float | None] = ("base policy alone", None),
+        fallible: bool | None = None,
+        world: World | None = None,
+    ):
+        self.script, self.kind, self.args, self.run, self.agent = script, kind, args, args.run, agent
+        self.envs, self.eval_envs, self.checkpoint, self.world = envs, eval_envs, checkpoint, world or World()
+        self.act = act or agent.act
+        self.reference, self.reference_success = reference
+        if self.reference_success is None and eval_envs.base_policy is None:
+            self.reference_success = 0.0  # an arm that rests moves nothing, and no episode starts with success
+        self.fallible = envs.base_policy is not None if fallible is None else fallible
+        self.start_time, self.start_cpu, self.eval_time_s = time.perf_counter(), time.process_time(), 0.0
+        self.global_step = self.first_step = self.resumable_step = saved["global_step"] if saved else 0
+        self.recent: deque[dict[str, float]] = deque(maxlen=RECENT)  # training episodes
+        self.finalists: list[dict[str, Any]] = []  # steps and scores of the best models, best first
+        self.metrics: dict[str, float] = {}
+        self.result: dict[str, Any] | None = None  # of the last evaluation
+        self.signum = 0  # signal that requested a stop
+        self.evaluation_due = False  # whether this iteration's evaluation is still to be done
+        self.before: dict[str, Any] | None = None  # checkpoint from which to resume if the base policy fails
+        self.weights: dict[int, dict[str, torch.Tensor]] = {}  # of the finalists, by step
+        if saved:
+            self.recent.extend(saved["recorder"]["recent_episodes"])
+            self.evaluation_due = saved["recorder"]["evaluation_due"]
+            self._find_finalists(saved["recorder"]["finalists"])
+        if self.run.capture_video:
+            check_rendering(eval_envs, "--capture-video")
+        if self.run.track and self.world.is_main:
+            try:
+                import wandb  # noqa: F401
+            except ImportError as error:
+                raise SO101Error("--track needs Weights & Biases: pip install wandb") from error
+
+    # -- the run's life
+
+    def __enter__(self) -> Recorder:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, self._on_signal)
+        self.run_dir = self._make_run_dir() if self.world.is_main else Path()
+        if self.world.is_main:
+            self._open_logs()
+        # the delay: nothing is drawn before _show, which handles a closed pipe
+        self.bar = tqdm(
+            total=self.args.total_timesteps, initial=self.global_step, unit="step", dynamic_ncols=True, delay=1e-3,
+            disable=not self.world.is_main,
+        )  # fmt: skip
+        try:
+            if self.run.eval_every and self.world.gather(self.evaluation_due or not self.finalists)[0]:
+                self.evaluate()
+            self._keep_resumable()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.close()
+        if self.world.is_main:
+            self.writer.close()
+        self.envs.close()
+        self.eval_envs.close()
+        if isinstance(error, SO101Error):
+            text = f"the base policy failed: {error}" if isinstance(error, BasePolicyError) else str(error)
+            if not self.world.is_main:
+                raise SO101Error(f"rank {self.world.rank}: {text}") from error
+            if self.before is not None:
+                path = self.run_dir / "interrupted_model.pt"
+                save_tensors(path, self.before)
+                text += f"; resume {self.before['global_step']} steps with --resume {path}"
+            raise SO101Error(text) from error
+        if isinstance(error, FloatingPointError):
+            raise SO101Error(
+                f"NaN or Inf in the {error} after {self.global_step} steps; the checkpoints in {self.run_dir} are from "
+                "before; try a lower --learning-rate"
+            ) from error
+
+    def stopped(self) -> bool:
+        """Whether a signal requested a stop on any rank: the same answer on all of them."""
+        self.signum = max(self.signum, *self.world.gather(self.signum))
+        return bool(self.signum)
+
+    def record(self, global_step: int, metrics: dict[str, float], episodes: list[dict[str, float]]) -> None:
+        """Log an iteration; evaluate and save a checkpoint when it is time.
+
+        Args:
+            global_step: environment steps so far.
+            metrics: logged under train/.
+            episodes: finished in this iteration; every value in them is averaged over the last 100, under rollout/.
+        """
+        before, self.global_step = self.global_step, global_step
+        ranks = self.world.gather((metrics, episodes))
+        self.metrics = {key: float(np.mean([each[key] for each, _ in ranks])) for key in metrics}
+        self.recent.extend(episode for _, each in ranks for episode in each)
+        if self.world.is_main:
+            means = self._recent_means()
+            fps = (global_step - self.first_step) / (time.perf_counter() - self.start_time)
+            scalars = {f"train/{key}": value for key, value in self.metrics.items()} | {"time/fps": fps}
+            scalars |= {f"rollout/{ROLLOUT_TAGS.get(key, key)}": value for key, value in means.items()}
+            if "success" in means:
+                scalars["Success/training"] = means["success"]
+            for tag, value in scalars.items():
+                self.writer.add_scalar(tag, value, global_step)
+            self._show(steps=global_step - before)
+        every = self.run.eval_every
+        self.evaluation_due = bool(every) and global_step // every > before // every
+        self._keep_resumable()
+        if self.evaluation_due:  # first, so that a checkpoint of the same step contains the best model
+            self.evaluate()
+        if global_step // self.run.checkpoint_every > before // self.run.checkpoint_every:
+            content = self._content()
+            if self.world.is_main:
+                save_tensors(self.run_dir / "checkpoints" / self._model_name(global_step), content)
+
+    def evaluate(self) -> None:
+        """Evaluate the agent, log it, and keep its model if it is among the best so far."""
+        self.evaluation_due = False
+        content = self._content()
+        if not self.world.is_main:
+            return
+        start, step = time.perf_counter(), self.global_step
+        film = self.run_dir / "eval_results" / f"step_{step}.mp4" if self.run.capture_video else None
+        self._show("evaluating")
+        self.result = {"step": step, **self._evaluate(film)}
+        for name, value in self.result.items():
+            tag = name if "/" in name else f"eval/{EVAL_TAGS.get(name, name)}"
+            if name not in ("step", "reference_success_rate"):
+                self.writer.add_scalar(tag, value, step)
+        self.writer.add_scalar("Success/evaluation", self.result["success_rate"], step)
+        with open(self.run_dir / "eval_results" / "evaluations.jsonl", "a") as file:
+            file.write(json.dumps(self.result) + "\n")
+        if self.run.track and film:
+            import wandb
+
+            wandb.log({"eval/video": wandb.Video(str(film), format="mp4"), "global_step": step})
+        own = {key: self.result[key] for key in ("step", *BEST_BY)}
+        others = [each for each in self.finalists if each["step"] != step]  # a resumed run may evaluate a step again
+        best = sorted([*others, own], key=_ranking, reverse=True)[:FINALISTS]
+        if own in best:
+            self.finalists = best
+            self.weights[step] = copy.deepcopy(self.agent.state_dict())
+            model = self.run_dir / "best_model" / self._model_name(step)
+            save_tensors(model, content | {"recorder": self._own_state()})
+            if own == best[0]:
+                copy_file(model, self.run_dir / "best_model" / "best_model.pt")
+        if self.before is not None:
+            self.before["recorder"] = self._own_state()
+        self.eval_time_s += time.perf_counter() - start
+
+    def finish(self) -> int:
+        """Evaluate, choose the best model, save the last one, and print how it went; returns the exit code."""
+        evaluated = self.result is not None and self.result["step"] == self.global_step
+        if self.run.eval_every and not self.world.gather(evaluated)[0] and not self.stopped():
+            self.evaluate()
+        stop, content = self.stopped(), self._content()
+        if not self.world.is_main:
+            return 128 + self.signum if stop else 0
+        best = {**self.finalists[0], "episodes": self.run.eval_episodes} if self.finalists else None
+        if best and not stop:
+            self._show("choosing the best model")
+            start = time.perf_counter()
+            best = self._choose_best()
+            best_model = self.run_dir / "best_model" / self._model_name(best["step"])
+            copy_file(best_model, self.run_dir / "best_model" / "best_model.pt")
+            self.eval_time_s += time.perf_counter() - start
+            self._log_best()
+        self._show()
+        self.bar.close()
+        model = self.run_dir / ("interrupted_model.pt" if stop else "final_model.pt")
+        save_tensors(model, content)
+        summary = self._summary(best, model)
+        write_json(self.run_dir / "training_summary.json", summary)
+        self._print_end(summary, best, model)
+        return 128 + self.signum if stop else 0
+
+    # -- signals and printing
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        self.signum = signum
+        signal.signal(signum, signal.SIG_DFL)  # a second one ends the program at once
+
+    def _on_closed_output(self) -> None:
+        """Stop as for a signal: the terminal, or the reader of a pipe, is gone."""
+        silence_output()
+        self.signum = self.signum or signal.SIGPIPE
+
+    def _say(self, text: str) -> None:
+        """Print a line."""
+        try:
+            print(text, flush=True)
+        except OSError:
+            self._on_closed_output()
+
+    def _show(self, doing: str = "", steps: int = 0) -> None:
+        """Show on the progress bar what is being done, or how good the agent is, and steps that were done."""
+        means = self._recent_means()
+        text = doing or (f"success {means['success']:.2f}" if "success" in means else "training")
+        text += f", evaluation {self.result['success_rate']:.2f}" if self.result and not doing else ""
+        try:
+            self.bar.set_description_str(text, refresh=False)
+            self.bar.update(steps) if steps else self.bar.refresh()
+        except OSError:
+            self._on_closed_output()
+
+    def _print_end(self, summary: dict[str, Any], best: dict[str, Any] | None, model: Path) -> None:
+        speed = f"{summary['steps_per_second']:.0f} steps/s"
+        if summary["base_time_s"]:
+            speed += f", {summary['base_time_s'] / summary['wall_time_s']:.0%} of the time for the base policy"
+        self._say(f"{self.global_step} steps in {summary['wall_time_s']:.1f} s ({speed}), saved in {self.run_dir}")
+        if self.signum:
+            self._say(f"resume:   {self._own_command()} --resume {model}")
+            return
+        if best:
+            text = f"success: best model (step {best['step']}, {best['episodes']} episodes) {best['success_rate']:.2f}"
+            text += f", last {self.result['success_rate']:.2f}" if self.result else ""
+            self._say(f"{text}, {self.reference} {self.reference_success:.2f}")
+        self._say(f"evaluate: {command_of('eval_so101.py')} --model {summary['best_checkpoint']}")
+
+    def _own_command(self) -> str:
+        name = Path(self.script)
+        return command_of(f"so101.{name.stem}" if (ROOT / "so101" / name).is_file() else self.script)
+
+    # -- files
+
+    def _content(self) -> dict[str, Any]:
+        """A complete checkpoint."""
+        settings = dataclasses.asdict(self.args)
+        settings["run"]["resume"] = None
+        head = {"format": self.kind, "script": self.script, "args": settings}
+        return {**head, **self.checkpoint(), "recorder": self._own_state()}
+
+    def _own_state(self) -> dict[str, Any]:
+        """The Recorder's part of a checkpoint."""
+        due = {"evaluation_due": self.evaluation_due}
+        return {"recent_episodes": list(self.recent), "finalists": self.finalists, **due}
+
+    def _keep_resumable(self) -> None:
+        """Keep a checkpoint of now if the base policy can fail at any step: the next rollout changes no weights."""
+        if self.fallible:
+            self.before = self._content()
+
+    def _model_name(self, step: int) -> str:
+        """File name of the model after so many steps."""
+        return f"{_stem(self.script)}_{step}_steps.pt"
+
+    def _find_finalists(self, finalists: list[dict[str, Any]]) -> None:
+        """The best models of the resumed run, whose files must lie in its directory; prints which are missing."""
+        for each in finalists:
+            path = _run_dir_of(self.run.resume) / "best_model" / self._model_name(each["step"])
+            if path.is_file():
+                self.finalists.append({key: each[key] for key in ("step", *BEST_BY)})
+                self.weights[each["step"]] = load_file(path, self.kind)["agent"]
+            elif self.world.is_main:
+                print(f"{path} is missing: the best model is chosen without that of step {each['step']}", flush=True)
+
+    def _make_run_dir(self) -> Path:
+        """The directory of the run: that of the resumed one if the checkpoint is where it stopped, or a new one."""
+        subdirectories = ("checkpoints", "best_model", "eval_results", "tensorboard")
+        name, log_dir = self.run.run_name, Path(self.run.log_dir)
+        self.continued = False
+        if self.run.resume:
+            old = _run_dir_of(self.run.resume)
+            reason = _why_not(old, self.global_step) or ("--run-name" if name else "")
+            reason = reason or ("--log-dir" if log_dir != Path(Run.log_dir) else "")
+            self.continued = not reason
+            if self.continued:
+                return old
+            log_dir = old.parent if log_dir == Path(Run.log_dir) else log_dir
+            name = name or old.name
+            if not reason.startswith("--"):
+                self._say(f"{reason}; the resumed run gets a directory of its own")
+        name = name or f"{_stem(self.script)}_{time.strftime('%Y%m%d-%H%M%S')}_s{self.args.seed}"
+        run_dir = new_run_dir(log_dir, name, *subdirectories)
+        if self.run.resume:  # the best one last
+            for each in reversed(self.finalists):
+                model = self._model_name(each["step"])
+                for target in (model, "best_model.pt"):
+                    copy_file(_run_dir_of(self.run.resume) / "best_model" / model, run_dir / "best_model" / target)
+        return run_dir
+
+    def _open_logs(self) -> None:
+        """Open TensorBoard's event file, and write the configuration."""
+        total = self.args.total_timesteps
+        steps = f"from step {self.first_step} to {total}" if self.first_step else f"training for {total} steps"
+        num_envs, ranks = self.envs.num_envs * self.world.size, f", {self.world.size} ranks" if self.world.size > 1 else ""
+        base = f", base policy {self.args.base.base_policy}" if hasattr(self.args, "base") else ""
+        self._say(f"{steps} in {num_envs} environments{ranks}{base}, seed {self.args.seed}")
+        self._say(f"{'continuing in' if self.continued else 'everything goes to'} {self.run_dir}")
+        settings = flat_settings(dataclasses.asdict(self.args))
+        if self.run.track:
+            import wandb
+
+            wandb.init(
+                project=self.run.wandb_project_name, name=self.run_dir.name, config=settings, sync_tensorboard=True
+            )
+        from torch.utils.tensorboard import SummaryWriter  # after wandb, which patches it; and slow to import
+
+        evaluations = self.run_dir / "eval_results" / "evaluations.jsonl"
+        if self.continued and evaluations.is_file():  # what was evaluated after the checkpoint is evaluated again
+            lines = [line for line in evaluations.read_text().splitlines() if json.loads(line)["step"] <= self.first_step]
+            write_atomic(evaluations, lambda temporary: temporary.write_text("".join(line + "\n" for line in lines)))
+            self.result = json.loads(lines[-1]) if lines else None
+        purge = self.first_step + 1 if self.continued else None
+        self.writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge)
+        if not self.continued:
+            write_json(self.run_dir / "config.json", describe_run(self.script, self.args))
+            table = "".join(f"|{key}|{value}|\n" for key, value in settings.items())
+            self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{table}")
+        self.writer.add_text("command", shlex.join(["python", *sys.argv]), self.first_step)
+
+    # -- evaluation
+
+    def _recent_means(self) -> dict[str, float]:
+        """Means of every value over the last training episodes."""
+        keys = dict.fromkeys(key for episode in self.recent for key in episode)
+        return {key: episode_mean(self.recent, key) for key in keys}
+
+    def _evaluate(self, film: Path | None) -> dict[str, float]:
+        """Means over the episodes of an evaluation, whose seeds are used for nothing else; films the first one."""
+        seeds = [VALIDATION_SEED + i for i in range(self.run.eval_episodes)]
+        episodes = evaluate(self.act, self.eval_envs, seeds, trace=film is not None)
+        success, magnitude = (episode_mean(episodes, key) for key in ("success", "residual_magnitude"))
+        if self.reference_success is None:  # at the start most agents are their base
+            alone = evaluate(no_residual, self.eval_envs, seeds) if magnitude else episodes
+            self.reference_success = episode_mean(alone, "success")
+        if film:
+            title = "agent" if self.eval_envs.base_policy is None else "base and residual"
+            write_video(self.eval_envs, {title: episodes[:1]}, film)
+        estimates = [name for name in ("estimate_error_m", "estimate_error_rad") if name in episodes[0]]
+        return {
+            "success_rate": success,
+            "mean_return": episode_mean(episodes, "return"),
+            "mean_length": episode_mean(episodes, "length"),
+            "residual_magnitude": magnitude,
+            "reference_success_rate": self.reference_success,
+            **{f"mean_{name}": episode_mean(episodes, name) for name in estimates},
+            **{f"residual_to_base/{joint}": ratio for joint, ratio in residual_to_base(episodes).items()},
+        }
+
+    def _choose_best(self) -> dict[str, Any]:
+        """The best of the finalists, with its means over final_eval_episodes, those of its evaluation and more."""
+        run, finalists = self.run, self.finalists
+        more = [VALIDATION_SEED + i for i in range(run.eval_episodes, run.final_eval_episodes)]
+        needed = finalists[0]["success_rate"] - RIVAL_EPISODES / run.eval_episodes
+        rivals = [each for each in finalists if each["success_rate"] >= needed]
+        if not more or len(rivals) < 2:
+            return {**finalists[0], "episodes": run.eval_episodes}
+        share, compared = len(more) / run.final_eval_episodes, []
+        last = copy.deepcopy(self.agent.state_dict())
+        for each in rivals:
+            load_weights(self.agent, self.weights[each["step"]], self._model_name(each["step"]))
+            results = evaluate(self.act, self.eval_envs, more)
+            means = {"success_rate": episode_mean(results, "success"), "mean_return": episode_mean(results, "return")}
+            compared.append({key: (1 - share) * each[key] + share * means[key] for key in BEST_BY})
+            compared[-1] |= {"step": each["step"], "episodes": run.final_eval_episodes}
+        self.agent.load_state_dict(last)
+        return max(compared, key=_ranking)
+
+    def _log_best(self) -> None:
+        """Settings and the last evaluation, for the table of runs in TensorBoard's tab HPARAMS."""
+        from torch.utils.tensorboard.summary import hparams
+
+        settings = flat_settings(dataclasses.asdict(self.args))
+        plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()}
+        for summary in hparams(plain, {"eval/success_rate": 0.0, "eval/mean_reward": 0.0}):  # names; values are logged
+            self.writer.file_writer.add_summary(summary)
+
+    def _summary(self, best: dict[str, Any] | None, model: Path) -> dict[str, Any]:
+        """What training_summary.json holds."""
+        wall_time, means = time.perf_counter() - self.start_time, self._recent_means()
+        base_time = sum(getattr(envs, "base_time_s", 0.0) for envs in (self.envs, self.eval_envs))
+        return {
+            "total_timesteps": self.global_step,
+            "wall_time_s": wall_time,
+            "cpu_time_s": time.process_time() - self.start_cpu,
+            "steps_per_second": (self.global_step - self.first_step) / wall_time,
+            "eval_time_s": self.eval_time_s,
+            "ranks": self.world.size,
+            "base_time_s": base_time,
+            "interrupted": bool(self.signum),
+            "success_rate_100": means.get("success"),
+            "mean_return_100": means.get("return"),
+            "mean_length_100": means.get("length"),
+            **self.metrics,
+            "final_eval_success_rate": self.result["success_rate"] if self.result else None,
+            "final_eval_mean_return": self.result["mean_return"] if self.result else None,
+            "reference_eval_success_rate": self.reference_success,
+            "best_eval_success_rate": best["success_rate"] if best else None,
+            "best_eval_step": best["step"] if best else None,
+            "best_eval_episodes": best["episodes"] if best else None,
+            "best_checkpoint": str(self.run_dir / "best_model" / "best_model.pt" if best else model),
+        }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# run directories
+
+
+def new_run_dir(log_dir: Path, name: str, *subdirectories: str) -> Path:
+    """A new directory for a run. Raises SO101Error if log_dir cannot be written."""
+    for attempt in range(100):
+        run_dir = log_dir / (name + (f"_{attempt}" if attempt else ""))
+        try:
+            run_dir.mkdir(parents=True)
+            for each in subdirectories:
+                (run_dir / each).mkdir()
+            return run_dir
+        except FileExistsError:
+            if not log_dir.is_dir():
+                break
+        except OSError as error:
+            text = f"--log-dir {log_dir}: cannot be written ({error.strerror}); name another directory"
+            raise SO101Error(text) from error
+    raise SO101Error(f"--log-dir {log_dir}: is not a directory; name another one")
+
+
+def _run_dir_of(path: str) -> Path:
+    """The directory of the run that a checkpoint belongs to."""
+    parent = Path(path).parent
+    return parent.parent if parent.name in ("checkpoints", "best_model") else parent
+
+
+def _why_not(run_dir: Path, step: int) -> str:
+    """Why a run cannot go on in its own directory from a checkpoint of this step; "" if it can."""
+    if not (run_dir / "config.json").is_file():
+        return f"{run_dir} is not the directory of a run"
+    if (run_dir / "final_model.pt").exists():
+        return f"the run in {run_dir} is finished"
+    later = [path for path in run_dir.glob("checkpoints/*_steps.pt") if _step_of(path) > step]
+    if later or ((run_dir / "interrupted_model.pt").is_file() and _step_of(run_dir / "interrupted_model.pt") > step):
+        return f"the run in {run_dir} went further than step {step}"
+    return ""
+
+
+def _step_of(path: Path) -> int:
+    """Environment steps of a model file."""
+    with contextlib.suppress(ValueError):
+        return int(path.stem.removesuffix("_steps").rpartition("_")[2])
+    return torch.load(path, map_location="cpu", weights_only=True)["global_step"]
+
+
+def _stem(script: str) -> str:
+    """A script's name in the names of runs and models: ppo_residual, ppo_rgb, distill."""
+    return Path(script).stem.removesuffix("_so101")
+
+
+def _ranking(evaluation: dict[str, Any]) -> list[float]:
+    """Sort key of evaluations: the best one has the highest."""
+    return [evaluation[key] for key in (*BEST_BY, "step")]
+
+
+def describe_run(script: str, args: Any) -> dict[str, Any]:
+    """The content of config.json: script, arguments, commit, versions, machine."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        except FileNotFoundError:  # no git on this machine: the commit is unknown
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = status = None
+    if git("ls-files", "--error-unmatch", "so101_env.py"):  # else it is installed, perhaps within another repository
+        # reports of sweeps are not changes of the code
+        status = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmark/results")
+        commit = git("rev-parse", "HEAD")
+    return {
+        "script": script,
+        "args": dataclasses.asdict(args),
+        "git": {"commit": commit, "dirty": None if status is None else bool(status)},
+        "versions": {name: metadata.version(name) for name in ("torch", "mujoco", "gymnasium", "numpy")},
+        "machine": {"platform": platform.platform(), "python": sys.version.split()[0], "cpus": os.cpu_count()},
+    }

@@ -1,0 +1,220 @@
+"""A policy behind a policy server (LeRobot's or GR00T's) as base policy: `server:HOST:PORT`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import ipaddress
+import os
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from so101.base import BasePolicy, follow_chunks, new_chunks
+from so101.extras import import_extra
+from so101_env import (
+    ACT_DIM,
+    HOME_RAD,
+    IMAGES,
+    STATE,
+    TASK_TEXT,
+    BaseObservation,
+    BasePolicyError,
+    SO101Error,
+    camera_names,
+)
+from so101_sim.control import from_rad, to_rad
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """Options of pictures, and of a policy server as base policy."""
+
+    cameras: tuple[str, ...] = ()
+    """cameras to record, or that a policy server sees: top, wrist, or NAME=CAMERA if it has another name there"""
+    image_size: tuple[int, ...] = (96,)
+    """side of the pictures in pixels, or height and width"""
+    units: Literal["deg", "norm", "rad"] | None = None
+    """unit of the joints at a policy server, which servers do not report: deg (gripper 0 to 100; LeRobot since 0.4.4,
+    and recordings of this project), norm (-100 to 100; older LeRobot) or rad"""
+    chunk_steps: int = 8
+    """steps of each predicted chunk that are executed before a policy server is asked again"""
+    instruction: str = TASK_TEXT
+    """instruction for a policy server"""
+    server_timeout: float = 15.0
+    """seconds to wait for a policy server; the first action may take 60"""
+    allow_remote: bool = False
+    """allow --base-policy server: to name another machine; the connection is not encrypted"""
+
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = {"chunk_steps": (1, 1000), "server_timeout": (0.1, 3600)}
+
+    def camera_map(self) -> dict[str, str]:
+        """Cameras of the scene, by their names in datasets and at the server."""
+        pairs = [text.split("=", 1) if "=" in text else (text, text) for text in self.cameras]
+        if len({name for name, _ in pairs}) < len(pairs) or not all(name and camera for name, camera in pairs):
+            raise SO101Error(f"--cameras {' '.join(self.cameras)}: give NAME or NAME=CAMERA, each name once")
+        if unknown := [camera for _, camera in pairs if camera not in camera_names()]:
+            known = " and ".join(camera_names())
+            raise SO101Error(f"--cameras {unknown[0]}: the scene has no such camera, it has {known}")
+        return dict(pairs)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pictures, pixels."""
+        size = self.image_size
+        if len(size) not in (1, 2) or not all(8 <= side <= 1024 and side % 2 == 0 for side in size):
+            text = " ".join(map(str, size))
+            raise SO101Error(f"--image-size {text}: give one side or height and width, even numbers from 8 to 1024")
+        return size[0], size[-1]
+
+
+class ServerPolicy(BasePolicy):
+    """A camera policy behind a server, of LeRobot or GR00T: `server:HOST:PORT`.
+
+    All environments that need a new chunk in a step are one request. The first chunk_steps absolute joint targets of
+    every predicted chunk are executed, see follow_chunks. Raises BasePolicyError if the server does not answer, does not
+    serve a policy of an SO-101, or fails.
+    """
+
+    def __init__(self, address: str, options: Server):
+        host, _, port = address.rpartition(":")
+        self.address, host = address, host.strip("[]")
+        if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
+            raise BasePolicyError(f"base policy server:{address}: give server:HOST:PORT, as in server:127.0.0.1:5555")
+        if not options.allow_remote and not _is_loopback(host):
+            raise BasePolicyError(
+                f"base policy server:{address}: is another machine, and the connection is not encrypted: tunnel it "
+                f"(ssh -L {port}:127.0.0.1:{port} {host}), or pass --allow-remote"
+            )
+        if options.units is None:
+            raise BasePolicyError(
+                f"base policy server:{address}: servers do not report the unit of the joints: pass --units deg (LeRobot "
+                "since 0.4.4, and recordings of this project), norm (older LeRobot) or rad"
+            )
+        self.options, self.image_size, self.memory = options, options.size, {}
+        import_extra("zmq", "server", f"base policy server:{address}")
+        import_extra("msgpack", "server", f"base policy server:{address}")
+        from so101 import wire
+
+        self._wire = wire
+        try:
+            self.client = wire.PolicyClient(
+                host, int(port), options.server_timeout, api_token=os.environ.get("SO101_API_TOKEN")
+            )
+        except wire.WireError as error:
+            raise self._error(error) from error
+        try:
+            self._match_modalities()
+            # grey pictures of an arm at home
+            home, video, steps = HOME_RAD[None].astype(np.float32), self.client.modalities["video"], self.past + [0]
+            grey = np.full((1, len(steps), *self.image_size, 3), 128, np.uint8)
+            probe = self._question({key: grey for key in video.keys}, np.repeat(home[:, None], len(steps), axis=1))
+            facts = {**dataclasses.asdict(options), "server_timeout": 0, "allow_remote": False}
+            policy = self.client.identify(probe)
+            self.fingerprint = hashlib.sha256(f"{policy} {sorted(facts.items())}".encode()).hexdigest()
+        except self._wire.WireError as error:
+            self.close()
+            raise self._error(error) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _error(self, problem: object) -> BasePolicyError:
+        return BasePolicyError(f"base policy server:{self.address}: {problem}")
+
+    def _match_modalities(self) -> None:
+        """Match cameras, states and actions of the policy with those of the scene."""
+        video, state, action = (self.client.modalities[kind] for kind in ("video", "state", "action"))
+        names = self.options.camera_map()
+        self.camera_of = {key: names.get(key, key) for key in video.keys}
+        if unknown := [key for key, camera in self.camera_of.items() if camera not in camera_names()]:
+            example = " ".join(f"{key}={camera}" for key, camera in zip(video.keys, camera_names()))
+            text = f"its policy sees {' and '.join(video.keys)}; say which camera {unknown[0]} is, as in"
+            raise self._error(f"{text} --cameras {example}")
+        if unused := [name for name in names if name not in video.keys]:
+            seen = " and ".join(video.keys) or "no camera"
+            raise self._error(f"--cameras {unused[0]}: its policy does not see this camera; it sees {seen}")
+        self.cameras = tuple(dict.fromkeys(self.camera_of.values()))
+        for kind, keys in (("state", state.keys), ("action", action.keys)):
+            if unknown := [key for key in keys if key not in self._wire.JOINT_GROUPS]:
+                known = " and ".join(self._wire.JOINT_GROUPS)
+                raise self._error(f"its policy has the {kind} {unknown[0]}; an SO-101's are {known}")
+        if missing := [key for key in self._wire.JOINT_GROUPS if key not in action.keys]:
+            raise self._error(f"its policy does not return {missing[0]}, only {' and '.join(action.keys) or 'nothing'}")
+        horizon = len(action.deltas)
+        if action.deltas != list(range(horizon)):
+            raise self._error(f"its policy predicts the steps {action.deltas}, not all steps from now on")
+        if self.options.chunk_steps > horizon:
+            raise self._error(f"--chunk-steps {self.options.chunk_steps}: its policy predicts {horizon} steps")
+        self.past = video.deltas[:-1] if video.keys else state.deltas[:-1]
+        deltas = [modality.deltas for modality in (video, state) if modality.keys]
+        if any(each != [*self.past, 0] for each in deltas) or any(-d > self.options.chunk_steps for d in self.past):
+            text = f"its policy sees the steps {deltas[0]}; only 0 and up to --chunk-steps before it are possible"
+            raise self._error(text)
+
+    def _question(self, video: dict[str, np.ndarray], joints_rad: np.ndarray) -> dict[str, Any]:
+        """Arguments of PolicyClient.get_action for pictures (B, T, H, W, 3) and joint positions (B, T, 6), rad."""
+        joints = from_rad(joints_rad.astype(np.float64), self.options.units)
+        state = {key: joints[:, :, self._wire.JOINT_GROUPS[key]] for key in self.client.modalities["state"].keys}
+        return {"video": video, "state": state, "text": self.options.instruction}
+
+    def reset(self, mask: np.ndarray) -> None:
+        """Ask for a new chunk before the next step."""
+        n, steps = len(mask), self.options.chunk_steps
+        if not self.memory or len(self.memory["step"]) != n:
+            self.memory = new_chunks(n, steps)
+            for back in self.past:  # past observations
+                self.memory[f"joints{back}"] = np.zeros((n, ACT_DIM), np.float32)
+                for camera in self.cameras:
+                    self.memory[f"{camera}{back}"] = np.zeros((n, *self.image_size, 3), np.uint8)
+            self.memory["new"] = np.zeros(n, bool)  # no observation in this episode yet
+        self.memory["step"][mask], self.memory["new"][mask] = 0, True
+
+    def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
+        """Joint deltas in rad (N, 6): from the last commanded targets to the policy's."""
+        memory, steps = self.memory, self.options.chunk_steps
+        look = mask & (memory["step"] == 0)
+        if look.any():
+            memory["targets"][look] = self._look(obs.rows(look), look)
+            memory["new"][look] = False
+        for back in self.past:  # a policy that also sees the past will need the present observation
+            if (rows := mask & (memory["step"] == (steps + back) % steps)).any():
+                seen = obs.rows(rows)
+                memory[f"joints{back}"][rows] = seen[STATE]
+                for camera in self.cameras:
+                    memory[f"{camera}{back}"][rows] = seen[IMAGES + camera]
+        return follow_chunks(memory, obs, mask)
+
+    def _look(self, seen: BaseObservation, look: np.ndarray) -> np.ndarray:
+        """The next joint targets (n, chunk_steps, 6), rad, of the n environments in look, (N,) bool."""
+        new, n = self.memory["new"][look], int(look.sum())
+
+        def over_time(name: str, now: np.ndarray) -> np.ndarray:
+            """(n, T, ...): past observations, or the present one at the start of an episode."""
+            past = [self.memory[f"{name}{back}"][look] for back in self.past]
+            for array in past:
+                array[new] = now[new]
+            return np.stack([*past, now], axis=1)
+
+        pictures = {camera: over_time(camera, seen[IMAGES + camera]) for camera in self.cameras}
+        video = {key: pictures[camera] for key, camera in self.camera_of.items()}
+        try:
+            action = self.client.get_action(**self._question(video, over_time("joints", seen[STATE])))
+            groups = [
+                self._wire.check_action(action, key, n, self.options.chunk_steps, group.stop - group.start)
+                for key, group in self._wire.JOINT_GROUPS.items()
+            ]
+            return to_rad(np.concatenate(groups, axis=2), self.options.units)
+        except (self._wire.WireError, SO101Error) as error:
+            raise self._error(error) from error
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.client.close()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

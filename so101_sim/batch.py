@@ -1,0 +1,225 @@
+"""Physics of N arms, each in its own copy of a scene, stepped together on MuJoCo's thread pool."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import mujoco
+import mujoco.batch
+import numpy as np
+
+from so101_sim.control import ACT_DIM, FIRMWARE_P, Controller, clamp
+from so101_sim.errors import SO101Error
+from so101_sim.scene import CONTROL_HZ
+
+SETTLE_STEPS = 100  # physics steps in which objects come to rest at the start
+# makes positions and gravity torques current after a step
+STAGE = mujoco.mjtStage.mjSTAGE_VEL.value
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmRandomization:
+    """What is resampled every episode of an arm. A fraction f means uniform in nominal x [1 - f, 1 + f]."""
+
+    servo_gain: float = 0.0
+    """fraction, proportional gain, sampled per joint"""
+    servo_damping: float = 0.0
+    """fraction, joint damping, sampled per joint"""
+    latency_steps: int = 0
+    """a command takes effect 0 to this many control steps late (integer, fixed within an episode)"""
+    joint_offset_rad: float = 0.0
+    """calibration error of the joint encoders, sampled per joint, uniform in +- this"""
+    backlash_rad: tuple[float, float] = (0.0, 0.0)
+    """play before the servo reacts; sampled per joint, uniformly between these bounds"""
+
+
+class Arms:
+    """N arms at the same task. Joints come first in qpos; the task's own positions follow.
+
+    Args:
+        model: the scene, from here on owned by this object.
+        home_qpos: (nq,) a state near rest; an episode starts with the joints at home_qpos[:6].
+        num_arms: N.
+        ranges: what `resample` draws.
+        firmware_p: P coefficient of the servos, to which their gain is proportional.
+        resampled: further fields of the model that differ between the arms; the task writes them in `fields`.
+        num_threads: physics threads; None uses every core, at most one per arm. No result depends on it.
+    """
+
+    def __init__(
+        self,
+        model: mujoco.MjModel,
+        home_qpos: np.ndarray,
+        num_arms: int,
+        ranges: ArmRandomization | None = None,
+        firmware_p: int = FIRMWARE_P,
+        resampled: tuple[str, ...] = (),
+        num_threads: int | None = None,
+    ):
+        self.model, self.num_arms, self.ranges = model, num_arms, ranges or ArmRandomization()
+        ranges = self.ranges
+        # it knows what is known of a real arm: bounds on backlash and latency, not what is drawn for an episode
+        latency_s = ranges.latency_steps / CONTROL_HZ
+        self.controller = Controller(model, firmware_p, ranges.backlash_rad[1], latency_s)
+        for parameter in (model.actuator_gainprm[:, 0], model.actuator_biasprm[:, 1]):
+            parameter *= firmware_p / FIRMWARE_P
+        threads = min(num_threads or os.cpu_count() or 1, num_arms)
+        # one state row per arm (warm start included) and per-arm copies of the fields below; persistent: a step goes on
+        # from the quantities that were made current after the last one
+        self.batch = mujoco.batch.Batch(model, nsim=num_arms, nthread=threads, persistent=True)
+        self.substeps = round(1 / CONTROL_HZ / model.opt.timestep)
+        self.qpos, self.qvel, self._ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))  # views
+        self.geom_xpos_m = self.batch.bind("geom_xpos")  # (N, ngeom, 3)
+        self.tip_m = self.batch.bind("site_xpos")[:, model.site("gripperframe").id]  # (N, 3)
+        self.gravity_n_m = self.batch.bind("qfrc_bias")[:, :ACT_DIM]  # torque that holds the joints at rest, (N, 6)
+        self.joint_pos, self.joint_vel = self.qpos[:, :ACT_DIM], self.qvel[:, :ACT_DIM]  # true, rad and rad/s
+        self.home = self._settle(np.asarray(home_qpos, np.float64))
+        names = list(resampled)
+        names += ["actuator_gainprm", "actuator_biasprm"] if ranges.servo_gain else []
+        names += ["dof_damping"] if ranges.servo_damping else []
+        self.fields = {name: self.batch.expand(name) for name in names}
+        nominal_gain = np.broadcast_to(model.actuator_gainprm[:, 0], (num_arms, ACT_DIM))
+        # (N, 6), N m/rad; a view where it is resampled
+        self._gain = self.fields["actuator_gainprm"][:, :, 0] if ranges.servo_gain else nominal_gain
+        # with the state rows and the resampled fields, these arrays are the whole state: see get_state
+        self._state = {
+            "command": np.zeros((num_arms, ACT_DIM)),  # last commanded joint targets, rad, in encoder coordinates
+            "delayed": np.zeros((num_arms, ranges.latency_steps + 1, ACT_DIM)),  # last commands, newest first
+            "latency": np.zeros(num_arms, np.int64),  # control steps
+            "joint_offset": np.zeros((num_arms, ACT_DIM)),  # encoder minus true position, rad
+            "backlash": np.zeros((num_arms, ACT_DIM)),  # rad
+        }
+        self.command, self._delayed, self._latency, self.joint_offset, self._backlash = self._state.values()
+
+    def _settle(self, home_qpos: np.ndarray) -> dict[str, np.ndarray]:
+        """Nominal resting state: joints at home, servo targets raised by gravity sag, objects settled on the table."""
+        data, home_rad = mujoco.MjData(self.model), home_qpos[:ACT_DIM]
+        data.qpos[:] = home_qpos
+        mujoco.mj_forward(self.model, data)
+        data.ctrl[:] = home_rad + data.qfrc_bias[:ACT_DIM] / self.model.actuator_gainprm[:, 0]
+        for _ in range(SETTLE_STEPS):
+            mujoco.mj_step(self.model, data)
+        data.qpos[:ACT_DIM] = home_rad
+        return {
+            "qpos": data.qpos.copy(), "warmstart": data.qacc_warmstart.copy(), "torque": data.qfrc_bias[:ACT_DIM].copy()
+        }  # fmt: skip
+
+    @property
+    def joints_rad(self) -> np.ndarray:
+        """Joint positions (N, 6), rad, as the encoders measure them."""
+        return self.joint_pos + self.joint_offset
+
+    def limit(self, target_rad: np.ndarray) -> np.ndarray:
+        """Wanted joint targets (N, 6), rad in encoder coordinates, clipped by the command law."""
+        return self.controller.limit(target_rad, self.joints_rad, self.joint_vel, self.gravity_n_m)
+
+    def resample(self, i: int, rng: np.random.Generator) -> None:
+        """Draw what ArmRandomization describes for arm i."""
+        ranges, model = self.ranges, self.model
+        if "actuator_gainprm" in self.fields:
+            gain = model.actuator_gainprm[:, 0] * (1.0 + ranges.servo_gain * rng.uniform(-1.0, 1.0, ACT_DIM))
+            self.fields["actuator_gainprm"][i, :, 0] = gain
+            self.fields["actuator_biasprm"][i, :, 1] = -gain
+        if "dof_damping" in self.fields:
+            factor = 1.0 + ranges.servo_damping * rng.uniform(-1.0, 1.0, ACT_DIM)
+            self.fields["dof_damping"][i, :ACT_DIM] = model.dof_damping[:ACT_DIM] * factor
+        self._latency[i] = rng.integers(ranges.latency_steps + 1) if ranges.latency_steps else 0
+        if ranges.joint_offset_rad:
+            self.joint_offset[i] = ranges.joint_offset_rad * rng.uniform(-1.0, 1.0, ACT_DIM)
+        if ranges.backlash_rad[1]:
+            self._backlash[i] = rng.uniform(*ranges.backlash_rad, ACT_DIM)
+
+    def start(self, ids: np.ndarray, at_home: bool = True) -> None:
+        """Put the arms ids at rest at their qpos, which have been written before.
+
+        With at_home the joints are at home_qpos[:6]; servo targets are then those of the settled resting state.
+        """
+        if at_home:
+            self._ctrl[ids] = self.home["qpos"][:ACT_DIM] + self.home["torque"] / self._gain[ids]
+        if "body_mass" in self.fields:
+            self.batch.set_const(ids)
+        self.qvel[ids] = 0.0
+        self.batch.bind("time")[ids] = 0.0
+        self.batch.bind("qacc_warmstart")[ids] = self.home["warmstart"]
+        self.batch.forward(ids, stage=STAGE)
+        if not at_home:
+            self._ctrl[ids] = self.joint_pos[ids] + self.gravity_n_m[ids] / self._gain[ids]
+        self.command[ids] = self._ctrl[ids] + self.joint_offset[ids]
+        self._delayed[ids] = self.command[ids][:, None]
+
+    def step(self, command_rad: np.ndarray, active: np.ndarray) -> np.ndarray:
+        """One control step of the arms in active, (N,) bool: their servos track command_rad (N, 6).
+
+        Returns which arms diverged, (N,) bool. A diverged arm is put back to its resting state.
+        """
+        rows, ids = _rows_and_ids(active)
+        self.command[rows] = command_rad[rows]
+        if self.ranges.latency_steps:
+            self._delayed[rows] = np.concatenate([command_rad[:, None], self._delayed[:, :-1]], axis=1)[rows]
+            command_rad = self._delayed[np.arange(self.num_arms), self._latency]
+        if self.ranges.backlash_rad[1]:
+            for _ in range(self.substeps):
+                self.substep(command_rad, active)
+        else:
+            self._ctrl[rows] = (command_rad - self.joint_offset)[rows]
+            self.batch.step(ids, nstep=self.substeps, stage=STAGE)
+        broken = active & ~np.isfinite(self.batch.state).all(1)
+        if broken.any():
+            self.qpos[broken], self.qvel[broken] = self.home["qpos"], 0.0
+            self.batch.forward(np.flatnonzero(broken), stage=STAGE)
+        return broken
+
+    def substep(self, command_rad: np.ndarray, active: np.ndarray) -> None:
+        """One physics step with backlash: servos of the arms in active, (N,) bool, track command_rad (N, 6).
+
+        A servo does not react to the part of its error that is within the backlash. No latency is simulated here.
+        """
+        rows, ids = _rows_and_ids(active)
+        error = command_rad - self.joint_offset - self.joint_pos
+        felt = error - clamp(error, -self._backlash / 2, self._backlash / 2)
+        self._ctrl[rows] = (self.joint_pos + felt)[rows]
+        self.batch.step(ids, nstep=1, stage=STAGE)
+
+    # -- saving and restoring
+
+    def get_state(self) -> dict[str, Any]:
+        """Everything that the next steps depend on, as arrays."""
+        return {
+            "batch": self.batch.state.copy(),
+            "fields": {name: array.copy() for name, array in self.fields.items()},
+            **{name: array.copy() for name, array in self._state.items()},
+        }
+
+    def check_state(self, state: Any) -> None:
+        """Raise SO101Error if a state does not fit these arms."""
+        if not isinstance(state, Mapping) or not isinstance(state.get("fields"), Mapping):
+            raise SO101Error("state of the environments: arms or their fields are missing")
+        check_arrays({"batch": self.batch.state, **self._state}, state)
+        check_arrays(self.fields, state["fields"])
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where get_state was called, from a state that check_state accepts."""
+        self.batch.state[...] = state["batch"]
+        for name, array in self._state.items():
+            array[...] = state[name]
+        for name, array in self.fields.items():
+            array[:] = state["fields"][name]
+        if "body_mass" in self.fields:
+            self.batch.set_const()
+        self.batch.forward(stage=STAGE)
+
+
+def check_arrays(own: Mapping[str, np.ndarray], saved: Mapping[str, Any]) -> None:
+    """Raise SO101Error for the first saved array that is missing, or of another shape or type than the own one."""
+    for name, array in own.items():
+        given = saved.get(name)
+        if getattr(given, "shape", None) != array.shape or given.dtype != array.dtype:
+            raise SO101Error(f"state of the environments: {name} must have shape {array.shape}, {array.dtype}")
+
+
+def _rows_and_ids(active: np.ndarray) -> tuple[Any, np.ndarray | None]:
+    """Index of the rows, and ids for mujoco.batch, of the arms in active, (N,) bool; both are cheaper if it is all."""
+    return (slice(None), None) if active.all() else (active, np.flatnonzero(active))
