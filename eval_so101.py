@@ -115,7 +115,9 @@ def print_table(columns: dict[str, dict[str, Any]]) -> None:
         factor, shown = {"m": (1000, "mm"), "rad": (np.rad2deg(1), "degrees")}.get(unit, (1, unit))
         rows.append((f"{name} ({shown})", lambda s, key=key, factor=factor: f"{factor * s[key]:.1f}"))
     rows.append(("residual magnitude", lambda s: f"{s['mean_residual_magnitude']:.3f}"))
-    rows.append(("out of reach, non-finite", lambda s: f"{s['failures']['out_of_reach']}, {s['failures']['non_finite']}"))
+    rows.append(
+        ("out of reach, non-finite", lambda s: f"{s['failures']['out_of_reach']}, {s['failures']['non_finite']}")
+    )
     if any("mean_estimate_error_m" in summary for summary in columns.values()):
         rows.append(("pose estimate off (mm, deg)", estimate))
     print(f"{'':28}" + "".join(f"{name:>24}" for name in columns))

@@ -1,7 +1,7 @@
 """Paper in square: an SO-101 arm slides an A5 sheet over a table into a rectangle of red tape, in MuJoCo.
 
-`SO101ResidualVectorEnv` steps a batch of simulations on MuJoCo's thread pool. `SO101ResidualEnv` is the same code with a
-batch of one, so both give the same numbers for the same seeds and actions. World frame = base frame of the arm: x
+`SO101ResidualVectorEnv` steps a batch of simulations on MuJoCo's thread pool. `SO101ResidualEnv` is the same code with
+a batch of one, so both give the same numbers for the same seeds and actions. World frame = base frame of the arm: x
 straight ahead, y to the left, z up, origin at the base on the table. SI units throughout.
 
 Train on it with ppo_residual_so101.py. A variant of the task is a subclass of `SO101ResidualVectorEnv` that overrides
@@ -25,9 +25,10 @@ from gymnasium.envs.registration import load_env_creator
 from so101_sim.batch import ArmRandomization, Arms
 from so101_sim.control import ACT_DIM, BACKLASH_RAD, FIRMWARE_P, JOINTS
 from so101_sim.errors import SO101Error, check_ranges, require
+from so101_sim.geometry import rotate, wrap_angle
 from so101_sim.scene import ASSETS, Paint, VisualRandomization, load_spec, tinted
 from so101_sim.scene import camera_names as names_of_cameras
-from so101_sim.vector import IMAGES, ArmEnv, ArmVectorEnv, BaseObservation, Part, slices
+from so101_sim.vector import ArmEnv, ArmVectorEnv, BaseObservation, Part, slices
 
 TASK_TEXT = "Slide the sheet of paper into the square of red tape."  # instruction in datasets and for language policies
 MAX_EPISODE_STEPS = 400
@@ -138,15 +139,9 @@ class DomainRandomization(ArmRandomization):
     def full(cls) -> DomainRandomization:
         """Everything on: also mass, servos, latency, offsets, backlash, observation noise and a limp sheet."""
         return cls(
-            sheet_mass=0.10,
-            servo_gain=0.15,
-            servo_damping=0.15,
-            latency_steps=2,
-            joint_offset_rad=float(np.deg2rad(1.0)),
-            backlash_rad=(0.0, BACKLASH_RAD),
-            observation_noise=1.0,
-            limp_sheet=True,
-        )
+            sheet_mass=0.10, servo_gain=0.15, servo_damping=0.15, latency_steps=2, backlash_rad=(0.0, BACKLASH_RAD),
+            joint_offset_rad=float(np.deg2rad(1.0)), observation_noise=1.0, limp_sheet=True,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,20 +168,16 @@ class PaperVisuals(VisualRandomization):
 # the observation
 
 
-def _xyz(name: str, axes: tuple[str, ...] = ("x", "y", "z")) -> tuple[str, ...]:
-    return tuple(f"{name}.{axis}" for axis in axes)
-
-
 # in the mirror image pan and roll turn the other way, as do rotations about x and z
 JOINT_MIRROR = (-1, 1, 1, 1, -1, 1)
 OBSERVATION = {
     "joint_pos": Part(tuple(f"{joint}.pos" for joint in JOINTS), HOME_RAD, 0.3, JOINT_MIRROR),  # rad
     "joint_vel": Part(tuple(f"{joint}.vel" for joint in JOINTS), 0.0, 0.5, JOINT_MIRROR),  # rad/s
-    "sheet_pos": Part(_xyz("sheet"), (*TAPE_CENTER_M, 0.0), 0.1, (1, -1, 1)),  # m
-    "sheet_quat": Part(_xyz("sheet", ("qw", "qx", "qy", "qz")), (1.0, 0.0, 0.0, 0.0), 0.1, (1, -1, 1, -1)),
-    "tape_minus_sheet": Part(_xyz("tape_minus_sheet"), 0.0, 0.1, (1, -1, 1)),  # m
+    "sheet_pos": Part(("sheet.x", "sheet.y", "sheet.z"), (*TAPE_CENTER_M, 0.0), 0.1, (1, -1, 1)),  # m
+    "sheet_quat": Part(tuple(f"sheet.q{axis}" for axis in "wxyz"), (1.0, 0.0, 0.0, 0.0), 0.1, (1, -1, 1, -1)),
+    "tape_minus_sheet": Part(tuple(f"tape_minus_sheet.{axis}" for axis in "xyz"), 0.0, 0.1, (1, -1, 1)),  # m
     # z has a smaller scale: millimetres of tip height decide about contact
-    "tip_pos": Part(_xyz("tip"), (*TAPE_CENTER_M, 0.015), (0.1, 0.1, 0.02), (1, -1, 1)),  # m
+    "tip_pos": Part(("tip.x", "tip.y", "tip.z"), (*TAPE_CENTER_M, 0.015), (0.1, 0.1, 0.02), (1, -1, 1)),  # m
 }
 # appended with observe_base: the base policy's joint deltas, rad
 BASE_DELTA = Part(tuple(f"{joint}.base_delta" for joint in JOINTS), 0.0, 0.02, JOINT_MIRROR)
@@ -242,37 +233,13 @@ def base_observation(
     return BaseObservation(arrays, **cameras)
 
 
-def flat_observation(obs: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Inverse of base_observation: observations (N, 25)."""
-    return np.concatenate([obs[STATE], obs[ENVIRONMENT]], axis=1)
-
-
-def with_sheet(obs: BaseObservation, pose: np.ndarray) -> BaseObservation:
-    """A copy in which the sheets lie at pose (N, 3), x and y (m), yaw (rad); nothing of the true poses is left."""
-    known = flat_observation(obs)
-    flat = make_observation(*(known[:, OBS[name]] for name in MEASURED), pose)
-    return obs.replace({STATE: flat[:, :ACT_DIM], ENVIRONMENT: flat[:, ACT_DIM:]})
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # geometry of the task, as pure functions on arrays
-
-
-def wrap_angle(angle_rad: np.ndarray) -> np.ndarray:
-    """Angle in [-pi, pi)."""
-    return (angle_rad + np.pi) % (2 * np.pi) - np.pi
 
 
 def in_sheet_axes(point_xy_m: np.ndarray, sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray) -> np.ndarray:
     """Points (N, 2) relative to the sheets' centres, in the sheets' axes, (N, 2)."""
     return rotate(point_xy_m - sheet_xy_m, -sheet_yaw_rad)
-
-
-def rotate(vector: np.ndarray, angle_rad: np.ndarray) -> np.ndarray:
-    """Vectors (N, 2) rotated by angles (N,)."""
-    c, s = np.cos(angle_rad), np.sin(angle_rad)
-    x, y = vector[:, 0], vector[:, 1]
-    return np.column_stack([c * x - s * y, s * x + c * y])
 
 
 def sheet_inside(sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray, tape_margin_m: float) -> np.ndarray:
@@ -382,7 +349,7 @@ def draw_start(rng: np.random.Generator, ranges: DomainRandomization, tape_margi
 def start_qpos(arms: Arms, pose: tuple[float, float, float]) -> np.ndarray:
     """Positions (10,) of an arm at home with its sheet at pose x, y (m), yaw (rad)."""
     qpos = arms.home["qpos"].copy()
-    (qpos[6], qpos[7], qpos[9]) = pose
+    qpos[[6, 7, 9]] = pose
     return qpos
 
 
@@ -495,8 +462,7 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
         check_ranges(self.task, self.task.RANGES)
         require(num_envs >= 1, "num_envs", num_envs, "at least 1")
         require(num_threads is None or num_threads >= 1, "num_threads", num_threads, "at least 1")
-        fits = shaping_gamma is None or 0 <= shaping_gamma <= 1
-        require(fits, "shaping_gamma", shaping_gamma, "in [0, 1], or None")
+        require(shaping_gamma is None or 0 <= shaping_gamma <= 1, "shaping_gamma", shaping_gamma, "in [0, 1], or None")
         require(observe in ("state", "pixels"), "observe", observe, "'state' or 'pixels'")
         self.base_policy = _usable(base_policy, num_envs)
         fits = self.base_policy is not None or not observe_base
@@ -645,13 +611,8 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
         magnitude = np.sqrt(np.square(action).sum(1))
         self._return += unshaped * active
         self._residual_sum += magnitude * active
-        results = {
-            "is_success": success,
-            "non_finite": broken,
-            "out_of_reach": failure & ~broken,
-            "residual_magnitude": magnitude,
-            "reward_terms": terms,
-        }
+        results = {"is_success": success, "non_finite": broken, "out_of_reach": failure & ~broken}
+        results |= {"residual_magnitude": magnitude, "reward_terms": terms}
         if self.base_policy is not None:
             results["base_delta_rad"] = self._base_now
         return reward, terminated, results

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# A camera policy trained by LeRobot as base, end to end: record demonstrations, train a small ACT on their videos with
-# lerobot-train, serve it, train residuals on it, and lead one of them back into another ACT.
+# A residual on a camera policy of LeRobot, end to end: record demonstrations, train a small ACT on their videos with
+# lerobot-train, serve it, train residuals on it, and train another ACT on demonstrations of one of them.
 #
 #   bash benchmark/lerobot_base.sh        # about 70 minutes on two cores, no GPU
 #
-# LEROBOT  LeRobot's environment; is made if it is not there (.venv-lerobot)
-# RUNS     directory of all that is made (logs/benchmark/lerobot); what is finished in it is not done again
-# PORT     of the policy server (5555)
+# LEROBOT  LeRobot's environment; created if it does not exist (.venv-lerobot)
+# RUNS     directory of everything that is written (logs/benchmark/lerobot); finished parts are not repeated
+# PORT     port of the policy server (5555)
 #
-# Needs Python 3.11 as python3, and FFmpeg's libraries, with which LeRobot reads videos (Debian: apt-get install ffmpeg).
+# Needs Python 3.11 as python3, pip install -e ".[data,server]" in this project's environment, and FFmpeg's libraries,
+# with which LeRobot reads videos (Debian: apt-get install ffmpeg).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 LEROBOT=${LEROBOT:-.venv-lerobot} RUNS=${RUNS:-logs/benchmark/lerobot} PORT=${PORT:-5555}
@@ -23,7 +24,7 @@ if [ ! -x "$LEROBOT/bin/lerobot-train" ]; then
   "$LEROBOT/bin/pip" install -q --no-deps lerobot==0.4.4 torchcodec==0.13.0
 fi
 if ! "$LEROBOT/bin/python" -c "import torchvision" 2> /dev/null; then
-  # PyTorch for the CPU beside a torchvision for CUDA, whose operators it cannot load: ACT uses none of them
+  # PyTorch for the CPU cannot load the operators of a torchvision for CUDA, and ACT uses none of them
   site=$("$LEROBOT/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
   echo "import sys, types; sys.modules['torchvision._meta_registrations'] = types.ModuleType('none')" \
     > "$site/torchvision_cpu.pth"
@@ -33,15 +34,15 @@ if ! "$LEROBOT/bin/python" -c "import torchcodec" 2> /dev/null; then
   exit 1
 fi
 
-# -- what is done more than once
+# -- steps that are used more than once
 
-# record DIRECTORY FLAGS: demonstrations as both cameras see them, without the sheet's pose
+# record DIRECTORY FLAGS: record demonstrations with both cameras, without the sheet's pose
 record() {
-  [ -d "$1" ] || python eval_so101.py --record "$1" --cameras top wrist --image-size 96 --episodes 200 \
+  [ -d "$1" ] || python -m so101.record --dataset "$1" --cameras top wrist --image-size 96 --episodes 200 \
     --only-successes "${@:2}"
 }
 
-# train_act DATASET DIRECTORY: 2,000 steps of a small ACT from scratch
+# train_act DATASET DIRECTORY: train a small ACT from scratch, 2,000 steps
 train_act() {
   [ ! -d "$2/checkpoints/last" ] || return 0
   rm -rf "$2"
@@ -54,16 +55,16 @@ train_act() {
     { tail -n 3 "$2.log" >&2 && return 1; }
 }
 
-# evaluate FILE: what is served, alone
+# evaluate FILE: evaluate the served policy alone
 evaluate() {
   [ -e "$1" ] || python eval_so101.py "${base[@]}" --chunk-steps 16 --episodes 100 --json "$1"
 }
 
-# serve DIRECTORY: until this script ends, or serves another one
+# serve DIRECTORY: serve the ACT of a directory until this script ends or serves another one
 serve() {
   [ -z "${server:-}" ] || { kill "$server"; wait "$server" || true; }
   : > "$RUNS/server.log"
-  "$LEROBOT/bin/python" serve_lerobot.py --policy "$1/checkpoints/last/pretrained_model" --port "$PORT" --num-threads 1 \
+  "$LEROBOT/bin/python" -m so101.serve --model "$1/checkpoints/last/pretrained_model" --port "$PORT" --num-threads 1 \
     > "$RUNS/server.log" 2>&1 &
   server=$!
   for _ in $(seq 120); do
@@ -76,7 +77,7 @@ serve() {
 }
 trap '[ -z "${server:-}" ] || kill "$server"' EXIT
 
-# -- the base, the residuals, and the way back
+# -- the base policy, residuals on it, and an ACT trained on demonstrations of a residual
 
 record "$RUNS/demos" --base-policy jacobian --action-noise 0.25
 train_act "$RUNS/demos" "$RUNS/act"
@@ -84,13 +85,13 @@ serve "$RUNS/act"
 base=(--base-policy "server:127.0.0.1:$PORT" --units deg)
 evaluate "$RUNS/act_alone.json"
 
-# seed 1 served to choose these flags
+# these flags were chosen on seed 1
 residual=("${base[@]}" --chunk-steps 16 --observe-base --act-scale 0.04 --log-std-init -1 --residual-penalty 0.01)
 NAME=lerobot_act_50k SEEDS="2 3 4 5 6" RUNS="$RUNS/50k" bash benchmark/ppo_residual_so101.sh "${residual[@]}"
 NAME=lerobot_act_200k SEEDS="2 3" RUNS="$RUNS/200k" bash benchmark/ppo_residual_so101.sh "${residual[@]}" \
   --total-timesteps 200000 --eval-every 50000
 
-record "$RUNS/corrected_demos" --no-base --model "$(echo "$RUNS"/200k/seed_2/*/final_model.pt)"
+record "$RUNS/corrected_demos" --model "$(echo "$RUNS"/200k/seed_2/*/final_model.pt)"
 train_act "$RUNS/corrected_demos" "$RUNS/corrected_act"
 serve "$RUNS/corrected_act"
 evaluate "$RUNS/corrected_act_alone.json"

@@ -15,10 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cv2
 import numpy as np
 import tyro
-
-from so101_env import SO101ResidualVectorEnv, wrap_angle
 from so101_runs import TEST_SEED, check_flags, check_output, run_script, write_json
 from so101_vision import CAMERA, NominalCamera, NotSeen, SheetLocator
+
+from so101_env import SO101ResidualVectorEnv
+from so101_sim.geometry import wrap_angle
 
 SIZE, SEEN_SIZE = (480, 640), (240, 320)  # of what a camera takes, and of what is looked at, pixels
 

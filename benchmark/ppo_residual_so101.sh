@@ -1,39 +1,41 @@
 #!/usr/bin/env bash
-# Train a sweep of seeds, evaluate every one on the held-out episodes, and write the report.
+# Train a sweep of seeds, evaluate each of them on the held-out episodes, and write the report.
 #
 #   bash benchmark/ppo_residual_so101.sh                                                # seeds 1 to 20, the defaults
 #   NAME=standard_200k bash benchmark/ppo_residual_so101.sh --total-timesteps 200000    # other flags of the trainer
 #   NAME=trial SEEDS="1 2 3" bash benchmark/ppo_residual_so101.sh --gamma 0.99
 #   SCRIPT=my_ppo.py NAME=mine bash benchmark/ppo_residual_so101.sh                      # a changed copy of the trainer
+#   SCRIPT=so101/ppo_rgb.py NAME=rgb bash benchmark/ppo_residual_so101.sh                # another trainer
 #
-# SCRIPT    trainer, beside so101_env.py (ppo_residual_so101.py)
-# NAME      of the sweep (standard_50k)
-# SEEDS     to train (1 to 20)
-# JOBS      processes at a time, one thread each (one per core)
-# EPISODES  of every evaluation (200)
+# SCRIPT    trainer: a script at the root, or one in so101/ (ppo_residual_so101.py)
+# NAME      name of the sweep (standard_50k)
+# SEEDS     seeds to train (1 to 20)
+# JOBS      number of processes at a time, one thread each (one per core)
+# EPISODES  episodes of every evaluation (200)
 # RUNS      directory of the runs (logs/benchmark/NAME)
-# OUT       directory of the report (benchmark/results/NAME); empty for none
+# OUT       directory of the report (benchmark/results/NAME); empty: no report
 #
-# A seed that is finished is not run again, so an interrupted sweep goes on where it stopped.
+# Finished seeds are not run again, so the same command continues an interrupted sweep.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-JOBS=${JOBS:-$(env -u OMP_NUM_THREADS nproc)} # nproc heeds that variable, and one thread is not one core
+JOBS=${JOBS:-$(env -u OMP_NUM_THREADS nproc)} # with that variable set, nproc reports 1
 export SCRIPT=${SCRIPT:-ppo_residual_so101.py}
 export NAME=${NAME:-standard_50k} SEEDS=${SEEDS:-$(seq -s " " 1 20)} EPISODES=${EPISODES:-200} OMP_NUM_THREADS=1
-# a base policy that moves is evaluated alone, too
+# the base policy alone is also evaluated, unless it is zero
 case " $* " in *" --base-policy "*) BASE=--base ;; *) BASE=--no-base ;; esac
 export BASE RUNS=${RUNS:-logs/benchmark/$NAME} OUT=${OUT-benchmark/results/$NAME}
 mkdir -p "$RUNS"
 
 run_seed() {
-  local seed=$1 dir=$RUNS/seed_$1 run
+  local seed=$1 dir=$RUNS/seed_$1 run command=(python "$SCRIPT")
   shift
+  [[ $SCRIPT != so101/* ]] || command=(python -m "so101.$(basename "$SCRIPT" .py)")
   if [ ! -e "$dir/best_model.json" ]; then # the last file to be written
     rm -rf "$dir"
     mkdir -p "$dir"
     if ! {
-      python "$SCRIPT" --seed "$seed" --log-dir "$dir" --num-threads 1 "$@" &&
+      "${command[@]}" --seed "$seed" --log-dir "$dir" --num-threads 1 "$@" &&
         run=$(dirname "$dir"/*/final_model.pt) &&
         python eval_so101.py --model "$run/final_model.pt" --episodes "$EPISODES" "$BASE" --num-threads 1 \
           --json "$dir/final_model.json" &&

@@ -3,16 +3,17 @@
 #
 #   NAME=standard_200k sbatch benchmark/slurm.sh --total-timesteps 200000
 #
-# When all are done, the plain script on the shared file system finds every seed finished and writes the report:
+# After all tasks have finished, run the plain script on the shared file system. It only writes the report:
 #
 #   NAME=standard_200k bash benchmark/ppo_residual_so101.sh --total-timesteps 200000
 #
-# One run on several machines, a process per core (16 here): the first machine is where the processes meet.
+# One run on several machines, with a process per core (16 here). The processes connect to each other through the first
+# machine. --num-envs and --minibatch-size are totals, and must be divisible by the number of processes.
 #
 #   salloc --nodes=4 --ntasks-per-node=1 --cpus-per-task=16 bash -c 'srun --export=ALL,OMP_NUM_THREADS=1 \
 #     torchrun --nnodes=4 --nproc-per-node=16 --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" \
 #     --rdzv-endpoint="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):29500" \
-#     ppo_residual_so101.py --num-envs 2048 --total-timesteps 10000000'
+#     ppo_residual_so101.py --num-envs 2048 --minibatch-size 32768 --total-timesteps 10000000'
 #
 #SBATCH --job-name=so101
 #SBATCH --array=1-20

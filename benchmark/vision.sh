@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Policies that see, from nothing: teachers, the students that see, and PPO from pixels; then the report.
+# Camera policies from nothing: teachers, their students, and PPO from pixels; then the report.
 #
-#   bash benchmark/vision.sh                  # about 80 minutes on two cores; goes on where it was stopped
+#   bash benchmark/vision.sh                  # about 80 minutes on two cores; continues where it was stopped
 #   PARTS=students bash benchmark/vision.sh   # or PARTS=rgb
 #
-# SEEDS     of students and of PPO from pixels (1 2 3)
-# EPISODES  of every evaluation (100)
+# SEEDS     seeds of students and of PPO from pixels (1 2 3)
+# EPISODES  episodes of every evaluation (100)
 # RUNS      directory of the runs (logs/benchmark/vision)
 # OUT       directory of the report (benchmark/results/vision)
 #
-# A distillation uses two cores by itself, so that one runs at a time.
+# One distillation runs at a time, because it uses two cores by itself.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SEEDS=${SEEDS:-1 2 3} EPISODES=${EPISODES:-100} RUNS=${RUNS:-logs/benchmark/vision} PARTS=${PARTS:-students rgb}
@@ -17,7 +17,7 @@ OUT=${OUT:-benchmark/results/vision}
 export OMP_NUM_THREADS=1
 mkdir -p "$RUNS"
 
-# teacher NAME FLAGS: one policy that knows
+# teacher NAME FLAGS: train a policy that observes the sheet's pose
 teacher() {
   [ ! -e "$RUNS/$1/training_summary.json" ] || return 0
   rm -rf "${RUNS:?}/$1"
@@ -25,15 +25,15 @@ teacher() {
   python ppo_residual_so101.py --log-dir "$RUNS" --run-name "$1" "${@:2}" > "$RUNS/$1.txt" 2>&1
 }
 
-# students NAME FLAGS: one of each seed, evaluated beside its teacher
+# students NAME FLAGS: distil a student with each seed, and evaluate it and its teacher
 students() {
   local dir
   for seed in $SEEDS; do
     dir=$RUNS/students/$1/seed_$seed
     [ ! -e "$dir/student.json" ] || continue
     rm -rf "$dir"
-    python distill_so101.py --seed "$seed" --log-dir "$(dirname "$dir")" --run-name "seed_$seed" "${@:2}" 2> /dev/null
-    python eval_so101.py --model "$dir/student.pt" --episodes "$EPISODES" --json "$dir/student.json"
+    python -m so101.distill --seed "$seed" --log-dir "$(dirname "$dir")" --run-name "seed_$seed" "${@:2}" 2> /dev/null
+    python eval_so101.py --model "$dir/final_model.pt" --episodes "$EPISODES" --json "$dir/student.json"
   done
 }
 
@@ -43,13 +43,13 @@ if [[ $PARTS == *students* ]]; then
     --arrival-yaw-weight 1.5 --total-timesteps 300000 --num-steps 128 --minibatch-size 1024 --train-episode-steps 400 \
     --log-std-init -1
   standard=$RUNS/teacher_standard/best_model/best_model.pt precise=$RUNS/teacher_precise/best_model/best_model.pt
-  students standard --teacher "$standard"
-  students standard_visual --teacher "$standard" --visual-randomization
-  students precise --teacher "$precise"
+  students standard --model "$standard"
+  students standard_visual --model "$standard" --visual-randomization
+  students precise --model "$precise"
   python benchmark/vision_report.py --runs "$RUNS/students" --out "$OUT"
 fi
 if [[ $PARTS == *rgb* ]]; then
-  export SCRIPT=ppo_residual_so101_rgb.py JOBS=1 SEEDS EPISODES
+  export SCRIPT=so101/ppo_rgb.py JOBS=1 SEEDS EPISODES
   NAME=rgb_200k RUNS=$RUNS/rgb_200k bash benchmark/ppo_residual_so101.sh
   NAME=rgb_precise_jacobian_200k RUNS=$RUNS/rgb_precise_jacobian_200k bash benchmark/ppo_residual_so101.sh \
     --base-policy jacobian --tape-margin 0.02 --gamma 0.995 --gae-lambda 0.97 --arrival-yaw-weight 1.5 --num-steps 128 \

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from so101_env import COMMAND, RESIDUAL
+from so101_env import COMMAND, ENVIRONMENT, MEASURED, OBS, RESIDUAL, STATE, make_observation
 from so101_sim.control import ACT_DIM, FIRMWARE_P
 from so101_sim.errors import SO101Error
 from so101_sim.vector import BaseObservation
@@ -59,8 +59,8 @@ def add_cameras(
     others = () if base is None else base.cameras
     if others and tuple(base.image_size) != tuple(image_size):
         raise SO101Error(
-            f"{path}: needs pictures of {image_size} pixels, its base policy of {tuple(base.image_size)}; both must use "
-            "the same size"
+            f"{path}: needs pictures of {image_size} pixels, its base policy of {tuple(base.image_size)}; both must "
+            "use the same size"
         )
     return tuple(dict.fromkeys((*cameras, *others))), tuple(image_size)
 
@@ -115,6 +115,18 @@ class StackedPolicy(BasePolicy):
         """Close its own base policy."""
         if self.base is not None:
             self.base.close()
+
+
+def flat_observation(obs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Inverse of base_observation: observations (N, 25)."""
+    return np.concatenate([obs[STATE], obs[ENVIRONMENT]], axis=1)
+
+
+def with_sheet(obs: BaseObservation, pose: np.ndarray) -> BaseObservation:
+    """A copy in which the sheets lie at pose (N, 3), x and y (m), yaw (rad); nothing of the true poses is left."""
+    known = flat_observation(obs)
+    flat = make_observation(*(known[:, OBS[name]] for name in MEASURED), pose)
+    return obs.replace({STATE: flat[:, :ACT_DIM], ENVIRONMENT: flat[:, ACT_DIM:]})
 
 
 def new_chunks(num_envs: int, steps: int) -> dict[str, np.ndarray]:

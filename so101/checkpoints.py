@@ -12,7 +12,7 @@ import sys
 import types
 import typing
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -178,12 +178,17 @@ def load_checkpoint(path: str | Path, saved: dict[str, Any] | None = None) -> Ch
     for name in ("Args", "Agent", "make_envs", "check_args"):
         if not hasattr(script, name):
             raise SO101Error(f"{path}: written by {saved['script']}, which has no {name}; use the script that wrote it")
-    args = restore_settings(script.Args, saved["args"], path)
+    return Checkpoint(saved, script, restore_args(script.Args, script.check_args, saved["args"], path))
+
+
+def restore_args(cls: type, check_args: Callable[[Any], None], values: Any, path: str | Path) -> Any:
+    """A script's arguments from the plain values in a file, checked. Raises SO101Error, naming the file."""
+    args = restore_settings(cls, values, path)
     try:
-        script.check_args(args)
+        check_args(args)
     except SO101Error as error:
         raise SO101Error(f"{path}: {error}") from error
-    return Checkpoint(saved, script, args)
+    return args
 
 
 def hash_weights(state_dict: dict[str, torch.Tensor], also: str = "") -> str:

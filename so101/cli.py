@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 import tyro
 
-from so101.checkpoints import load_file, restore_settings
-from so101.distributed import is_launched, is_main
+from so101.checkpoints import load_file, restore_args
+from so101.distributed import RankError, is_launched, is_main
 from so101.files import DISK_ERRORS, disk_error
 from so101_env import SO101ResidualVectorEnv, camera_names
 from so101_sim.errors import SO101Error, check_ranges
@@ -67,7 +67,8 @@ def run_script(main: Callable[[], int]) -> int:
         message = disk_error(error.filename or "a file", error)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    if is_main() or isinstance(message, RankError):
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     return 2
 
 
@@ -159,7 +160,7 @@ def parse_run(
     saved = load_file(path, kind)
     if saved["script"] != script:
         raise SO101Error(f"--resume {path}: written by {saved['script']}; resume it with that script")
-    then = restore_settings(cls, saved["args"], path)
+    then = restore_args(cls, check_args, saved["args"], path)
     own = {field.name: field.default for field in dataclasses.fields(then.run) if field.name in RESUMABLE}
     then.run = dataclasses.replace(then.run, **own)
     args = parse(cls, description, default=then)

@@ -1,14 +1,15 @@
 """Clone demonstrations: a multilayer perceptron that predicts the joint targets of a recorded policy or person.
 
-    python eval_so101.py --base-policy jacobian --record demos --episodes 200 --action-noise 0.25 --only-successes
-    python bc_so101.py --demos demos
-    python ppo_residual_so101.py --base-policy bc:logs/bc_so101_.../bc_model.pt
+    python -m so101.record --base-policy jacobian --dataset demos --episodes 200 --action-noise 0.25 --only-successes
+    python -m so101.clone --dataset demos
+    python ppo_residual_so101.py --base-policy bc:logs/CLONE_RUN/final_model.pt \\
+      --log-std-init -1.5 --residual-penalty 0.05 --num-steps 256
 
-The clone sees the observation of the task and gives the absolute joint targets, as LeRobot datasets store them, of the
-next steps at once: a chunk, which is carried out before it looks again.
+The clone's input is the observation of the task. Its output is a chunk: the absolute joint targets of the next steps,
+as LeRobot datasets store them. The chunk is carried out before the clone looks again.
 """
 
-if __name__ == "__main__":  # Ctrl+C while importing ends the program, without a traceback
+if __name__ == "__main__":  # Ctrl+C during the imports ends the program without a traceback
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -22,49 +23,47 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn as nn
-import tyro
 from tqdm import tqdm
 
-from so101_control import to_rad
-from so101_dataset import read_dataset, read_info, unit_of
-from so101_env import ACT_DIM, ACTION, ENVIRONMENT, STATE, BaseObservation, SO101Error, flat_observation
-from so101_policies import (
-    CLONE,
-    BasePolicy,
-    Features,
-    follow_chunks,
-    hash_weights,
-    load_weights,
-    new_chunks,
-    restore_settings,
-)
-from so101_runs import check_flags, command_of, describe_run, make_run_dir, run_script, save_tensors, write_json
+from so101.base import BasePolicy, flat_observation, follow_chunks, new_chunks
+from so101.checkpoints import CLONE, hash_weights, load_weights, restore_settings
+from so101.cli import check_flags, command_of, parse, run_script
+from so101.dataset import read_dataset, read_info, unit_of
+from so101.files import save_tensors, write_json
+from so101.networks import Features
+from so101.recorder import describe_run, new_run_dir
+from so101_env import ACT_DIM, ACTION, ENVIRONMENT, STATE, BaseObservation, SO101Error
+from so101_sim.control import to_rad
 
 SCRIPT = Path(__file__).name
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# settings: every field is a flag
+
+
 @dataclasses.dataclass
 class Args:
-    demos: str
-    """LeRobotDataset v3.0 with observation.state, observation.environment_state and action"""
+    dataset: str
+    """directory of a LeRobotDataset with observation.state, observation.environment_state and action"""
     units: str | None = None
-    """unit of the joints, rad, deg or norm, where the dataset does not say"""
+    """unit of the joints, rad, deg or norm, for a dataset that does not contain it"""
     seed: int = 1
-    """seed of weights, minibatches, and of the choice of the validation episodes"""
+    """seed of weights and minibatches, and of the choice of validation episodes"""
     train_steps: int = 10_000
     """gradient steps"""
     batch_size: int = 256
     """frames per gradient step"""
     learning_rate: float = 1e-3
-    """step size of AdamW at the start; it falls to zero along half a cosine"""
+    """initial step size of AdamW; it falls to zero along half a cosine"""
     weight_decay: float = 1e-4
     """weight decay of AdamW"""
     hidden_size: int = 128
     """units in each of the two hidden layers"""
     chunk_size: int = 4
-    """control steps that are predicted at once and carried out before the next look; 1 looks at every step"""
+    """control steps that are predicted at once and carried out before the clone looks again"""
     validation_share: float = 0.1
-    """share of the episodes that are only used to measure the loss"""
+    """share of the episodes that are only used to measure the validation loss"""
     log_dir: str = "logs"
     """directory that gets one directory per run"""
 
@@ -75,11 +74,20 @@ RANGES = {
 }  # fmt: skip
 
 
+def check_args(args: Args) -> None:
+    """Raise SO101Error with the name of the first flag that is out of range."""
+    check_flags(args, RANGES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the clone
+
+
 class Clone(nn.Module):
     """Absolute joint targets (N, chunk, 6) in rad of the next steps, for observations (N, 25).
 
-    A multilayer perceptron on the trainer's features and mirror symmetry, which predicts how far the targets are from
-    the measured joint positions.
+    A multilayer perceptron with the trainer's features and mirror symmetry. It predicts the motion: targets minus
+    measured joint positions.
     """
 
     def __init__(self, hidden_size: int, chunk_size: int):
@@ -95,7 +103,7 @@ class Clone(nn.Module):
         self.register_buffer("motion_scale_rad", torch.ones(ACT_DIM))
 
     def get_motion(self, x: torch.Tensor) -> torch.Tensor:
-        """Motions (B, chunk, 6) in units of motion_scale_rad, of features (B, views, F)."""
+        """Motions (B, chunk, 6) in units of motion_scale_rad, for features (B, views, F)."""
         out = self.actor(x.flatten(0, 1)).view(len(x), -1, self.chunk_size, ACT_DIM)
         return (out * self.features.action_signs[:, None]).mean(1)
 
@@ -106,27 +114,32 @@ class Clone(nn.Module):
 
 
 class ClonePolicy(BasePolicy):
-    """A clone as base policy: it asks for absolute joint targets, a chunk of steps at a time.
+    """A clone as base policy, `bc:PATH`: it plans absolute joint targets for a chunk of steps at a time.
 
-    saved is what so101_policies.load_file read from path; `bc:PATH` makes one. Raises SO101Error if it does not fit.
+    Args:
+        saved: the content of the file, read by so101.checkpoints.load_file.
+        path: the file, for messages.
+
+    Raises:
+        SO101Error: the file does not fit this script.
     """
 
     def __init__(self, saved: dict[str, Any], path: str):
         args = restore_settings(Args, saved["args"], path)
         check_args(args)
         self.clone = Clone(args.hidden_size, args.chunk_size)
-        load_weights(self.clone, saved["clone"], path)
-        self.fingerprint, self.memory = hash_weights(saved["clone"]), {}
+        load_weights(self.clone, saved["agent"], path)
+        self.fingerprint, self.memory = hash_weights(saved["agent"]), {}
 
     def reset(self, mask: np.ndarray) -> None:
-        """Look again before the next step."""
+        """Discard the plans of the environments in mask, (N,) bool."""
         n, chunk = len(mask), self.clone.chunk_size
         if not self.memory or len(self.memory["step"]) != n:
             self.memory = new_chunks(n, chunk)
         self.memory["step"][mask] = 0
 
     def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
-        """Joint deltas in rad (N, 6): from the last commanded targets to the clone's."""
+        """Joint deltas in rad (N, 6): from the last commanded targets to the planned ones."""
         look = mask & (self.memory["step"] == 0)
         if look.any():
             with torch.inference_mode():
@@ -134,21 +147,21 @@ class ClonePolicy(BasePolicy):
         return follow_chunks(self.memory, obs, mask)
 
 
-def check_args(args: Args) -> None:
-    """Raise SO101Error with the name of the first flag that is out of range."""
-    check_flags(args, RANGES)
+# ---------------------------------------------------------------------------------------------------------------------
+# training
 
 
 def load_demos(args: Args) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Observations (T, 25) and motions (T, chunk, 6) of every episode: targets minus measured joint positions, rad.
+    """Observations (T, 25) and motions (T, chunk, 6), rad, of every episode.
 
-    Towards the end of an episode its last target fills the chunk.
+    A motion is the targets of a chunk minus the joint positions measured at its start. Chunks that reach beyond the end
+    of an episode repeat its last target.
     """
     keys = (STATE, ENVIRONMENT, ACTION)
-    info = read_info(Path(args.demos), keys)
-    episodes = read_dataset(Path(args.demos), info, keys)
+    info = read_info(Path(args.dataset), keys)
+    episodes = read_dataset(Path(args.dataset), info, keys)
     if len(episodes) < 2:
-        raise SO101Error(f"--demos {args.demos}: needs two episodes or more, one to learn from and one to validate on")
+        raise SO101Error(f"--dataset {args.dataset}: has one episode, but training and validation need one each")
     units = [unit_of(info, key, args.units) for key in (STATE, ACTION)]
     demos = []
     for episode in episodes:
@@ -162,7 +175,7 @@ def load_demos(args: Args) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def main() -> int:
     """Train; returns the exit code."""
-    args = tyro.cli(Args, description=__doc__)
+    args = parse(Args, __doc__)
     check_args(args)
     demos = load_demos(args)
     torch.set_num_threads(1)
@@ -176,16 +189,15 @@ def main() -> int:
     (obs, motion), (valid_obs, valid_motion) = [[torch.cat(tensors) for tensors in zip(*part)] for part in parts]
 
     clone = Clone(args.hidden_size, args.chunk_size)
-    # joints that keep still have a scale, too: what hardly varies must not be blown up
+    # a lower bound on the scale: noise of a joint that hardly moves must not be amplified
     clone.motion_scale_rad.copy_(motion.square().mean((0, 1)).sqrt().clamp(min=1e-3))
     x, valid_x = clone.features(obs.numpy()), clone.features(valid_obs.numpy())
     target, valid_target = motion / clone.motion_scale_rad, valid_motion / clone.motion_scale_rad
     optimizer = torch.optim.AdamW(clone.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.train_steps)
 
-    run_dir = make_run_dir(
-        args.log_dir, f"{Path(SCRIPT).stem}_{time.strftime('%Y%m%d-%H%M%S')}_s{args.seed}", "tensorboard"
-    )
+    name = f"{Path(SCRIPT).stem}_{time.strftime('%Y%m%d-%H%M%S')}_s{args.seed}"
+    run_dir = new_run_dir(Path(args.log_dir), name, "tensorboard")
     write_json(run_dir / "config.json", describe_run(SCRIPT, args))
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
@@ -199,7 +211,9 @@ def main() -> int:
         optimizer.step()
         schedule.step()
         if not torch.isfinite(loss):
-            raise SO101Error(f"the loss is {loss.item()} at step {step}: lower --learning-rate {args.learning_rate}")
+            raise SO101Error(
+                f"--learning-rate {args.learning_rate}: the loss is {loss.item()} at step {step}; lower it"
+            )
         if step % 500 == 0 or step == args.train_steps:
             with torch.no_grad():
                 valid_loss = (clone.get_motion(valid_x) - valid_target).square().mean().item()
@@ -208,9 +222,9 @@ def main() -> int:
             bar.set_postfix(loss=f"{loss.item():.4f}", validation=f"{valid_loss:.4f}")
     writer.close()
 
-    model, wall_time = run_dir / "bc_model.pt", time.perf_counter() - start
+    model, wall_time = run_dir / "final_model.pt", time.perf_counter() - start
     settings = dataclasses.asdict(args)
-    save_tensors(model, {"format": CLONE, "script": SCRIPT, "args": settings, "clone": clone.state_dict()})
+    save_tensors(model, {"format": CLONE, "script": SCRIPT, "args": settings, "agent": clone.state_dict()})
     summary = {
         "episodes": len(parts[0]), "frames": len(obs), "validation_episodes": len(parts[1]),
         "train_loss": loss.item(), "validation_loss": valid_loss, "wall_time_s": wall_time,
@@ -220,7 +234,8 @@ def main() -> int:
         f"{len(parts[0])} episodes, {len(obs)} frames, {wall_time:.1f} s; validation loss {valid_loss:.4f} (variance 1)"
     )
     print(f"evaluate:  {command_of('eval_so101.py')} --base-policy bc:{model} --episodes 100")
-    print(f"reinforce: {command_of('ppo_residual_so101.py')} --base-policy bc:{model}")
+    flags = "--log-std-init -1.5 --residual-penalty 0.05 --num-steps 256"
+    print(f"reinforce: {command_of('ppo_residual_so101.py')} --base-policy bc:{model} {flags}")
     return 0
 
 

@@ -1,37 +1,35 @@
 """Demonstrations on disk: LeRobotDataset v3.0, written and read with pyarrow.
 
 An episode is a dict of float32 arrays: "observation.state" (T, 6), joint positions; "action" (T, 6), absolute joint
-targets; and "observation.environment_state" (T, 19), the rest of the observation, where it was asked for. What cameras
-saw lies beside, as H.264 video. Joints are in degrees, the gripper in 0 to 100, as LeRobot records the arm; a dataset
-of this project says so in meta/info.json ("unit" of a feature), others need to be told, see so101_control.to_rad.
+targets; and optionally "observation.environment_state" (T, 19), the rest of the observation. Camera pictures are stored
+as H.264 videos. Joints are in degrees, the gripper in 0 to 100, as LeRobot records the arm. meta/info.json contains the
+unit of the joints ("unit" of a feature) if the dataset was written here. For other datasets the user gives the unit,
+see so101_sim.control.to_rad.
 """
+
+from __future__ import annotations
 
 import json
 import os
 import shutil
+import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from so101_control import from_rad
-from so101_env import (
-    ACTION,
-    CONTROL_HZ,
-    ENVIRONMENT,
-    ENVIRONMENT_NAMES,
-    IMAGES,
-    STATE,
-    STATE_NAMES,
-    TASK_TEXT,
-    SO101Error,
-)
-from so101_wire import JOINT_GROUPS
+from so101.extras import import_extra
+from so101.groot import JOINT_GROUPS
+from so101_env import ACTION, ENVIRONMENT, ENVIRONMENT_NAMES, STATE, STATE_NAMES, TASK_TEXT, SO101Error
+from so101_sim.control import from_rad
+from so101_sim.scene import CONTROL_HZ
+from so101_sim.vector import IMAGES
 
-UNIT = "deg"  # of the joints in what is written here
+if TYPE_CHECKING:
+    import pyarrow
+
+UNIT = "deg"  # unit of the joints in datasets that are written here
 FEATURES = {
     STATE: {"dtype": "float32", "shape": [6], "names": STATE_NAMES, "unit": UNIT},
     ENVIRONMENT: {"dtype": "float32", "shape": [19], "names": ENVIRONMENT_NAMES, "unit": "rad/s, m, quaternion"},
@@ -43,39 +41,47 @@ FEATURES = {
     "task_index": {"dtype": "int64", "shape": [1], "names": None},
 }
 FRAMES_PER_FILE = 500_000  # keeps a file below the format's 100 MB
-# A key frame every other frame, and no frame that refers to a later one, so that training reads frames at random fast.
+# A key frame every other frame, and no references to later frames: training reads single frames at random.
 VIDEO_OPTIONS = ["-crf", "20", "-g", "2", "-bf", "0"]
-FRAMES_PER_SAMPLE = 10  # of the frames, one in so many is counted in the pictures' statistics
+FRAMES_PER_SAMPLE = 10  # the statistics of pictures use every tenth frame
 
 
 class DatasetError(SO101Error):
-    """A dataset that cannot be read or written; says which file, and what to do."""
+    """A dataset cannot be read or written. The message names the file and says what to do."""
+
+
+def _pyarrow() -> tuple[types.ModuleType, types.ModuleType]:
+    """pyarrow and pyarrow.parquet. Raises SO101Error if they are not installed."""
+    return tuple(import_extra(module, "data", "a LeRobotDataset") for module in ("pyarrow", "pyarrow.parquet"))
 
 
 def write_dataset(
     path: Path, episodes: list[dict[str, np.ndarray]], cameras: Mapping[str, Iterable[np.ndarray]] | None = None
 ) -> None:
-    """Write episodes as a LeRobotDataset v3.0 into the new directory path, which is complete or absent.
+    """Write episodes as a LeRobotDataset v3.0 into a new directory. The write is atomic.
 
     Args:
-        path: the directory.
-        episodes: each with joint angles in rad.
+        path: the directory; it must not exist.
+        episodes: arrays by name, see the head of this file, with joint angles in rad.
         cameras: by name, the pictures (H, W, 3) uint8 of all frames of all episodes, in order; they are read once.
 
     Raises:
-        DatasetError: path exists, cannot be written, there is no episode, or as many pictures as frames.
+        DatasetError: path exists or cannot be written, there are no episodes, or a camera has not as many pictures as
+            there are frames.
+        SO101Error: pyarrow is not installed.
     """
+    _pyarrow()
     if path.exists():
         raise DatasetError(f"{path} exists; delete it or name another directory")
     if not episodes:
-        raise DatasetError(f"no episode to write into {path}")
+        raise DatasetError(f"{path}: there is no episode to write")
     temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
     try:
         _write_files(temporary, episodes, cameras or {})
         os.replace(temporary, path)
     except OSError as error:
-        reason = error.strerror or str(error).splitlines()[0]  # FFmpeg's own words are many lines
+        reason = error.strerror or str(error).splitlines()[0]  # FFmpeg's own message has many lines
         raise DatasetError(f"{path}: cannot be written ({reason}); free the disk") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -84,7 +90,8 @@ def write_dataset(
 def _write_files(
     root: Path, episodes: list[dict[str, np.ndarray]], cameras: Mapping[str, Iterable[np.ndarray]]
 ) -> None:
-    """All files of a dataset below root."""
+    """Write all files of a dataset into the directory root."""
+    pa, pq = _pyarrow()
     (root / "meta" / "episodes" / "chunk-000").mkdir(parents=True)
     features = {key: feature for key, feature in FEATURES.items() if key != ENVIRONMENT or key in episodes[0]}
     everything, rows, tables, file_index, first_frame = [], [], [], 0, 0
@@ -104,7 +111,7 @@ def _write_files(
         }
         for key, feature in features.items():
             if length == 0 or arrays[key].reshape(length, -1).shape[1:] != tuple(feature["shape"]):
-                raise DatasetError(f"episode {number}: {key} has shape {arrays[key].shape}")
+                raise DatasetError(f"episode {number}: {key} has the wrong shape {arrays[key].shape}")
         for key in (STATE, ACTION):
             arrays[key] = from_rad(episode[key], UNIT).astype(np.float32)
         tables.append(pa.table({key: _column(arrays[key]) for key in features}))
@@ -134,13 +141,13 @@ def _write_files(
             start, end = row["dataset_from_index"], row["dataset_to_index"]
             row |= {f"videos/{key}/{name}": 0 for name in NO_INDEX}
             row |= {f"videos/{key}/from_timestamp": start / CONTROL_HZ, f"videos/{key}/to_timestamp": end / CONTROL_HZ}
-            # the sampled frames of the episode; of a very short one, the next sampled frame
+            # the sampled frames of the episode; if it is too short to have one, the next sampled frame
             first = min(-(-start // FRAMES_PER_SAMPLE), len(sample) - 1)
-            of_episode = _image_stats(sample[first : max(-(-end // FRAMES_PER_SAMPLE), first + 1)])
-            row |= {f"stats/{key}/{name}": value for name, value in of_episode.items()}
+            own_stats = _image_stats(sample[first : max(-(-end // FRAMES_PER_SAMPLE), first + 1)])
+            row |= {f"stats/{key}/{name}": value for name, value in own_stats.items()}
     pq.write_table(pa.Table.from_pylist(rows), root / "meta" / "episodes" / "chunk-000" / "file-000.parquet")
 
-    # LeRobot reads the tasks with pandas and expects their text as the index: pandas' own metadata say so
+    # LeRobot reads the tasks with pandas and expects their text as the index, which pandas' own metadata define
     index = {
         "index_columns": ["task"], "column_indexes": [], "pandas_version": "2.0.0",
         "columns": [
@@ -165,7 +172,7 @@ def _write_files(
         "video_path": VIDEO_PATH if cameras else None,
         "features": features,
     }
-    # GR00T's fine-tuning reads which numbers are which from modality.json; LeRobot ignores it
+    # GR00T's fine-tuning reads the names of the numbers from modality.json; LeRobot ignores it
     groups = {name: {"start": group.start, "end": group.stop} for name, group in JOINT_GROUPS.items()}
     modality = {
         "state": groups,
@@ -178,11 +185,14 @@ def _write_files(
 
 
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-NO_INDEX = {"chunk_index": 0, "file_index": 0}  # one file for each camera
+NO_INDEX = {"chunk_index": 0, "file_index": 0}  # there is one video file for each camera
 
 
 def _write_video(path: Path, frames: Iterable[np.ndarray], length: int) -> tuple[dict[str, Any], np.ndarray]:
-    """Encode `length` pictures at exactly CONTROL_HZ; returns the feature, and the pictures sampled for statistics."""
+    """Encode `length` pictures (H, W, 3) uint8 at exactly CONTROL_HZ.
+
+    Returns the entry of the feature in info.json, and the sampled pictures (n, H, W, 3) for statistics.
+    """
     import imageio.v2 as imageio
     import imageio_ffmpeg
 
@@ -197,7 +207,7 @@ def _write_video(path: Path, frames: Iterable[np.ndarray], length: int) -> tuple
             writer.append_data(frame)
             count, shape = count + 1, frame.shape
     if count != length:
-        raise DatasetError(f"{path}: {count} pictures for {length} frames")
+        raise DatasetError(f"{path}: has {count} pictures for {length} frames")
     written, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
     if written != length:
         raise OSError(f"{path.name} has {written} of {length} frames")
@@ -211,7 +221,7 @@ def _write_video(path: Path, frames: Iterable[np.ndarray], length: int) -> tuple
 
 
 def _image_stats(frames: np.ndarray) -> dict[str, list]:
-    """Statistics of pictures (n, H, W, 3) uint8 as LeRobot keeps them: per channel, (3, 1, 1), in [0, 1]."""
+    """Statistics of pictures (n, H, W, 3) uint8 in LeRobot's format: per channel, (3, 1, 1), in [0, 1]."""
     pixels = frames.reshape(-1, 3)
     values: dict[str, Any] = {"min": pixels.min(0), "max": pixels.max(0), "mean": pixels.mean(0), "std": pixels.std(0)}
     quantiles = np.quantile(pixels, (0.01, 0.10, 0.50, 0.90, 0.99), axis=0)
@@ -221,9 +231,14 @@ def _image_stats(frames: np.ndarray) -> dict[str, list]:
 
 
 def read_info(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    """meta/info.json of a LeRobotDataset v3.0 or v2.1, with all that the features named by keys need to be read.
+    """Read and check meta/info.json of a LeRobotDataset v3.0 or v2.1 at 30 fps.
 
-    Raises DatasetError, naming the file and what is wrong, for anything else, and for a rate other than 30 fps.
+    Args:
+        path: directory of the dataset.
+        keys: names of the features that will be read.
+
+    Raises:
+        DatasetError: the file is missing or invalid, or the dataset lacks a feature. The message names the problem.
     """
     info_path = path / "meta" / "info.json"
 
@@ -232,31 +247,41 @@ def read_info(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
             raise DatasetError(f"{info_path}: {problem}")
 
     if not info_path.is_file():
-        raise DatasetError(f"{path}: no LeRobotDataset, meta/info.json is missing")
+        raise DatasetError(f"{path}: is not a LeRobotDataset, meta/info.json is missing")
     try:
         info = json.loads(info_path.read_text())
     except ValueError as error:
-        raise DatasetError(f"{info_path}: no JSON ({error})") from error
-    require(isinstance(info, dict), "holds no map; is it a LeRobotDataset?")
+        raise DatasetError(f"{info_path}: is not valid JSON ({error})") from error
+    require(isinstance(info, dict), "does not contain a map; is it a LeRobotDataset?")
     version, fps, features = (info.get(key) for key in ("codebase_version", "fps", "features"))
-    require(version in ("v3.0", "v2.1"), f"version {version}; known are v3.0 and v2.1")
+    require(version in ("v3.0", "v2.1"), f"has version {version}; known are v3.0 and v2.1")
     require(fps == CONTROL_HZ and not isinstance(fps, bool), f"has {fps} fps, the simulation runs at {CONTROL_HZ}")
     require(isinstance(features, dict), "features is missing; is it a LeRobotDataset?")
-    require(type(info.get("total_episodes")) is int, "total_episodes is missing or no number")
+    require(type(info.get("total_episodes")) is int, "total_episodes is missing or not a number")
     for key in keys:
         feature, width = features.get(key), FEATURES[key]["shape"][0]
         fits = isinstance(feature, dict) and feature.get("shape") == [width]
-        require(fits, f"needs the feature {key} with {width} numbers")
-        require(isinstance(feature.get("unit", ""), str), f"the unit of {key} is no text")
+        require(fits, f"must have the feature {key} with {width} numbers")
+        require(isinstance(feature.get("unit", ""), str), f"the unit of {key} is not a text")
     return info
 
 
 def read_dataset(path: Path, info: dict[str, Any], keys: tuple[str, ...]) -> list[dict[str, np.ndarray]]:
-    """Read the features named by keys from a LeRobotDataset, given what read_info says of it.
+    """Read features of a LeRobotDataset.
 
-    Returns one dict of float32 arrays (T, width) per episode, in order. Raises DatasetError for files that cannot be
-    read, and for columns that do not hold what info says.
+    Args:
+        path: directory of the dataset.
+        info: the result of read_info.
+        keys: names of the features.
+
+    Returns:
+        A dict of float32 arrays (T, width) for each episode, in order, with joints in the unit of the dataset.
+
+    Raises:
+        DatasetError: files cannot be read, or their columns are not as info describes them.
+        SO101Error: pyarrow is not installed.
     """
+    pa, pq = _pyarrow()
     files = sorted((path / "data").glob("*/*.parquet"))
     if not files:
         raise DatasetError(f"{path}: data/ has no parquet file")
@@ -274,16 +299,16 @@ def read_dataset(path: Path, info: dict[str, Any], keys: tuple[str, ...]) -> lis
     ]
     if len(order) == 0 or len(episodes) != info["total_episodes"]:
         found = len(episodes) if len(order) else 0
-        raise DatasetError(f"{path}: {found} episodes in data/, meta/info.json says {info['total_episodes']}")
+        raise DatasetError(f"{path}: has {found} episodes in data/, but {info['total_episodes']} in meta/info.json")
     return episodes
 
 
-def _matrix(column: pa.ChunkedArray, width: int, name: str) -> np.ndarray:
-    """A column of lists of `width` finite numbers as (T, width) float32; DatasetError, with name, for anything else."""
-    kind = column.type
+def _matrix(column: pyarrow.ChunkedArray, width: int, name: str) -> np.ndarray:
+    """A column of lists of `width` finite numbers as (T, width) float32. Raises DatasetError for anything else."""
+    (pa, _), kind = _pyarrow(), column.type
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not lists or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
-        raise DatasetError(f"{name} must be lists of numbers, it is {kind}")
+        raise DatasetError(f"{name} must be lists of numbers, but is {kind}")
     rows = column.to_pylist()
     if any(row is None or len(row) != width or None in row for row in rows):
         raise DatasetError(f"{name} must have {width} numbers in every frame")
@@ -294,31 +319,42 @@ def _matrix(column: pa.ChunkedArray, width: int, name: str) -> np.ndarray:
 
 
 def unit_of(info: dict[str, Any], key: str, given: str | None) -> str:
-    """Unit of a joint feature, "rad", "deg" or "norm": what the dataset says, or what the user gave, not both."""
-    said = info["features"][key].get("unit")
-    if said is None and given is None:
-        raise DatasetError(f"the dataset does not say the unit of {key}: give it with --units rad, deg or norm")
-    if said is not None and given is not None and said != given:
-        raise DatasetError(f"--units {given}: the dataset says that {key} is in {said}; drop the flag")
-    return said or given
+    """Unit of a joint feature: "rad", "deg" or "norm".
+
+    Args:
+        info: the result of read_info.
+        key: name of the feature.
+        given: the user's unit, for a dataset without a unit.
+
+    Raises:
+        DatasetError: there is no unit, or the user's contradicts that of the dataset.
+    """
+    own = info["features"][key].get("unit")
+    if own is None and given is None:
+        raise DatasetError(f"the dataset does not contain the unit of {key}: give it with --units rad, deg or norm")
+    if own is not None and given is not None and own != given:
+        raise DatasetError(f"--units {given}: {key} is in {own} according to the dataset; drop the flag")
+    return own or given
 
 
-def _column(array: np.ndarray) -> pa.Array:
-    """A parquet column: numbers, or lists of fixed length."""
+def _column(array: np.ndarray) -> pyarrow.Array:
+    """A parquet column of an array (T,) or (T, width): numbers, or lists of fixed length."""
+    pa, _ = _pyarrow()
     if array.ndim == 1:
         return pa.array(array)
     return pa.FixedSizeListArray.from_arrays(pa.array(array.ravel()), array.shape[1])
 
 
 def _stats(array: np.ndarray) -> dict[str, list]:
-    """Statistics over frames as LeRobot keeps them, lists of one number per component."""
+    """Statistics over frames in LeRobot's format, lists with one number per component."""
     rows = array.reshape(len(array), -1).astype(np.float64)
     functions = {"min": np.min, "max": np.max, "mean": np.mean, "std": np.std}
     return {name: function(rows, axis=0).tolist() for name, function in functions.items()} | {"count": [len(rows)]}
 
 
-def _write_data(root: Path, file_index: int, tables: list[pa.Table]) -> None:
-    """One data file, an episode per row group."""
+def _write_data(root: Path, file_index: int, tables: list[pyarrow.Table]) -> None:
+    """Write one data file with a row group for each episode."""
+    _, pq = _pyarrow()
     path = root / "data" / f"chunk-{file_index // 1000:03d}" / f"file-{file_index % 1000:03d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     with pq.ParquetWriter(path, tables[0].schema) as writer:

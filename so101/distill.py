@@ -29,7 +29,7 @@ import torch.nn as nn
 from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
-from so101.base import BasePolicy, StackedPolicy, add_cameras
+from so101.base import BasePolicy, StackedPolicy, add_cameras, flat_observation, with_sheet
 from so101.checkpoints import (
     STUDENT,
     check_base,
@@ -58,8 +58,6 @@ from so101_env import (
     SO101Error,
     SO101ResidualVectorEnv,
     Task,
-    flat_observation,
-    with_sheet,
 )
 from so101_sim.scene import ASSETS
 from so101_sim.vector import IMAGES, BaseObservation
@@ -218,7 +216,7 @@ class StudentPolicy(StackedPolicy):
         return residual
 
     def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
-        """Joint deltas in rad (N, 6): the base policy's, acting on the student's estimate, plus the student's residual."""
+        """Joint deltas in rad (N, 6): the base policy's, on the student's estimate, plus the student's residual."""
         look = self.look(obs, mask)
         base = self.base_delta(with_sheet(obs, self.estimate), mask)
         residual = self.own_residual(look, base, mask)
@@ -422,9 +420,9 @@ def main() -> int:
     args, saved = parse_run(Args, __doc__, SCRIPT, STUDENT, check_args, one_rank=True)
     if saved and saved["training"] is None:
         raise SO101Error(f"--resume {args.run.resume}: is finished; there is nothing to continue")
-    generator = World().seed(args.seed)  # of minibatches
-    pool = ThreadPoolExecutor(SHARDS, initializer=torch.set_num_threads, initargs=(1,))
     teacher = CheckpointPolicy(args.model)
+    generator = World().seed(args.seed)  # of minibatches; after the teacher, whose networks draw random weights, too
+    pool = ThreadPoolExecutor(SHARDS, initializer=torch.set_num_threads, initargs=(1,))
     task = dataclasses.replace(teacher.args.task, visual_randomization=args.visual_randomization)
     base, num_envs = teacher.args.base, min(args.dagger.num_envs, args.total_timesteps)
 

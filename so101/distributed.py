@@ -13,6 +13,10 @@ import torch.distributed as dist
 from so101_sim.errors import SO101Error
 
 
+class RankError(SO101Error):
+    """An error that only this rank has, and so reports itself; errors of all ranks are reported by rank 0."""
+
+
 def is_launched() -> bool:
     """Whether torchrun has started this process as one of several."""
     return dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1

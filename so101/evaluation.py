@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
-from so101_env import wrap_angle
 from so101_sim.control import ACT_DIM, JOINTS
+from so101_sim.geometry import wrap_angle
 from so101_sim.vector import ArmVectorEnv
 
 # Training, evaluations during training, demonstrations, and eval_so101.py never share the seed of an episode: the best

@@ -1,44 +1,44 @@
-"""A person at the keyboard, or with a gamepad, as base policy: `--base-policy keyboard`.
+"""A person at the keyboard or with a gamepad, as base policy: `--base-policy keyboard`.
 
-    python eval_so101.py --base-policy keyboard --record demos --episodes 20 --only-successes
+    python -m so101.record --base-policy keyboard --dataset demos --episodes 20 --only-successes
 
-Arrow keys (or W, A, S, D, or the left stick) move the gripper's tip as seen in the window; space (or the first button)
-is held to press; closing the window ends it. Time stands still until the first key of an episode. Needs pygame.
+Arrow keys (or W, A, S, D, or the left stick) move the gripper's tip as the window shows it. Holding space (or the first
+button) presses. Closing the window ends the recording. An episode starts with its first key; until then the simulation
+waits. Needs pygame, the extra "teleop".
 """
+
+from __future__ import annotations
 
 import os
 
 import numpy as np
 
-from so101_env import (
-    COMMAND,
-    CONTROL_HZ,
-    IMAGES,
-    MAX_EPISODE_STEPS,
-    OBS,
-    BaseObservation,
-    BasePolicyError,
-    flat_observation,
-)
-from so101_policies import TipPolicy
+from so101.base import flat_observation
+from so101.extras import import_extra
+from so101.pusher import TipPolicy
+from so101_env import COMMAND, MAX_EPISODE_STEPS, OBS, BaseObservation, BasePolicyError
+from so101_sim.scene import CONTROL_HZ
+from so101_sim.vector import IMAGES
 
-CAMERA = "top"  # opposite the arm: to the right of its picture is +y, and up is -x, towards the arm
-DEAD_ZONE = 0.15  # a stick at rest is not exactly at zero
+CAMERA = "top"  # stands opposite the arm: right in its picture is +y, and up is -x, towards the arm
+DEAD_ZONE = 0.15  # deflections up to this count as zero: a stick does not return exactly to its centre
 
 
 class KeyboardPolicy(TipPolicy):
-    """Moves the tip as a person says. Raises BasePolicyError without pygame or a display."""
+    """Moves the tip by keys or a gamepad. One environment at a time.
+
+    Raises:
+        SO101Error: pygame is not installed.
+        BasePolicyError: there is no display.
+    """
 
     cameras, image_size, max_envs = (CAMERA,), (480, 640), 1
 
     def __init__(self) -> None:
         super().__init__()
-        # otherwise SDL draws windows with an OpenGL context of its own, beside which MuJoCo's cannot be used
+        # otherwise SDL draws with an OpenGL context of its own, and then MuJoCo cannot use its context
         os.environ["SDL_FRAMEBUFFER_ACCELERATION"] = "0"
-        try:
-            import pygame
-        except ImportError as error:
-            raise BasePolicyError("base policy keyboard: needs pygame: pip install pygame") from error
+        pygame = import_extra("pygame", "teleop", "base policy keyboard")
         self.pygame, self.held = pygame, set()  # keys that are down
         self.directions = {
             pygame.K_LEFT: (0, -1), pygame.K_a: (0, -1), pygame.K_RIGHT: (0, 1), pygame.K_d: (0, 1),
@@ -48,7 +48,7 @@ class KeyboardPolicy(TipPolicy):
             pygame.display.init()
             height, width = self.image_size
             self.window = pygame.display.set_mode((width, height))
-            if pygame.display.get_driver() == "offscreen":  # SDL's last resort: nobody sees it, or can press a key
+            if pygame.display.get_driver() == "offscreen":  # SDL's last resort: an invisible window without keys
                 raise pygame.error("there is no display")
         except pygame.error as error:
             pygame.quit()
@@ -62,18 +62,20 @@ class KeyboardPolicy(TipPolicy):
         self.memory = {"steps": np.zeros(1, np.int64), "pressing": np.zeros(1, bool)}
 
     def reset(self, mask: np.ndarray) -> None:
-        """The next episode, which begins with a key."""
+        """Start the next episode, which waits for its first key."""
         self.episode += 1
         for array in self.memory.values():
             array[mask] = 0
 
     def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
-        """Joint deltas in rad (1, 6)."""
+        """Joint deltas in rad (1, 6). Takes the time of a control step, so that the person acts in real time."""
         steps, pressing = self.memory["steps"], self.memory["pressing"]
         picture = obs[IMAGES + CAMERA][0]
         motion, down = self._wanted()
         while steps[0] == 0 and not motion.any() and not down and not self.quit:
-            self._show(picture, f"episode {self.episode}: arrow keys move, space presses; begin with any of them")
+            self._show(
+                picture, f"episode {self.episode}: arrow keys move, space presses; any of them starts the episode"
+            )
             motion, down = self._wanted()
         seconds = (MAX_EPISODE_STEPS - steps[0]) / CONTROL_HZ
         self._show(picture, f"episode {self.episode}, {seconds:.0f} s left" + (", pressing" if pressing[0] else ""))
@@ -87,7 +89,7 @@ class KeyboardPolicy(TipPolicy):
         return self.move_tip(obs, command, self.tip_jacobian(obs), speed * motion[None], rise, pressing)
 
     def _wanted(self) -> tuple[np.ndarray, bool]:
-        """What is asked for now: direction x, y (2,), at most of length 1, and whether to press."""
+        """The keys' present meaning: direction x, y (2,) of length at most 1, and whether to press."""
         pygame = self.pygame
         for event in pygame.event.get():
             if event.type == pygame.QUIT:
@@ -105,7 +107,7 @@ class KeyboardPolicy(TipPolicy):
         return motion / max(np.linalg.norm(motion), 1.0), down
 
     def _show(self, picture: np.ndarray, text: str) -> None:
-        """Show a picture (H, W, 3) and a line, at the rate of control."""
+        """Show a picture (H, W, 3) uint8 with a line of text, and wait for the end of the control step."""
         self.window.blit(self.pygame.surfarray.make_surface(picture.swapaxes(0, 1)), (0, 0))
         self.window.blit(self.font.render(text, True, "white", "black"), (8, 8))
         self.pygame.display.flip()

@@ -1,4 +1,4 @@
-"""What networks see: normalised observations, derived features, the mirror image; and a network that finds the sheet."""
+"""What networks see: normalised observations, derived features, mirror images; and the network that finds the sheet."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from so101_env import (
     SO101Error,
     arrival_yaw,
     in_sheet_axes,
-    rotate,
     sheet_pose,
 )
 from so101_sim.control import clamp
+from so101_sim.geometry import rotate
 
 # ONNX export keeps module constants only as plain numbers, see so101/onnx.py
 _INNER_HALF_M = tuple((SHEET_HALF_M - SHAPING_INSET_M).tolist())

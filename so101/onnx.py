@@ -1,13 +1,16 @@
-"""Policies as ONNX files: what travels to another machine, another program, or an arm.
+"""Policies as ONNX files, for another machine, another program, or an arm.
 
-`python eval_so101.py --model CHECKPOINT --export policy.onnx` writes one, with `export_onnx`: features, normalisation
-and mirror average are part of the graph, which takes observations (N, 25) and gives residuals (N, 6) in [-1, 1]. What
-else a user of it must know is JSON in the file's metadata, under "so101". Reading needs onnxruntime, writing onnx and
-onnxscript, the extra "export".
+`python eval_so101.py --model CHECKPOINT --export policy.onnx` writes one with `export_onnx`. Features, normalisation
+and mirror average are part of the graph. Its input is observations (N, 25), or (N, 31) with the base policy's action;
+its output is residuals (N, 6) in [-1, 1]. The file's metadata contain everything else that its user must know, as JSON
+under "so101". Reading needs onnxruntime (extra "arm"); writing also needs onnx and onnxscript (extra "export").
 
-`onnx:PATH` as base policy is an `OnnxPolicy`. A file of another tool's will do: without that metadata, it must have one
-input (N, 25) or (1, 25) and one output of 6, and its residuals are those of a default task on base policy zero.
+`onnx:PATH` as base policy is an `OnnxPolicy`. Files of other tools work, too: one input (N, 25) or (1, 25), and one
+output with 6 numbers. Without this project's metadata, they are taken for a residual of the default task on base policy
+zero.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import hashlib
@@ -21,17 +24,13 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from so101_env import ACT_DIM, OBS_DIM, BaseObservation, SO101Error, SO101ResidualVectorEnv, Task, flat_observation
-from so101_policies import (
-    CHECKPOINT,
-    StackedPolicy,
-    check_base,
-    load_checkpoint,
-    load_file,
-    load_policy,
-    restore_settings,
-)
-from so101_runs import describe_run, write_atomically
+from so101.base import StackedPolicy, flat_observation
+from so101.checkpoints import CHECKPOINT, check_base, load_checkpoint, load_file, restore_settings
+from so101.extras import import_extra
+from so101.files import write_atomic
+from so101.policies import load_policy
+from so101.recorder import describe_run
+from so101_env import ACT_DIM, OBS, OBS_DIM, BaseObservation, SO101Error, SO101ResidualVectorEnv, Task
 
 METADATA, FORMAT = "so101", "so101 onnx 1"
 UNITS = {"pos": "rad", "vel": "rad/s", "base_delta": "rad", "qw": "1", "qx": "1", "qy": "1", "qz": "1"}
@@ -43,7 +42,10 @@ CHECKED_OBSERVATIONS, TOLERANCE = 1000, 1e-5
 
 
 class OnnxPolicy(StackedPolicy):
-    """A policy in an ONNX file, its own base policy included. Raises SO101Error for a file that is no such policy."""
+    """A policy in an ONNX file, including its own base policy.
+
+    Raises SO101Error for a file that is not such a policy, or without onnxruntime.
+    """
 
     def __init__(self, path: str):
         self.path, content = path, _read(path)
@@ -61,7 +63,7 @@ class OnnxPolicy(StackedPolicy):
         if len(source.shape) != 2 or source.shape[1] != width or source.type != "tensor(float)":
             raise SO101Error(f"{path}: takes {source.shape} {source.type}, not observations (N, {width}) in float32")
         if len(sink.shape) != 2 or sink.shape[1] != ACT_DIM:
-            raise SO101Error(f"{path}: gives {sink.shape}, not residuals (N, {ACT_DIM})")
+            raise SO101Error(f"{path}: returns {sink.shape}, not residuals (N, {ACT_DIM})")
         self.fingerprint = hashlib.sha256(content).hexdigest()
 
     def residuals(self, obs: np.ndarray) -> np.ndarray:
@@ -71,7 +73,7 @@ class OnnxPolicy(StackedPolicy):
         return np.clip(action, -1.0, 1.0)
 
     def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
-        """Joint deltas in rad (N, 6): what its own base policy and its residual ask for together."""
+        """Joint deltas in rad (N, 6): those of its own base policy plus its residual."""
         base, flat = self.base_delta(obs, mask), flat_observation(obs)
         if self.observe_base:
             flat = np.concatenate([flat, base.astype(np.float32)], axis=1)
@@ -82,6 +84,7 @@ class OnnxPolicy(StackedPolicy):
 
 
 def _read(path: str) -> bytes:
+    """The content of a file. Raises SO101Error if it cannot be read."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -89,23 +92,20 @@ def _read(path: str) -> bytes:
 
 
 def _session(content: bytes, path: str | Path) -> Any:
-    """An onnxruntime session of one thread: the same numbers on any machine with the same processor."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise SO101Error(f"{path}: needs onnxruntime: pip install onnxruntime") from error
+    """An onnxruntime session with one thread: bit-identical results on all machines with the same processor."""
+    onnxruntime = import_extra("onnxruntime", "arm", str(path))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has a class of its own for each kind of damage
+    except Exception as error:  # onnxruntime raises its own class for every kind of damage
         reason = " ".join(str(error).split())[:120]
-        raise SO101Error(f"{path}: is no ONNX file that can be used ({reason}); export it again") from error
+        raise SO101Error(f"{path}: is not a usable ONNX file ({reason}); export it again") from error
 
 
 def _metadata(session: Any, path: str | Path) -> dict[str, Any]:
-    """What the file says of itself; of another tool's file, what is assumed."""
+    """The metadata in the file, or what is assumed of a file without them."""
     inputs, outputs = ([each.name for each in each_kind] for each_kind in (session.get_inputs(), session.get_outputs()))
     if len(inputs) != 1 or len(outputs) != 1:
         raise SO101Error(f"{path}: has inputs {inputs} and outputs {outputs}; a policy has one of each")
@@ -115,14 +115,13 @@ def _metadata(session: Any, path: str | Path) -> dict[str, Any]:
         return {"base_policy": "zero", "base_fingerprint": "", "task": task, "observe_base": False, "global_step": None}
     try:
         metadata = json.loads(text)
-        if metadata["format"] != FORMAT:
-            raise SO101Error(
-                f"{path}: not of this version, which reads {FORMAT!r}; the file says {metadata['format']!r}"
-            )
+        found = metadata["format"]
         for key in ("base_policy", "base_fingerprint", "task", "observe_base", "global_step"):
             metadata[key]
     except (ValueError, KeyError, TypeError) as error:
         raise SO101Error(f"{path}: its metadata are damaged ({error!r}); export it again") from error
+    if found != FORMAT:
+        raise SO101Error(f"{path}: has format {found!r}, and this version reads {FORMAT!r}; export it again")
     return metadata
 
 
@@ -131,7 +130,7 @@ def _metadata(session: Any, path: str | Path) -> dict[str, Any]:
 
 
 class _Actor(nn.Module):
-    """The mean action (N, 6), clipped, of an agent, from observations as a tensor: what is exported."""
+    """The module that is exported: from observations (N, 25 or 31), as a tensor, to an agent's clipped mean action."""
 
     def __init__(self, agent: nn.Module):
         super().__init__()
@@ -139,32 +138,34 @@ class _Actor(nn.Module):
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
         """Residuals (N, 6) in [-1, 1]."""
-        x = self.agent.features(observation.numpy())  # PyTorch's tracer follows NumPy, too
+        x = self.agent.features(observation.numpy())  # PyTorch's tracer also traces NumPy
         return self.agent.get_gaussian(x)[0].clamp(-1, 1)
 
 
 def export_onnx(model: str, path: Path) -> dict[str, Any]:
-    """Write a checkpoint's policy as an ONNX file; returns its metadata. Takes about ten seconds.
+    """Write a checkpoint's policy as an ONNX file. Takes about ten seconds.
 
-    The file is read back and compared with the checkpoint on CHECKED_OBSERVATIONS observations of its task, before it
-    is put in place.
+    Before the file is put in place, its outputs are compared with the checkpoint's on CHECKED_OBSERVATIONS observations
+    of its task.
+
+    Args:
+        model: path of the checkpoint.
+        path: the ONNX file.
+
+    Returns:
+        The metadata of the file, and the largest "difference" of an action from the checkpoint's.
 
     Raises:
-        SO101Error: what export needs is not installed; a checkpoint whose policy looks at pictures; a policy that
-            cannot be traced, or does not give the same actions then.
+        SO101Error: a library is missing; the checkpoint is a camera policy; the policy cannot be traced; the exported
+            policy has other outputs.
     """
-    try:
-        import onnx  # noqa: F401  torch asks for it late, and in other words
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise SO101Error(f"--export needs {error.name}: pip install onnx onnxscript") from error
+    onnx = import_extra("onnx", "export", "--export")
+    import_extra("onnxscript", "export", "--export")  # torch would ask for it later, with a longer message
     saved = load_file(model, CHECKPOINT)
     checkpoint = load_checkpoint(model, saved)
     args, agent = checkpoint.args, checkpoint.agent(model).eval()
     if getattr(agent, "cameras", ()):
-        raise SO101Error(
-            f"--export {path}: the policy of {model} looks at pictures; only policies that do not travel so"
-        )
+        raise SO101Error(f"--export {path}: {model} is a camera policy, which cannot be exported yet")
     envs = checkpoint.script.make_envs(args, 50, evaluation=False)
     try:
         observations = _observations(envs, agent)
@@ -177,7 +178,7 @@ def export_onnx(model: str, path: Path) -> dict[str, Any]:
     metadata = {
         "format": FORMAT,
         "observation": [{"name": name, "unit": UNITS.get(name.rpartition(".")[2], "m")} for name in names],
-        "action": "residuals in [-1, 1]; times alpha * act_scale, rad is added to the last commanded joint targets",
+        "action": "residuals in [-1, 1]; multiplied by scale_rad they are added to the last commanded joint targets",
         "scale_rad": args.task.alpha * args.task.act_scale,
         "control_hz": envs.metadata["render_fps"],
         "base_policy": args.base.base_policy,
@@ -198,13 +199,13 @@ def export_onnx(model: str, path: Path) -> dict[str, Any]:
     action = session.run(None, {session.get_inputs()[0].name: observations})[0]
     difference = float(np.abs(action - agent.act(observations)).max())
     if not difference <= TOLERANCE:
-        raise SO101Error(f"--export {path}: differs from {model} by {difference:.1g}: it cannot be exported")
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+        raise SO101Error(f"--export {path}: differs from {model} by {difference:.1g}, so it cannot be exported")
+    write_atomic(path, lambda temporary: temporary.write_bytes(content))
     return metadata | {"difference": difference}
 
 
 def _observations(envs: SO101ResidualVectorEnv, agent: nn.Module) -> np.ndarray:
-    """Observations (CHECKED_OBSERVATIONS, 25 or 31) of an agent at work."""
+    """Observations (CHECKED_OBSERVATIONS, 25 or 31) of episodes in which the agent acts, with noise."""
     obs, seen, rng = envs.reset(seed=0)[0], [], np.random.default_rng(0)
     while sum(map(len, seen)) < CHECKED_OBSERVATIONS:
         seen.append(obs)
@@ -213,19 +214,19 @@ def _observations(envs: SO101ResidualVectorEnv, agent: nn.Module) -> np.ndarray:
 
 
 def _strip(graph: Any) -> None:
-    """Drop what the exporter notes of the code that each part came from: paths of this machine, half of the file."""
+    """Remove the exporter's notes on the source code of each part: paths of this machine, and half of the file size."""
     for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
         part.ClearField("doc_string")
         part.ClearField("metadata_props")
 
 
 def _trace(agent: nn.Module, width: int, path: Path) -> bytes:
-    """The agent's actor as an ONNX model. Raises SO101Error."""
+    """The agent's actor as a serialised ONNX model. Raises SO101Error if it cannot be traced."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     table = torch.export.default_decompositions()
-    table[torch.ops.aten.hypot.default] = lambda x, y: (x * x + y * y).sqrt()  # ONNX has none
+    table[torch.ops.aten.hypot.default] = lambda x, y: (x * x + y * y).sqrt()  # ONNX has no hypot
     example = torch.zeros(2, width)
-    example[:, 15] = 1.0  # an upright sheet
+    example[:, OBS["sheet_quat"].start] = 1.0  # a valid quaternion
     try:
         with warnings.catch_warnings(action="ignore"):
             shapes = {"observation": {0: torch.export.Dim("N")}}
@@ -233,7 +234,7 @@ def _trace(agent: nn.Module, width: int, path: Path) -> bytes:
             program = program.run_decompositions(table)
             if lost := [name for name, value in program.constants.items() if type(value) is not torch.Tensor]:
                 raise SO101Error(
-                    f"--export {path}: a feature uses a NumPy array of its module ({lost[0]}), which the tracer loses: "
+                    f"--export {path}: a feature uses a NumPy array of its module ({lost[0]}), which the tracer loses; "
                     "make the array within the function"
                 )
             exported = torch.onnx.export(
@@ -242,6 +243,6 @@ def _trace(agent: nn.Module, width: int, path: Path) -> bytes:
         return exported.model_proto.SerializeToString()
     except SO101Error:
         raise
-    except Exception as error:  # the tracer, the exporter and what they call raise many kinds
+    except Exception as error:  # tracer and exporter raise many types of exceptions
         reason = " ".join(str(error).split())[:200]
         raise SO101Error(f"--export {path}: the policy cannot be traced ({type(error).__name__}: {reason})") from error

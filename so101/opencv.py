@@ -1,38 +1,58 @@
-"""Where the sheet lies, by OpenCV: pictures of a fixed camera that looks at the table, as `top` of the scene does.
+"""Finds the sheet with OpenCV, in pictures of a fixed camera that looks at the table, such as `top` of the scene.
 
-The inner rectangle of the red tape, whose size is known, gives the homography between picture and table; the white
-sheet's edges give its pose. Both are found beside an arm, shadows and noise: what is hidden or misleading counts as an
-outlier. `SheetLocator` raises NotSeen where it cannot tell; it never guesses.
+The inner rectangle of the red tape has a known size, so it gives the homography between picture and table. The white
+sheet's edges then give its pose. Both are found even when the arm, shadows or noise disturb the picture: hidden and
+misleading points count as outliers. `SheetLocator` raises NotSeen in case of doubt; it never guesses. Needs OpenCV,
+the extra "arm".
 
-`opencv:SPEC` as base policy is SPEC acting on such estimates. The other way to see is a student of distill_so101.py.
+`opencv:SPEC` as base policy is SPEC acting on such estimates. so101/distill.py has the other way to see: students.
 """
 
+from __future__ import annotations
+
+import types
 from typing import Any
 
-import cv2
 import mujoco
 import numpy as np
 from scipy.optimize import least_squares
 
-from so101_env import ACT_DIM, IMAGES, BaseObservation, SO101Error, Task
-from so101_policies import BasePolicy, StackedPolicy, add_cameras, load_policy
-from so101_scene import SHEET_HALF_M, TAPE_CENTER_M, TAPE_MARGIN_M, TAPE_WIDTH_M, load_model
+from so101.base import BasePolicy, StackedPolicy, add_cameras, with_sheet
+from so101.extras import import_extra
+from so101.policies import load_policy
+from so101_env import (
+    ACT_DIM,
+    SHEET_HALF_M,
+    TAPE_CENTER_M,
+    TAPE_MARGIN_M,
+    TAPE_WIDTH_M,
+    BaseObservation,
+    SO101Error,
+    Task,
+    load_model,
+)
+from so101_sim.vector import IMAGES
 
 CAMERA = "top"
-TAPE_POINTS, MIN_TAPE_POINTS = 48, 6  # on each side of the tape: looked at, and needed
-SHEET_POINTS, MIN_SHEET_POINTS = 32, 8  # on each side of the sheet; at least two sides need as many
-# Share of the outline that a picture agrees with: below the first, the sheet may be elsewhere, and is not found where
-# nobody knows where it was; below the second, it is not seen. Where 0.59 agreed, the pose was right to 5 mm; with 0.5
-# it could be off by 50.
+SIDES = ("on the left", "near the arm", "on the right", "far from the arm")  # in the order of `rectangle`
+TAPE_POINTS, MIN_TAPE_POINTS = 48, 6  # points on each side of the tape: examined, and required
+SHEET_POINTS, MIN_SHEET_POINTS = 32, 8  # points on each side of the sheet: examined, and required on two sides
+# A pose is accepted if at least this share of its outline agrees with the picture: SURE without a recent pose, ENOUGH
+# with one. At 0.59 and above the pose was right to 5 mm; at 0.5 without a recent pose it could be wrong by 50 mm.
 SURE, ENOUGH = 0.59, 0.5
-MIN_TELLING = 0.5  # of the outline; the share is one of no less
-MIN_CONTRAST = 12.0  # of 255, between sheet and table
-MAX_UNSEEN_STEPS = 30  # a second
-STARTS = 12  # places at which the sheet is looked for more closely
+MIN_USABLE = 0.5  # the share is computed relative to the usable part of the outline, but at least to this much of it
+MIN_CONTRAST = 12.0  # between sheet and table, in 1/255
+MAX_UNSEEN_STEPS = 30  # one second
+STARTS = 12  # number of rough poses that are refined
 
 
 class NotSeen(SO101Error):
-    """Tape or sheet cannot be made out in a picture; says which, and why."""
+    """Tape or sheet cannot be made out in a picture. The message names which, and why."""
+
+
+def _cv2() -> types.ModuleType:
+    """OpenCV. Raises SO101Error if it is not installed."""
+    return import_extra("cv2", "arm", "locating the sheet")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -40,15 +60,19 @@ class NotSeen(SO101Error):
 
 
 def project(homography: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Points (..., 2) through a homography (3, 3)."""
+    """Points (..., 2) mapped by a homography (3, 3)."""
     mapped = points @ homography[:, :2].T + homography[:, 2]
     return mapped[..., :2] / mapped[..., 2:]
 
 
 class NominalCamera:
-    """A camera of the scene where it should stand, for pictures of `size` (height, width).
+    """A camera of the scene in its nominal place. `homography` describes a camera that deviates from it.
 
-    Its principal point is the picture's centre, its pixels are square: `homography` has seven numbers to find.
+    The principal point is the centre of the picture, and pixels are square. Seven numbers remain to be found.
+
+    Args:
+        size: height and width of the pictures, pixels.
+        camera: name of the camera.
     """
 
     def __init__(self, size: tuple[int, int], camera: str = CAMERA):
@@ -62,16 +86,19 @@ class NominalCamera:
         self.rotation, self.position_m = data.cam_xmat[number].reshape(3, 3).T, data.cam_xpos[number]
 
     def homography(self, change: np.ndarray) -> np.ndarray:
-        """From the table, m, to pixels, for a change (7,): rotation (rad), position (m), log of the focal length."""
+        """The homography (3, 3) from the table, m, to pixels, for a deviation (7,) from the nominal camera.
+
+        The deviation is a rotation vector (3, rad), a translation (3, m), and the log ratio of the focal lengths.
+        """
         focal, (x, y) = self.focal * np.exp(change[6]), self.center
         intrinsic = np.array([[focal, 0, -x], [0, -focal, -y], [0, 0, -1]])
-        rotation = cv2.Rodrigues(change[:3])[0] @ self.rotation
+        rotation = _cv2().Rodrigues(change[:3])[0] @ self.rotation
         matrix = intrinsic @ np.column_stack([rotation[:, :2], -rotation @ (self.position_m + change[3:6])])
         return matrix / matrix[2, 2]
 
 
 def rectangle(half_m: np.ndarray, x_m: float, y_m: float, yaw_rad: float) -> np.ndarray:
-    """Corners (4, 2), m, of a rectangle, counterclockwise from the one at +x, +y."""
+    """Corners (4, 2), m, of a rectangle with half sides half_m (2,), counterclockwise from the corner at +x, +y."""
     corners = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]) * half_m
     c, s = np.cos(yaw_rad), np.sin(yaw_rad)
     return corners @ np.array([[c, s], [-s, c]]) + (x_m, y_m)
@@ -80,26 +107,27 @@ def rectangle(half_m: np.ndarray, x_m: float, y_m: float, yaw_rad: float) -> np.
 def sample_normals(
     image: np.ndarray, to_picture: np.ndarray, corners: np.ndarray, offsets_m: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a picture shows along the outward normals of a rectangle's sides.
+    """Sample a picture along the outward normals of a rectangle's sides.
 
     Args:
         image: (H, W) float32.
-        to_picture: homography from the table, m.
-        corners: of `rectangle`.
-        offsets_m: where on each normal, (K,), outwards.
-        count: points per side.
+        to_picture: homography (3, 3) from the table, m, to pixels.
+        corners: (4, 2), m, the result of `rectangle`.
+        offsets_m: distances (K,) from the side at which each normal is sampled, positive outwards.
+        count: number of normals per side.
 
     Returns:
-        Values (4, count, K), NaN outside of the picture; the points (4, count, 2) on the sides; the normals (4, 2).
+        Values (4, count, K), NaN outside the picture; feet (4, count, 2) of the normals, m; unit normals (4, 2).
     """
     ends = np.roll(corners, -1, axis=0)
-    along = (np.arange(count) + 0.5) / count * 0.92 + 0.04  # not at the very corners
+    along = (np.arange(count) + 0.5) / count * 0.92 + 0.04  # leave out the corners themselves
     points = corners[:, None] + along[:, None] * (ends - corners)[:, None]
     side = (ends - corners) / np.linalg.norm(ends - corners, axis=1, keepdims=True)
-    normals = np.column_stack([side[:, 1], -side[:, 0]])  # outwards, of a counterclockwise rectangle
+    normals = np.column_stack([side[:, 1], -side[:, 0]])  # outwards, since the corners run counterclockwise
     places = points[:, :, None] + offsets_m[:, None] * normals[:, None, None]
     pixels = project(to_picture, places).astype(np.float32)
     flat = pixels.reshape(len(points), -1, 2)
+    cv2 = _cv2()
     values = cv2.remap(
         image, flat[..., 0], flat[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=np.nan
     )
@@ -107,13 +135,13 @@ def sample_normals(
 
 
 def redness_of(image: np.ndarray) -> np.ndarray:
-    """How red a picture (H, W, 3) uint8 is, (H, W) float32."""
+    """Redness (H, W) float32 of a picture (H, W, 3) uint8: red minus the larger of green and blue, in 1/255."""
     rgb = image.astype(np.float32)
     return rgb[..., 0] - np.maximum(rgb[..., 1], rgb[..., 2])
 
 
 def is_red(redness: np.ndarray) -> np.ndarray:
-    """Where it is as red as the tape, (H, W) float32, 0 or 1."""
+    """Pixels that are as red as the tape: (H, W) float32, 1 or 0."""
     return (redness > max(20.0, 0.4 * np.percentile(redness, 99.5))).astype(np.float32)
 
 
@@ -122,19 +150,24 @@ def is_red(redness: np.ndarray) -> np.ndarray:
 
 
 class SheetLocator:
-    """Finds tape and sheet in pictures of one camera.
+    """Finds tape and sheet in pictures of one camera. Raises SO101Error without OpenCV.
 
     Args:
-        tape_margin: m between sheet and tape, as laid.
+        tape_margin: m between sheet and tape on the table.
     """
 
     def __init__(self, tape_margin: float = TAPE_MARGIN_M):
+        _cv2()
         self.opening_half_m = SHEET_HALF_M + tape_margin
 
     def find_tape(self, image: np.ndarray) -> np.ndarray:
-        """The homography (3, 3) from the table, m, to pixels, for a picture (H, W, 3) uint8, RGB.
+        """The homography (3, 3) from the table, m, to pixels. It remains valid until the camera is moved.
 
-        It holds until the camera is moved. Raises NotSeen.
+        Args:
+            image: (H, W, 3) uint8, RGB.
+
+        Raises:
+            NotSeen: a side of the tape cannot be made out, or other things are as red as the tape.
         """
         redness, camera = redness_of(image), NominalCamera(image.shape[:2])
         outer = rectangle(self.opening_half_m + TAPE_WIDTH_M, *TAPE_CENTER_M, 0.0)
@@ -153,10 +186,12 @@ class SheetLocator:
         return max(found, key=lambda each: each[1])[0]
 
     def _outer_corners(self, redness: np.ndarray, expected: np.ndarray) -> np.ndarray | None:
-        """Where the four longest sides of the hull of what is red meet, (4, 2), pixels; None if there are no four.
+        """Corners of the red region's convex hull, (4, 2), pixels: where its four longest sides meet.
 
-        In the order in which they are nearest to those expected.
+        They come in the order of the expected corners (4, 2), pixels. None if the hull has fewer than four sides, or
+        two of them are parallel.
         """
+        cv2 = _cv2()
         contours, _ = cv2.findContours(is_red(redness).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         contours = [contour for contour in contours if len(contour) > 0.05 * max(redness.shape)]
         if not contours:
@@ -172,15 +207,24 @@ class SheetLocator:
         if (np.abs(meets[:, 2]) < 1e-9).any():
             return None
         quad = meets[:, :2] / meets[:, 2:]
-        # the hull runs one way round or the other, and starts anywhere
+        # the hull may run in either direction and start at any corner
         orders = [np.roll(each, k, axis=0) for each in (quad, quad[::-1]) for k in range(4)]
         shift = [np.linalg.norm((order - order.mean(0)) - (expected - expected.mean(0))) for order in orders]
         return orders[int(np.argmin(shift))]
 
     def _refine_tape(self, redness: np.ndarray, camera: NominalCamera, start: np.ndarray) -> tuple[np.ndarray, int]:
-        """The homography that puts the tape's inner edges where the picture has them, from one that nearly does.
+        """Fit the camera to the tape's inner edges in the picture.
 
-        And how many points of them it agrees with. Raises NotSeen.
+        Args:
+            redness: (H, W) float32, see `redness_of`.
+            camera: the nominal camera.
+            start: approximate deviation (7,), see `NominalCamera.homography`.
+
+        Returns:
+            The homography (3, 3), and the number of points on the edges that were used.
+
+        Raises:
+            NotSeen: see `find_tape`.
         """
         corners = rectangle(self.opening_half_m, *TAPE_CENTER_M, 0.0)
         change = start
@@ -188,15 +232,15 @@ class SheetLocator:
             step, homography = 0.001, camera.homography(change)
             offsets = np.arange(-reach_m, reach_m + TAPE_WIDTH_M, step)
             values, points, normals = sample_normals(redness, homography, corners, offsets, TAPE_POINTS)
-            values = np.nan_to_num(values)  # nothing red is outside of the picture
+            values = np.nan_to_num(values)  # outside the picture counts as not red
             box = round(TAPE_WIDTH_M / step)
             sums = np.cumsum(np.pad(values, ((0, 0), (0, 0), (1, 0))), axis=2)
-            means = (sums[..., box:] - sums[..., :-box]) / box  # of a tape that starts at each offset
+            means = (sums[..., box:] - sums[..., :-box]) / box  # mean redness of a tape that starts at each offset
             first = means.argmax(2)
             level = np.take_along_axis(means, first[..., None], 2)[..., 0]
-            # all of the tape's width, not what the sheet leaves of it
+            # demand the full width of the tape, not the part beside a sheet that covers it
             enough = np.maximum(15.0, 0.7 * np.percentile(level, 90, axis=1, keepdims=True))
-            # from the middle of the tape inwards, to where it has lost half of its red
+            # from the middle of the tape inwards, to where its redness has fallen to half
             middle = first + box // 2
             index = np.arange(len(offsets))
             faint = (values < 0.5 * level[..., None]) & (index < middle[..., None])
@@ -206,44 +250,43 @@ class SheetLocator:
             low, high = (np.take_along_axis(values, (edge + k)[..., None], 2)[..., 0] for k in (0, 1))
             share = np.clip((0.5 * level - low) / np.maximum(high - low, 1e-6), 0, 1)
             found = points + ((edge + share) * step - reach_m)[..., None] * normals[:, None]
-            # a side's points that lie on one line
+            # keep each side's points that lie on one line
             good = np.zeros(seen.shape, bool)
             for side in range(4):
                 if seen[side].sum() >= MIN_TAPE_POINTS:
                     good[side] = seen[side] & _near_line(found[side], seen[side], normals[side], 0.003)
             short = good.sum(1) < MIN_TAPE_POINTS
             if short.any():
-                which = ("on the left", "near the arm", "on the right", "far from the arm")[
-                    int(np.flatnonzero(short)[0])
-                ]
-                raise NotSeen(f"the side of the red tape {which} cannot be made out: all four must be in the picture")
+                where = SIDES[np.flatnonzero(short)[0]]
+                raise NotSeen(f"the side of the red tape {where} cannot be made out: all four must be in the picture")
             side, pixels = np.nonzero(good)[0], project(homography, found)[good]
             normal, level = normals[side], (corners * normals).sum(1)[side]
 
             def misses(
                 change: np.ndarray, pixels: Any = pixels, normal: Any = normal, level: Any = level
             ) -> np.ndarray:
+                """Distances of the points from the edges, in mm, and a weak prior on the focal length."""
                 points = project(np.linalg.inv(camera.homography(change)), pixels)
                 return np.append(((points * normal).sum(1) - level) / 0.001, change[6] / 0.3)
 
             change = least_squares(misses, change, loss="soft_l1").x
         homography = camera.homography(change)
-        # red along the middle of the tape, and as much farther out and farther in, where there should be none
+        # red pixels along the middle of the tape, and a tape width farther out and farther in, where none should be
         offsets = np.array([0.5, 1.5, -0.5]) * TAPE_WIDTH_M
         along = sample_normals(is_red(redness), homography, corners, offsets, TAPE_POINTS)[0]
         on, out, within = np.nan_to_num(along).sum(1).T
         if (on <= np.maximum(out, within)).any():
-            raise NotSeen("the red tape cannot be told from other red things")
+            raise NotSeen("the red tape cannot be distinguished from other red things")
         return homography, int(good.sum())
 
     def locate(self, image: np.ndarray, to_picture: np.ndarray, last: np.ndarray | None = None) -> np.ndarray:
-        """Pose (3,) of the sheet, x and y (m), yaw (rad, within a quarter turn to either side).
+        """Pose (3,) of the sheet: x and y (m), yaw (rad, within a quarter turn to either side).
 
         Args:
             image: (H, W, 3) uint8, RGB.
-            to_picture: what `find_tape` found.
-            last: where the sheet was a moment ago, if it was seen: then it is looked for about this yaw, in a third of
-                the time.
+            to_picture: the result of `find_tape`.
+            last: pose of the sheet a moment ago, if it is known. The search is then limited to similar yaws, and takes
+                a third of the time.
 
         Raises:
             NotSeen: the sheet cannot be made out.
@@ -261,25 +304,25 @@ class SheetLocator:
         if support >= (SURE if last is None else ENOUGH):
             return pose
         raise NotSeen(
-            "the sheet cannot be made out: it must be white, on a darker table, in the picture, and half in view"
+            "the sheet cannot be made out: it must be white, on a darker table, and at least half of it in view"
         )
 
     def _search(self, whiteness: np.ndarray, to_picture: np.ndarray, yaws: np.ndarray) -> list[np.ndarray]:
-        """Poses (3,) of these yaws at which the outline is brighter inside than outside, best first."""
-        step, cells = 0.004, 75
+        """Rough poses (3,) with one of these yaws whose outline is brighter inside than outside, best first."""
+        cv2, step, cells = _cv2(), 0.004, 75
         grid = np.arange(-cells, cells + 1) * step
         local = np.stack(np.meshgrid(grid, grid, indexing="ij"), axis=-1)
         (half_x, half_y), near = np.round(SHEET_HALF_M / step).astype(int), 2
         peaks = []
         for yaw in yaws:
             c, s = np.cos(yaw), np.sin(yaw)
-            turn = np.array([[c, -s], [s, c]])  # from the axes of a sheet with this yaw
+            turn = np.array([[c, -s], [s, c]])  # from the axes of a sheet with this yaw to those of the table
             places = project(to_picture, local @ turn.T + TAPE_CENTER_M).astype(np.float32)
             seen = cv2.remap(whiteness, places[..., 0], places[..., 1], cv2.INTER_LINEAR, borderValue=0)
             seen = cv2.blur(seen, (3, 3))
             score = np.zeros_like(seen)
             for axis, half, length in ((0, half_x, 2 * half_y + 1), (1, half_y, 2 * half_x + 1)):
-                # how much brighter it is two cells before than two cells behind, along the axis
+                # brightness two cells before minus brightness two cells behind, along the axis
                 fall = np.roll(seen, near, axis) - np.roll(seen, -near, axis)
                 for sign in (1, -1):
                     edge = np.clip(sign * fall / MIN_CONTRAST - 0.5, 0, 1)
@@ -299,10 +342,18 @@ class SheetLocator:
     def _refine(
         self, whiteness: np.ndarray, tape: np.ndarray, to_picture: np.ndarray, start: np.ndarray
     ) -> tuple[np.ndarray, float]:
-        """The pose (3,) that puts the sheet's outline where the picture has it, from one that nearly does.
+        """Fit the sheet's outline to the edges in the picture.
 
-        And which share of the outline agrees; none if two of its sides say nothing. Where red lies outside, nothing is
-        said: a table ends there just as a sheet does.
+        Args:
+            whiteness: (H, W) float32, the smallest channel of the picture.
+            tape: (H, W) float32, see `is_red`.
+            to_picture: homography (3, 3) from the table, m, to pixels.
+            start: approximate pose (3,).
+
+        Returns:
+            The pose (3,), and the share of the outline that agrees with the picture; 0 unless two adjacent sides have
+            enough points. Parts of the outline with red directly outside are not usable, because a bright table also
+            ends at the tape.
         """
         pose, step = start.copy(), 0.001
         for reach_m in (0.020, 0.012, 0.008, 0.006):
@@ -317,11 +368,11 @@ class SheetLocator:
                 / (d - c)
                 for c, d in ((-near, 0), (0, near), (near + 1, far))
             )
-            # what is printed on the sheet is dark, too, but the sheet goes on beyond it
+            # print on the sheet is dark, too, but beyond it there is paper again
             drop = inside - np.maximum(outside, beyond)
             where = drop.argmax(2)
             height = np.take_along_axis(drop, where[..., None], 2)[..., 0]
-            # between samples, by the parabola through three
+            # interpolate between samples with a parabola through three of them
             k = np.clip(where, 1, drop.shape[2] - 2)
             before, at, after = (np.take_along_axis(drop, (k + d)[..., None], 2)[..., 0] for d in (-1, 0, 1))
             curve = before - 2 * at + after
@@ -330,17 +381,17 @@ class SheetLocator:
             good = (height > max(MIN_CONTRAST, 0.4 * np.percentile(height, 75))) & (np.abs(distance) < reach_m)
             pose, inliers = _fit_rectangle(pose, points, normals, distance, good)
         corners = rectangle(SHEET_HALF_M, *pose)
-        beside = sample_normals(tape, to_picture, corners, np.arange(0.003, 0.009, 0.001), SHEET_POINTS)[0]
-        telling = np.nan_to_num(beside).mean(2) < 0.5
-        inliers = inliers & telling
+        outside_red = sample_normals(tape, to_picture, corners, np.arange(0.003, 0.009, 0.001), SHEET_POINTS)[0]
+        usable = np.nan_to_num(outside_red).mean(2) < 0.5
+        inliers = inliers & usable
         counts = inliers.sum(1)
         across = min(max(counts[0], counts[2]), max(counts[1], counts[3]))
-        pose[2] = (pose[2] + np.pi / 2) % np.pi - np.pi / 2  # a sheet looks alike after half a turn
-        return pose, counts.sum() / max(telling.sum(), MIN_TELLING * telling.size) * (across >= MIN_SHEET_POINTS)
+        pose[2] = (pose[2] + np.pi / 2) % np.pi - np.pi / 2  # a sheet looks the same after half a turn
+        return pose, counts.sum() / max(usable.sum(), MIN_USABLE * usable.size) * (across >= MIN_SHEET_POINTS)
 
 
 def _near_line(found: np.ndarray, seen: np.ndarray, normal: np.ndarray, tolerance_m: float) -> np.ndarray:
-    """Which of the points (count, 2) lie near the line through most of those in seen, (count,) bool."""
+    """Which of the points found (count, 2), m, lie near the line through most of those in seen, (count,) bool."""
     along, across = found @ np.array([-normal[1], normal[0]]), found @ normal
     a, d = along[seen], across[seen]
     i, j = np.triu_indices(len(a), max(1, len(a) // 4))
@@ -353,7 +404,18 @@ def _near_line(found: np.ndarray, seen: np.ndarray, normal: np.ndarray, toleranc
 def _fit_rectangle(
     pose: np.ndarray, points: np.ndarray, normals: np.ndarray, distance: np.ndarray, good: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The pose that moves a rectangle's sides by what was found; and which of what was found it agrees with."""
+    """Fit a rectangle to edges found near its outline, by least absolute distances.
+
+    Args:
+        pose: (3,) before.
+        points: (4, count, 2) on its sides, m.
+        normals: (4, 2) of its sides, outwards.
+        distance: (4, count) from the points to the edges, along the normals, m.
+        good: (4, count) bool, where an edge was found.
+
+    Returns:
+        The fitted pose (3,), and which edges agree with it, (4, count) bool.
+    """
     arm = points - pose[:2]
     turning = arm[..., 0] * normals[:, None, 1] - arm[..., 1] * normals[:, None, 0]
     rows = np.concatenate([np.broadcast_to(normals[:, None], points.shape), turning[..., None]], axis=-1)
@@ -373,14 +435,17 @@ def _fit_rectangle(
 
 
 class OpenCVPolicy(StackedPolicy):
-    """A policy that is told by OpenCV where the sheet lies, instead of by the simulation: `opencv:SPEC`.
+    """A policy that gets the sheet's pose from OpenCV instead of from the simulation: `opencv:SPEC`.
 
-    Where the sheet is hidden for a moment, it is taken to be where it was seen last. Until tape and sheet are seen, and
-    after MAX_UNSEEN_STEPS without, the arm rests; `trouble` then says what cannot be seen.
+    While the sheet is hidden for a moment, its last pose is used. Before tape and sheet are first seen, and after
+    MAX_UNSEEN_STEPS without a view, the arm rests; `trouble` is then the reason.
 
     Args:
         base: the policy, or its spec string.
-        tape_margin: m between sheet and tape, as laid; None: that of the policy's task.
+        tape_margin: m between sheet and tape on the table; None: that of the policy's task.
+
+    Raises:
+        SO101Error: OpenCV is not installed, or the policy's pictures have another size.
     """
 
     own_cameras, own_size = (CAMERA,), (240, 320)
@@ -394,18 +459,18 @@ class OpenCVPolicy(StackedPolicy):
         self.seen: dict[str, np.ndarray] = {}
 
     def reset(self, mask: np.ndarray) -> None:
-        """Look for the tape again: the camera may have been moved."""
+        """Forget tape and sheet of the environments in mask, (N,) bool: the camera may have been moved."""
         super().reset(mask)
         if not self.seen or len(self.seen["unseen_steps"]) != len(mask):
             shapes = {"to_picture": (len(mask), 3, 3), "pose": (len(mask), 3)}
             self.seen = {name: np.full(shape, np.nan) for name, shape in shapes.items()}
             self.seen["unseen_steps"] = np.zeros(len(mask), np.int64)
         self.seen["to_picture"][mask], self.seen["pose"][mask] = np.nan, np.nan
-        self.seen["unseen_steps"][mask] = MAX_UNSEEN_STEPS + 1  # nothing was seen yet
+        self.seen["unseen_steps"][mask] = MAX_UNSEEN_STEPS + 1  # there was no view yet
 
     @property
     def memory(self) -> dict[str, np.ndarray]:
-        """What was seen last, and what its base policy remembers."""
+        """The last homographies and poses, and the memory of its own base policy."""
         return {**super().memory, **{f"opencv.{name}": array for name, array in self.seen.items()}}
 
     @memory.setter
@@ -415,7 +480,7 @@ class OpenCVPolicy(StackedPolicy):
         StackedPolicy.memory.fset(self, {name: array for name, array in memory.items() if name not in own})
 
     def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
-        """Joint deltas in rad (N, 6) of its base policy, on estimates; zero in environments that cannot be seen."""
+        """Joint deltas in rad (N, 6) of its base policy, on estimated poses; zero in environments without a view."""
         images, trouble = obs.rows(mask)[IMAGES + CAMERA], ""
         to_picture, pose, unseen = (self.seen[name] for name in ("to_picture", "pose", "unseen_steps"))
         for i, image in zip(np.flatnonzero(mask), images):
@@ -432,5 +497,5 @@ class OpenCVPolicy(StackedPolicy):
         self.estimate = np.where(known[:, None], pose, np.nan)
         delta, able = np.zeros((len(mask), ACT_DIM)), mask & known
         if able.any():
-            delta[able] = self.base_delta(obs.with_sheet(np.where(known[:, None], pose, nowhere)), able)[able]
+            delta[able] = self.base_delta(with_sheet(obs, np.where(known[:, None], pose, nowhere)), able)[able]
         return delta

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from so101.base import BasePolicy, StackedPolicy, add_cameras
+from so101.base import BasePolicy, StackedPolicy, add_cameras, flat_observation
 from so101.checkpoints import (
     CHECKPOINT,
     CLONE,
@@ -22,8 +22,9 @@ from so101.checkpoints import (
 )
 from so101.pusher import JacobianPolicy
 from so101.server import Server, ServerPolicy
-from so101_env import IMAGES, MEASURED, OBS, BaseObservation, BasePolicyError, flat_observation
+from so101_env import MEASURED, OBS, BaseObservation, BasePolicyError
 from so101_sim.control import ACT_DIM
+from so101_sim.vector import IMAGES
 
 SPECS = (
     "zero, jacobian, keyboard, checkpoint:PATH, onnx:PATH, bc:PATH, server:HOST:PORT, opencv:SPEC, "

@@ -332,9 +332,7 @@ def compute_gae(
     return torch.from_numpy(advantages)
 
 
-def ppo_loss(
-    agent: Agent, mb: dict[str, Any], critic_view: int, args: PPO
-) -> tuple[torch.Tensor, dict[str, float]]:
+def ppo_loss(agent: Agent, mb: dict[str, Any], critic_view: int, args: PPO) -> tuple[torch.Tensor, dict[str, float]]:
     """Loss and metrics of one shard of a minibatch, tensors (B, ...) by name.
 
     The critic learns from one view only, the scene or its mirror image: alternating teaches as much at half the cost.

@@ -8,8 +8,8 @@ import mujoco
 import mujoco.batch
 import numpy as np
 
-from so101.base import BasePolicy
-from so101_env import ACT_DIM, COMMAND, HOME_RAD, OBS, distance_to_sheet, flat_observation, load_model, sheet_pose
+from so101.base import BasePolicy, flat_observation
+from so101_env import ACT_DIM, COMMAND, HOME_RAD, OBS, distance_to_sheet, load_model, sheet_pose
 from so101_sim.control import COMMAND_WINDOW_RAD, FIRMWARE_P
 
 ARM = 4  # shoulder_pan, shoulder_lift, elbow_flex and wrist_flex move the tip; wrist_roll and gripper keep still

@@ -25,9 +25,9 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from so101.checkpoints import load_file, load_weights
+from so101.checkpoints import load_file, load_weights, restoring
 from so101.cli import check_rendering, command_of, flat_settings, silence_output
-from so101.distributed import World
+from so101.distributed import RankError, World
 from so101.evaluation import VALIDATION_SEED, episode_mean, evaluate, no_residual, residual_to_base
 from so101.films import write_video
 from so101.files import copy_file, save_tensors, write_atomic, write_json
@@ -149,9 +149,11 @@ class Recorder:
         self.before: dict[str, Any] | None = None  # checkpoint from which to resume if the base policy fails
         self.weights: dict[int, dict[str, torch.Tensor]] = {}  # of the finalists, by step
         if saved:
-            self.recent.extend(saved["recorder"]["recent_episodes"])
-            self.evaluation_due = saved["recorder"]["evaluation_due"]
-            self._find_finalists(saved["recorder"]["finalists"])
+            with restoring(self.run.resume):
+                self.recent.extend(dict(episode) for episode in saved["recorder"]["recent_episodes"])
+                self.evaluation_due = saved["recorder"]["evaluation_due"]
+                finalists = [{key: each[key] for key in ("step", *BEST_BY)} for each in saved["recorder"]["finalists"]]
+            self._find_finalists(finalists)
         if self.run.capture_video:
             check_rendering(eval_envs, "--capture-video")
         if self.run.track and self.world.is_main:
@@ -191,14 +193,14 @@ class Recorder:
         if isinstance(error, SO101Error):
             text = f"the base policy failed: {error}" if isinstance(error, BasePolicyError) else str(error)
             if not self.world.is_main:
-                raise SO101Error(f"rank {self.world.rank}: {text}") from error
+                raise RankError(f"rank {self.world.rank}: {text}") from error
             if self.before is not None:
                 path = self.run_dir / "interrupted_model.pt"
                 save_tensors(path, self.before)
                 text += f"; resume {self.before['global_step']} steps with --resume {path}"
             raise SO101Error(text) from error
         if isinstance(error, FloatingPointError):
-            raise SO101Error(
+            raise RankError(
                 f"NaN or Inf in the {error} after {self.global_step} steps; the checkpoints in {self.run_dir} are from "
                 "before; try a lower --learning-rate"
             ) from error
@@ -376,7 +378,7 @@ class Recorder:
         for each in finalists:
             path = _run_dir_of(self.run.resume) / "best_model" / self._model_name(each["step"])
             if path.is_file():
-                self.finalists.append({key: each[key] for key in ("step", *BEST_BY)})
+                self.finalists.append(each)
                 self.weights[each["step"]] = load_file(path, self.kind)["agent"]
             elif self.world.is_main:
                 print(f"{path} is missing: the best model is chosen without that of step {each['step']}", flush=True)
@@ -410,7 +412,10 @@ class Recorder:
         """Open TensorBoard's event file, and write the configuration."""
         total = self.args.total_timesteps
         steps = f"from step {self.first_step} to {total}" if self.first_step else f"training for {total} steps"
-        num_envs, ranks = self.envs.num_envs * self.world.size, f", {self.world.size} ranks" if self.world.size > 1 else ""
+        num_envs, ranks = (
+            self.envs.num_envs * self.world.size,
+            f", {self.world.size} ranks" if self.world.size > 1 else "",
+        )
         base = f", base policy {self.args.base.base_policy}" if hasattr(self.args, "base") else ""
         self._say(f"{steps} in {num_envs} environments{ranks}{base}, seed {self.args.seed}")
         self._say(f"{'continuing in' if self.continued else 'everything goes to'} {self.run_dir}")
@@ -425,7 +430,9 @@ class Recorder:
 
         evaluations = self.run_dir / "eval_results" / "evaluations.jsonl"
         if self.continued and evaluations.is_file():  # what was evaluated after the checkpoint is evaluated again
-            lines = [line for line in evaluations.read_text().splitlines() if json.loads(line)["step"] <= self.first_step]
+            lines = [
+                line for line in evaluations.read_text().splitlines() if json.loads(line)["step"] <= self.first_step
+            ]
             write_atomic(evaluations, lambda temporary: temporary.write_text("".join(line + "\n" for line in lines)))
             self.result = json.loads(lines[-1]) if lines else None
         purge = self.first_step + 1 if self.continued else None

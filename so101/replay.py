@@ -1,12 +1,12 @@
-"""Replay the actions of a recorded episode in the simulation, and compare with what was recorded.
+"""Replay the actions of a recorded episode in the simulation, and compare the states with the recorded ones.
 
-    python replay_so101.py --dataset demos --episode 3 --video replay.mp4
+    python -m so101.replay --dataset demos --episode 3 --video replay.mp4
 
-Any LeRobotDataset v3.0 or v2.1 of an SO-101 at 30 fps will do. Without observation.environment_state of this project
-nobody knows where the sheet was: it then lies in the tape. The physics are nominal.
+Any LeRobotDataset v3.0 or v2.1 of an SO-101 at 30 fps works. Only datasets of this project contain the sheet's pose
+(observation.environment_state). For others the sheet starts inside the tape. The physics are nominal.
 """
 
-if __name__ == "__main__":  # Ctrl+C while importing ends the program, without a traceback
+if __name__ == "__main__":  # Ctrl+C during the imports ends the program without a traceback
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -18,66 +18,59 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from gymnasium.vector import AutoresetMode
 
-from so101_control import to_rad
-from so101_dataset import read_dataset, read_info, unit_of
+from so101.base import BasePolicy
+from so101.cli import check_flags, check_output, check_rendering, parse, run_script
+from so101.dataset import read_dataset, read_info, unit_of
+from so101.evaluation import evaluate, no_residual
+from so101.files import write_json
+from so101.films import write_video
 from so101_env import (
     ACTION,
     COMMAND,
     ENVIRONMENT,
     ENVIRONMENT_NAMES,
-    JOINTS,
     OBS,
     SHEET_HALF_THICKNESS_M,
     STATE,
     TAPE_CENTER_M,
+    TAPE_MARGIN_M,
     SO101Error,
     SO101ResidualVectorEnv,
     Task,
 )
-from so101_policies import BasePolicy
-from so101_runs import (
-    check_flags,
-    check_output,
-    check_rendering,
-    evaluate,
-    no_residual,
-    run_script,
-    write_json,
-    write_video,
-)
+from so101_sim.control import JOINTS, to_rad
 
 
 @dataclasses.dataclass
-class ReplayArgs:
+class Args:
     dataset: str
     """directory of the LeRobotDataset"""
     episode: int = 0
     """number of the episode"""
     units: str | None = None
-    """unit of the joints, rad, deg or norm, where the dataset does not say"""
-    tape_margin: float = 0.04
-    """m between sheet and tape"""
+    """unit of the joints, rad, deg or norm, for a dataset that does not contain it"""
+    tape_margin: float = TAPE_MARGIN_M
+    """m between sheet and tape on every side"""
     video: str | None = None
-    """film the replay into this MP4 or GIF file"""
+    """film the replay as this MP4 or GIF file"""
     json: str | None = None
     """write the deviations to this file"""
 
 
 class Replay(BasePolicy):
-    """A base policy that asks for recorded joint targets (T, 6), rad, one after the other."""
+    """A base policy that commands recorded joint targets (T, 6), rad, one after the other."""
 
     def __init__(self, targets_rad: np.ndarray):
         self.targets, self.memory = targets_rad, {"step": np.zeros(1, np.int64)}
 
     def reset(self, mask: np.ndarray) -> None:
-        """Start again."""
+        """Start again with the first target."""
         self.memory["step"][mask] = 0
 
     def act(self, obs: Mapping[str, np.ndarray], mask: np.ndarray) -> np.ndarray:
-        """Joint deltas (1, 6) to the next target."""
+        """Joint deltas (1, 6), rad, to the next target."""
         delta = self.targets[self.memory["step"]] - obs[COMMAND]
         self.memory["step"][mask] += 1
         return delta
@@ -86,9 +79,16 @@ class Replay(BasePolicy):
 def replay(
     state_rad: np.ndarray, action_rad: np.ndarray, environment: np.ndarray | None, tape_margin: float
 ) -> dict[str, Any]:
-    """Replay actions (T, 6) from the first of the states (T, 6); environment (T, 19) places the sheet.
+    """Replay an episode.
 
-    Returns the traced episode of `evaluate`.
+    Args:
+        state_rad: recorded joint positions (T, 6), rad; the first are the start.
+        action_rad: recorded joint targets (T, 6), rad.
+        environment: recorded observation.environment_state (T, 19) with the start of the sheet; None: inside the tape.
+        tape_margin: m between sheet and tape.
+
+    Returns:
+        The traced episode, see so101.evaluation.evaluate.
     """
     sheet = [*TAPE_CENTER_M, SHEET_HALF_THICKNESS_M, 0.0]
     if environment is not None:
@@ -103,8 +103,8 @@ def replay(
 
 
 def main() -> int:
-    """Replay, print the deviations; returns the exit code."""
-    args = tyro.cli(ReplayArgs, description=__doc__)
+    """Replay, and print the deviations; returns the exit code."""
+    args = parse(Args, __doc__)
     check_flags(args, {"episode": (0, 10**9), "tape_margin": Task.RANGES["tape_margin"]})
     check_output("--video", args.video, (".mp4", ".gif"))
     check_output("--json", args.json, (".json",))
@@ -112,7 +112,9 @@ def main() -> int:
     info = read_info(path, (STATE, ACTION))
     keys = (STATE, ACTION)
     feature = info["features"].get(ENVIRONMENT)
-    if isinstance(feature, dict) and feature.get("names") == ENVIRONMENT_NAMES:  # ours: it says where the sheet lay
+    if (
+        isinstance(feature, dict) and feature.get("names") == ENVIRONMENT_NAMES
+    ):  # a dataset of this project, with the sheet's pose
         keys += (ENVIRONMENT,)
         info = read_info(path, keys)
     episodes = read_dataset(path, info, keys)

@@ -1,47 +1,65 @@
-"""Arms that run_so101.py drives, behind one interface: a real SO-101 through LeRobot, or a simulated one in real time.
+"""Arms for so101.drive, behind one interface: a real SO-101 through LeRobot, or a simulated one in real time.
 
-The simulated arm runs in a process of its own and knows nothing of policies: it has an encoder that is off, servos at
-LeRobot's gain with a degree of backlash, commands that arrive late, and a camera. What it is asked, it answers as a bus
-does; what it is not asked (`truth`), only the report at the end sees.
+The simulated arm runs in its own process and knows nothing of policies. It has encoder errors, servos at LeRobot's gain
+with one degree of backlash, command latency, and a camera. It answers requests like the bus of a real arm. Only the
+report at the end uses the true state (`truth`).
 """
+
+from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import signal
 import threading
 import time
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import numpy as np
+from gymnasium.utils import seeding
 
-from so101_control import ACT_DIM, BACKLASH_RAD, JOINTS, from_rad, read_calibration, to_rad
-from so101_env import DomainRandomization, SO101Error, SO101ResidualVectorEnv, Task
-from so101_scene import CONTROL_HZ, Painter, VisualRandomization, add_noise, camera_names, draw_look
+from so101.extras import import_extra
+from so101_env import (
+    DomainRandomization,
+    PaperVisuals,
+    Task,
+    draw_start,
+    make_arms,
+    resample_sheet,
+    scene_of,
+    sheet_inside,
+    start_qpos,
+    support_presses,
+)
+from so101_sim.control import ACT_DIM, BACKLASH_RAD, JOINTS, TICKS_PER_TURN, from_rad, read_calibration, to_rad
+from so101_sim.errors import SO101Error
+from so101_sim.scene import CONTROL_HZ, Renderer, add_noise, camera_names
 
-ANSWER_S = 0.05  # a bus that has not answered after so long is gone
-LEROBOT_P = 16
+ANSWER_S = 0.05  # a bus without an answer for this long counts as lost
+LEROBOT_P = 16  # P coefficient that LeRobot's driver sets
 
 
 class RobotError(SO101Error):
-    """An arm, or its camera, that cannot be used any more."""
+    """The arm or its camera can no longer be used."""
 
 
 class Picture(NamedTuple):
-    """What the camera saw, and when."""
+    """A camera picture with its time."""
 
     image: np.ndarray  # (H, W, 3) uint8, RGB
-    time_s: float  # time.monotonic()
+    time_s: float  # time.monotonic() when it was taken
 
 
 class Robot:
-    """What run_so101.py needs of an arm. All raise RobotError once it is gone."""
+    """Interface of an arm. All methods raise RobotError once the arm or its camera is lost."""
 
     def read(self) -> tuple[np.ndarray, float]:
-        """Joint positions (6,), rad, as the encoders say, and when, of time.monotonic()."""
+        """Joint positions (6,), rad, as the encoders measure them, and the time.monotonic() of the measurement."""
         raise NotImplementedError
 
     def write(self, target_rad: np.ndarray) -> None:
-        """Joint targets (6,), rad, from now on."""
+        """Send joint targets (6,), rad. They hold until the next ones."""
         raise NotImplementedError
 
     def picture(self) -> Picture:
@@ -49,7 +67,7 @@ class Robot:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Let go of the arm."""
+        """Release arm and camera."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,76 +75,96 @@ class Robot:
 
 
 class SimulatedArm:
-    """The physics of one arm, sheet and table, stepped by 1/240 s, with what simulations of training leave out.
+    """Physics of one arm, sheet and table, stepped by 1/240 s, with effects that the training simulation leaves out.
+
+    Commands have a latency in continuous time, encoders have the resolution of real ones, and every joint has backlash.
+    The rest is drawn as with --full-randomization.
 
     Args:
-        task: `firmware_p` is that of the servos.
-        backlash_rad: of every joint.
+        task: settings of the task; firmware_p is that of the servos.
+        backlash_rad: play of every joint.
     """
 
     def __init__(self, task: Task, backlash_rad: float = BACKLASH_RAD):
         full = DomainRandomization.full()
-        self.max_latency_s = full.latency_steps / CONTROL_HZ
-        # of the latency there is more to choose from here, and nobody adds noise to what an encoder says
-        ranges = dataclasses.replace(
-            full, latency_steps=0, observation_noise=0.0, backlash_rad=(backlash_rad, backlash_rad)
-        )
-        self.envs = SO101ResidualVectorEnv(1, task=task, randomization=ranges, num_threads=1)
-        self.timestep_s, self.everyone = self.envs.model.opt.timestep, np.ones(1, bool)
+        self.task, self.max_latency_s = task, full.latency_steps / CONTROL_HZ
+        # latency is simulated here, in physics steps instead of control steps
+        self.ranges = dataclasses.replace(full, latency_steps=0, backlash_rad=(backlash_rad, backlash_rad))
+        self.arms = make_arms(1, task, self.ranges, num_threads=1)
+        self.model, self.timestep_s = self.arms.model, self.arms.model.opt.timestep
+        self._active = np.ones(1, bool)
 
     def reset(self, seed: int) -> None:
-        """A sheet somewhere, another arm, at rest at home."""
-        self.envs.reset(seed=seed)
-        self.look = draw_look(self.envs.model, VisualRandomization(), seed)
+        """Draw another arm, start of the sheet, look and latency; the arm rests at home."""
+        rng = seeding.np_random(seed)[0]
+        self.arms.qpos[0] = start_qpos(self.arms, draw_start(rng, self.ranges, self.task.tape_margin))
+        resample_sheet(self.arms, 0, rng, self.ranges)
+        self.arms.resample(0, rng)
+        self.arms.start(np.array([0]))
+        self.look = PaperVisuals().draw(self.model, seed)
         self.latency_s = float(np.random.default_rng(seed).uniform(0, self.max_latency_s))
-        self.target, self.late, self.time_s, self.count = self.envs.command[0], [], 0.0, 0
+        self.target_rad = self.arms.command[0].copy()
+        self.pending: list[tuple[float, np.ndarray]] = []  # commands, and when they take effect, s
+        self.time_s, self.count = 0.0, 0  # since the reset; count is in physics steps
+
+    @property
+    def qpos(self) -> np.ndarray:
+        """Copy of the true positions (10,): joints (6, rad), sheet x, y, z (m) and yaw (rad)."""
+        return self.arms.qpos[0].copy()
 
     @property
     def joints_rad(self) -> np.ndarray:
-        """What the encoders say, (6,)."""
-        ticks = 2 * np.pi / 4096
-        return np.round((self.envs.qpos[0, :ACT_DIM] + self.envs.joint_offset[0]) / ticks) * ticks
+        """Joint positions (6,), rad, as the encoders measure them."""
+        tick = 2 * np.pi / TICKS_PER_TURN
+        return np.round((self.arms.qpos[0, :ACT_DIM] + self.arms.joint_offset[0]) / tick) * tick
 
     def command(self, target_rad: np.ndarray) -> None:
-        """Targets (6,), rad, that take effect latency_s later."""
-        self.late.append((self.time_s + self.latency_s, np.asarray(target_rad, np.float64)))
+        """Joint targets (6,), rad, that take effect latency_s later."""
+        self.pending.append((self.time_s + self.latency_s, np.asarray(target_rad, np.float64)))
 
     def step(self) -> None:
-        """A time step of the physics."""
-        while self.late and self.late[0][0] <= self.time_s:
-            self.target = self.late.pop(0)[1]
-        if self.count % self.envs.substeps == 0:
-            self.envs.carry_presses(self.everyone)
-        self.envs.substep(self.target[None], self.everyone)
+        """One physics step of timestep_s."""
+        while self.pending and self.pending[0][0] <= self.time_s:
+            self.target_rad = self.pending.pop(0)[1]
+        if self.count % self.arms.substeps == 0:
+            support_presses(self.arms, self._active)
+        self.arms.substep(self.target_rad[None], self._active)
         self.time_s, self.count = self.time_s + self.timestep_s, self.count + 1
 
     def truth(self) -> dict[str, Any]:
-        """What only a simulation knows."""
-        inside = self.envs.success(self.envs._scene())
-        return {"sheet": self.envs.qpos[0, [6, 7, 9]], "inside": bool(inside[0]), "qpos": self.envs.qpos[0]}
+        """The ground truth: sheet, (3,): x, y (m), yaw (rad); inside, whether it lies inside the tape; qpos, (10,)."""
+        scene, qpos = scene_of(self.arms), self.qpos
+        inside = sheet_inside(scene.sheet_xy_m, scene.sheet_yaw_rad, self.task.tape_margin)
+        return {"sheet": qpos[[6, 7, 9]], "inside": bool(inside[0]), "qpos": qpos}
 
 
 def _run_arm(pipe: Connection, task: Task, visual: bool, size: tuple[int, int]) -> None:
-    """The process of a simulated robot: physics in real time, a camera, and answers."""
+    """The process of a SimulatedRobot: physics in real time, a camera in a thread, and answers to requests."""
     arm = SimulatedArm(task)
     arm.reset(0)
+    # episode: seed of the present one, None during a reset; picture: the newest; problem: why there is no camera
     newest: dict[str, Any] = {"episode": 0}
     stop = threading.Event()
 
     def film() -> None:
-        painter = Painter(arm.envs.model, size, fast=True)
-        number, due = camera_names().index("top"), time.monotonic()
+        """Take a picture every control step."""
+        try:
+            renderer = Renderer(arm.model, size, fast=True)
+        except SO101Error as error:
+            newest["problem"] = str(error)  # the next request for a picture raises it in the other process
+            return
+        number, due = camera_names(arm.model).index("top"), time.monotonic()
         while not stop.is_set():
-            seen = newest["episode"]
-            taken, qpos, look = time.monotonic(), arm.envs.qpos[0], arm.look if visual else None
-            image = painter.paint(qpos, "top", look)
+            episode = newest["episode"]
+            taken, qpos, look = time.monotonic(), arm.qpos, arm.look if visual else None
+            image = renderer.render(qpos, "top", look)
             if look is not None:
                 add_noise(image, look, arm.count, number)
-            if newest["episode"] == seen:  # else it shows the last episode, or a mixture
+            if newest["episode"] == episode:  # otherwise the picture shows the last episode, or parts of both
                 newest["picture"] = Picture(image, taken)
             due = max(due + 1 / CONTROL_HZ, time.monotonic())
             stop.wait(due - time.monotonic())
-        painter.close()
+        renderer.close()
 
     camera = threading.Thread(target=film)
     camera.start()
@@ -143,9 +181,9 @@ def _run_arm(pipe: Connection, task: Task, visual: bool, size: tuple[int, int]) 
             elif word == "write":
                 arm.command(value)
             elif word == "picture":
-                pipe.send(newest.get("picture"))
+                pipe.send(newest.get("problem") or newest.get("picture"))
             elif word == "reset":
-                newest["episode"] = None  # what is drawn meanwhile is thrown away
+                newest["episode"] = None  # discards the picture that is being rendered
                 arm.reset(value)
                 newest.pop("picture", None)
                 newest["episode"] = value
@@ -153,31 +191,39 @@ def _run_arm(pipe: Connection, task: Task, visual: bool, size: tuple[int, int]) 
                 pipe.send(None)
             elif word == "truth":
                 pipe.send(arm.truth())
-    except (EOFError, OSError, KeyboardInterrupt):  # nobody is there any more
-        pass
+    except (EOFError, ConnectionError):
+        return  # the other process has closed the pipe, or has ended: so does this one
     finally:
         stop.set()
         camera.join()
 
 
 class SimulatedRobot(Robot):
-    """A SimulatedArm in a process of its own, in real time, at the end of a bus.
+    """A SimulatedArm in its own process, in real time; requests to it correspond to those on a bus.
 
     Args:
-        task: of the policy; firmware_p is that of the servos.
-        visual: whether its camera sees another look in every episode.
-        size: height and width of its pictures, pixels.
+        task: settings of the task; firmware_p is that of the servos.
+        visual: whether every episode has another look for the camera.
+        size: height and width of the pictures, pixels.
     """
 
     def __init__(self, task: Task, visual: bool = True, size: tuple[int, int] = (240, 320)):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_run_arm, args=(theirs, task, visual, size), daemon=True)
-        self.process.start()
+        # The new process inherits the signal mask, so Ctrl+C interrupts only this process. Its end closes the pipe, and
+        # that ends the new process, without a traceback.
+        resource_tracker.ensure_running()  # first, because starting it unblocks the signal
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
         self._ask("read", timeout_s=60.0)
 
     def _ask(self, word: str, value: Any = None, timeout_s: float | None = None) -> Any:
+        """Send a request and return its answer."""
         timeout_s = timeout_s or ANSWER_S
         try:
             self.pipe.send((word, value))
@@ -185,7 +231,14 @@ class SimulatedRobot(Robot):
                 raise RobotError(f"the arm has not answered for {1000 * timeout_s:.0f} ms: is its bus unplugged?")
             return self.pipe.recv()
         except (EOFError, OSError) as error:
-            raise RobotError("the arm is gone: its bus has been unplugged") from error
+            raise RobotError("the arm is lost: its bus has been unplugged") from error
+
+    def _ask_picture(self, timeout_s: float | None = None) -> Picture | None:
+        """The newest picture; None if there is none yet. Raises RobotError if the camera does not work."""
+        answer = self._ask("picture", timeout_s=timeout_s)
+        if isinstance(answer, str):
+            raise RobotError(f"the simulated camera does not work: {answer}")
+        return answer
 
     def read(self) -> tuple[np.ndarray, float]:
         """See Robot."""
@@ -196,25 +249,25 @@ class SimulatedRobot(Robot):
         try:
             self.pipe.send(("write", target_rad))
         except OSError as error:
-            raise RobotError("the arm is gone: its bus has been unplugged") from error
+            raise RobotError("the arm is lost: its bus has been unplugged") from error
 
     def picture(self) -> Picture:
         """See Robot."""
-        if (picture := self._ask("picture")) is None:
+        if (picture := self._ask_picture()) is None:
             raise RobotError("the camera has no picture yet")
         return picture
 
     def reset(self, seed: int) -> None:
-        """Start an episode of the simulation, and wait for the first picture of it."""
+        """Start an episode, and wait for its first picture."""
         self._ask("reset", seed, timeout_s=10.0)
         for _ in range(200):
-            if self._ask("picture", timeout_s=1.0) is not None:
+            if self._ask_picture(timeout_s=1.0) is not None:
                 return
             time.sleep(0.01)
-        raise RobotError("the camera gives no pictures: off-screen rendering does not work here")
+        raise RobotError("the simulated camera has taken no picture in 2 s")
 
     def truth(self) -> dict[str, Any]:
-        """What only a simulation knows: see SimulatedArm.truth."""
+        """The ground truth, see SimulatedArm.truth."""
         return self._ask("truth", timeout_s=1.0)
 
     def close(self) -> None:
@@ -229,16 +282,16 @@ class SimulatedRobot(Robot):
 
 
 class LeRobotRobot(Robot):
-    """An SO-101 follower through LeRobot's own driver, with a camera through OpenCV. Runs in LeRobot's environment.
+    """An SO-101 follower through LeRobot's driver, with a camera through OpenCV. Runs in LeRobot's environment.
 
     Args:
-        port: serial port, as LeRobot has it.
-        robot_id: name under which LeRobot has kept the arm's calibration.
-        camera: index or path of the camera that looks at the table, for OpenCV.
+        port: serial port, as LeRobot names it.
+        robot_id: name under which LeRobot has stored the arm's calibration.
+        camera: index or path, for OpenCV, of the camera that looks at the table.
         firmware_p: P coefficient that the servos are set to.
 
     Raises:
-        RobotError: LeRobot is not installed here, no arm or no calibration, no camera.
+        RobotError: LeRobot is not installed, or there is no arm, no calibration, or no camera.
     """
 
     def __init__(self, port: str, robot_id: str, camera: str, firmware_p: int = LEROBOT_P):
@@ -247,9 +300,8 @@ class LeRobotRobot(Robot):
 
             self.arm = SO101Follower(SO101FollowerConfig(port=port, id=robot_id, use_degrees=True))
         except ImportError as error:
-            raise RobotError(
-                f"lerobot:{port}: needs LeRobot's environment, see docs/real_arm.md, and there, {error.name}"
-            ) from error
+            text = f"lerobot:{port}: needs LeRobot's environment, see docs/arm.md ({error.name} is missing)"
+            raise RobotError(text) from error
         self.port = port
         if not self.arm.calibration:
             raise RobotError(
@@ -262,20 +314,21 @@ class LeRobotRobot(Robot):
             self.arm.connect(calibrate=False)
             for joint in JOINTS:
                 self.arm.bus.write("P_Coefficient", joint, firmware_p)
-        except Exception as error:  # serial ports and LeRobot's bus raise many kinds
+        except Exception as error:  # serial ports and LeRobot's bus raise many types of exceptions
             self.camera.close()
-            raise self._gone(error) from error
+            raise self._lost(error) from error
 
-    def _gone(self, error: Exception) -> RobotError:
+    def _lost(self, error: Exception) -> RobotError:
+        """The error message for an arm that cannot be reached."""
         return RobotError(f"lerobot:{self.port}: the arm cannot be reached ({error}); check cable and power")
 
     def read(self) -> tuple[np.ndarray, float]:
         """See Robot."""
         try:
-            said = self.arm.bus.sync_read("Present_Position")
+            degrees = self.arm.bus.sync_read("Present_Position")
         except Exception as error:  # as above
-            raise self._gone(error) from error
-        return to_rad(np.array([said[joint] for joint in JOINTS]), "deg", self.ranges), time.monotonic()
+            raise self._lost(error) from error
+        return to_rad(np.array([degrees[joint] for joint in JOINTS]), "deg", self.ranges), time.monotonic()
 
     def write(self, target_rad: np.ndarray) -> None:
         """See Robot."""
@@ -283,30 +336,37 @@ class LeRobotRobot(Robot):
         try:
             self.arm.bus.sync_write("Goal_Position", dict(zip(JOINTS, degrees.tolist())))
         except Exception as error:  # as above
-            raise self._gone(error) from error
+            raise self._lost(error) from error
 
     def picture(self) -> Picture:
         """See Robot."""
         return self.camera.picture()
 
     def close(self) -> None:
-        """See Robot. The arm goes limp where LeRobot's disconnect lets it: hold it."""
+        """See Robot. LeRobot's disconnect turns the torque off, and the arm falls: hold it."""
         self.camera.close()
         if self.arm.is_connected:
             self.arm.disconnect()
 
 
 class Camera:
-    """The newest picture of a camera, taken in a thread. Raises RobotError without a camera."""
+    """The newest picture of a camera, taken in a thread.
+
+    Args:
+        source: index or path, for OpenCV.
+        size: height and width to request, pixels.
+
+    Raises:
+        RobotError: the camera delivers no pictures.
+        SO101Error: OpenCV is not installed.
+    """
 
     def __init__(self, source: str, size: tuple[int, int] = (480, 640)):
-        import cv2
-
-        self.source, self.cv2 = source, cv2
-        self.capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
-        self.capture.set(cv2.CAP_PROP_FRAME_HEIGHT, size[0])
-        self.capture.set(cv2.CAP_PROP_FRAME_WIDTH, size[1])
-        self.capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
+        self.source, self.cv2 = source, import_extra("cv2", "arm", f"--camera {source}")
+        self.capture = self.cv2.VideoCapture(int(source) if source.isdigit() else source)
+        self.capture.set(self.cv2.CAP_PROP_FRAME_HEIGHT, size[0])
+        self.capture.set(self.cv2.CAP_PROP_FRAME_WIDTH, size[1])
+        self.capture.set(self.cv2.CAP_PROP_BUFFERSIZE, 1)
         self.newest: Picture | None = None
         self.running = self.capture.isOpened()
         self.thread = threading.Thread(target=self._film, daemon=True)
@@ -317,9 +377,10 @@ class Camera:
             time.sleep(0.01)
         if self.newest is None:
             self.close()
-            raise RobotError(f"--camera {source}: gives no pictures; name another index or path")
+            raise RobotError(f"--camera {source}: delivers no pictures; name another index or path")
 
     def _film(self) -> None:
+        """Take pictures until the camera is closed or fails."""
         while self.running:
             done, image = self.capture.read()
             if not done:
@@ -330,11 +391,11 @@ class Camera:
     def picture(self) -> Picture:
         """The newest picture."""
         if not self.running or self.newest is None:
-            raise RobotError(f"--camera {self.source}: gives no more pictures; is it unplugged?")
+            raise RobotError(f"--camera {self.source}: delivers no more pictures; is it unplugged?")
         return self.newest
 
     def close(self) -> None:
-        """Let go of the camera."""
+        """Release the camera."""
         self.running = False
         self.thread.join(2.0)
         self.capture.release()

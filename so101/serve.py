@@ -1,12 +1,15 @@
-"""Serve a policy that LeRobot has trained, as a base policy for ppo_residual_so101.py. Runs in LeRobot's environment.
+"""Serve a policy trained with LeRobot, as a base policy. Runs in LeRobot's environment, from the root of the clone.
 
     pip install pyzmq msgpack          # in the environment in which the policy was trained
-    python serve_lerobot.py --policy outputs/train/act_so101/checkpoints/last/pretrained_model
+    python -m so101.serve --model outputs/train/act_so101/checkpoints/last/pretrained_model
     python ppo_residual_so101.py --base-policy server:127.0.0.1:5555 --units deg      # in this project's environment
 
-It speaks the wire of GR00T N1.6 (see so101_wire.py), answers a whole batch of arms in one call, and only to programs on
-this machine. The same question gets the same answer to the bit: policies that draw noise are seeded by the client.
+The server uses the protocol of GR00T N1.6, see so101/wire.py. It answers a whole batch of arms in one call, and accepts
+connections from this machine only. Equal requests get bit-identical answers: the client's seed makes policies that draw
+noise reproducible.
 """
+
+from __future__ import annotations
 
 import argparse
 import hashlib
@@ -16,26 +19,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zmq
 
-from so101_wire import JOINT_GROUPS, pack, unpack
+from so101.groot import JOINT_GROUPS
 
 STATE, IMAGES = "observation.state", "observation.images."
 
 
 class RequestError(ValueError):
-    """A request that cannot be answered; its text goes back to the client."""
+    """A request that cannot be answered. The client gets the text."""
 
 
 class LeRobotPolicy:
-    """A policy directory of LeRobot, with its own pre- and postprocessing.
+    """A policy saved by LeRobot, with its own pre- and postprocessing.
 
     Args:
         path: directory with config.json and model.safetensors: checkpoints/*/pretrained_model of lerobot-train.
-        device: torch's name of the device.
+        device: name of the torch device.
 
     Raises:
-        RequestError: a policy whose inputs are no SO-101's.
+        RequestError: inputs or outputs of the policy are not those of an SO-101.
     """
 
     def __init__(self, path: Path, device: str):
@@ -53,11 +55,11 @@ class LeRobotPolicy:
         self.images = {key.removeprefix(IMAGES): shapes[key] for key in shapes if key.startswith(IMAGES)}
         action = tuple(self.config.output_features["action"].shape)
         if others := [key for key in shapes if key != STATE and not key.startswith(IMAGES)]:
-            raise RequestError(f"the policy needs {others[0]}, which no camera shows; train it without")
+            raise RequestError(f"the policy needs {others[0]}, which is neither joints nor a camera; train it without")
         if shapes.get(STATE) != (6,) or action != (6,):
-            raise RequestError(f"state {shapes.get(STATE)} and action {action} of the policy are not an SO-101's (6,)")
+            raise RequestError(f"the policy has state {shapes.get(STATE)} and action {action}; an SO-101 has (6,)")
         self.num_obs = self.config.n_obs_steps
-        # diffusion predicts a horizon that starts in the past, and gives what is left of it from now on
+        # the horizon of a diffusion policy starts in the past; it returns the steps from now on
         self.horizon = self.config.n_action_steps if self.config.type == "diffusion" else self.config.chunk_size
         digest = hashlib.sha256()
         for file in sorted(path.iterdir()):
@@ -66,7 +68,7 @@ class LeRobotPolicy:
         self.weights = digest.hexdigest()
 
     def modality_config(self) -> dict[str, Any]:
-        """What the policy sees and gives, as GR00T's servers say it."""
+        """The policy's inputs and outputs, in the format of GR00T's servers."""
         past, future = list(range(1 - self.num_obs, 1)), list(range(self.horizon))
         keys = {"video": (list(self.images), past), "state": (list(JOINT_GROUPS), past)}
         keys |= {"action": (list(JOINT_GROUPS), future), "language": (["annotation.human.task_description"], [0])}
@@ -76,7 +78,16 @@ class LeRobotPolicy:
         }
 
     def get_action(self, observation: Any, options: Any) -> dict[str, np.ndarray]:
-        """Actions (B, horizon, D) by joint group; raises RequestError for an observation that is not what is needed."""
+        """Actions (B, horizon, D) by joint group, in the unit that the policy was trained in.
+
+        Args:
+            observation: pictures (B, T, H, W, 3) uint8 by camera in "video", joint positions (B, T, D) by joint group
+                in "state", texts by key in "language".
+            options: "seed" of the noise that the policy draws.
+
+        Raises:
+            RequestError: the observation does not fit the policy.
+        """
         import torch
 
         steps, video, state, text = self.num_obs, *(_map(observation, key) for key in ("video", "state", "language"))
@@ -98,16 +109,16 @@ class LeRobotPolicy:
         seed = options.get("seed", 0) if isinstance(options, dict) else 0
         torch.manual_seed(int(seed))
         with torch.inference_mode():
-            self.policy.reset()  # nothing is left over from other arms
+            self.policy.reset()  # forget earlier requests, which may be of other arms
             action = self.postprocess(self._predict(self.preprocess(batch)))
         action = action[:, : self.horizon].float().cpu().numpy()
         return {key: action[:, :, group] for key, group in JOINT_GROUPS.items()}
 
     def _predict(self, batch: dict[str, Any]) -> Any:
-        """The chunk (B, horizon, 6), normalised."""
+        """The predicted chunk of actions (B, horizon, 6), normalised."""
         if self.config.type != "diffusion":
             return self.policy.predict_action_chunk(batch)
-        # its predict_action_chunk reads queues that only its select_action fills, one observation at a time
+        # for diffusion, predict_action_chunk reads queues that only select_action fills, one observation at a time
         import torch
 
         batch = {key: value if self.num_obs > 1 else value[:, None] for key, value in batch.items() if key != "task"}
@@ -117,18 +128,21 @@ class LeRobotPolicy:
 
 
 def _map(value: Any, key: str) -> dict[str, Any]:
+    """The map `key` of an observation. Raises RequestError if it is missing."""
     if not isinstance(value, dict) or not isinstance(value.get(key), dict):
         raise RequestError(f"observation: {key} is missing")
     return value[key]
 
 
 def _array(values: dict[str, Any], key: str, kind: str) -> np.ndarray:
+    """The array `key` of a map. Raises RequestError if it is missing."""
     if not isinstance(values.get(key), np.ndarray):
         raise RequestError(f"observation: {kind} {key} is missing")
     return values[key]
 
 
 def _check_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Raise RequestError if an array has another shape."""
     if array.shape != shape:
         hint = f"; --image-size {shape[2]} {shape[3]}" if len(shape) == 5 and array.shape[:2] == shape[:2] else ""
         raise RequestError(f"observation: {name} must be {shape}, got {array.shape}{hint}")
@@ -137,32 +151,40 @@ def _check_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
 def answer(policy: LeRobotPolicy, request: Any) -> Any:
     """The reply to one request."""
     if not isinstance(request, dict):
-        raise RequestError("a request is a map with an endpoint")
+        raise RequestError("a request must be a map with an endpoint")
     endpoint, data = request.get("endpoint", "get_action"), request.get("data") or {}
     if endpoint == "ping":
         return {"status": "ok", "message": "Server is running", "weights": policy.weights}
     if endpoint == "get_modality_config":
         return policy.modality_config()
-    if endpoint == "reset":  # nothing is remembered from one request to the next
+    if endpoint == "reset":  # there is nothing to reset: no request depends on an earlier one
         return {}
     if endpoint == "get_action":
         return [policy.get_action(data.get("observation"), data.get("options")), {}]
     raise RequestError(f"Unknown endpoint: {endpoint}")
 
 
-def main() -> int:
-    """Serve until Ctrl+C; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", required=True, type=Path, help="directory with config.json and model.safetensors")
+def main() -> None:
+    """Serve until Ctrl+C."""
+    parser = argparse.ArgumentParser(
+        prog="python -m so101.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, type=Path, help="directory with config.json and model.safetensors")
     parser.add_argument("--port", type=int, default=5555, help="port on 127.0.0.1 (default 5555)")
     parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
     parser.add_argument("--num-threads", type=int, help="torch threads; the last digits of answers depend on it")
     args = parser.parse_args()
     for name in ("config.json", "model.safetensors"):
-        if not (args.policy / name).is_file():
-            parser.error(f"--policy {args.policy}: no {name} there; name a pretrained_model directory of lerobot-train")
-    if not 1 <= args.port <= 65535 or (args.num_threads or 1) < 1:
+        if not (args.model / name).is_file():
+            parser.error(f"--model {args.model}: has no {name}; name a pretrained_model directory of lerobot-train")
+    if not 1 <= args.port <= 65535 or (args.num_threads is not None and args.num_threads < 1):
         parser.error("--port must be in 1 to 65535, --num-threads at least 1")
+    try:
+        import zmq
+
+        from so101.wire import pack, unpack
+    except ImportError as error:
+        parser.error(f"needs {error.name}: pip install pyzmq msgpack, in LeRobot's environment")
     with zmq.Context() as context, context.socket(zmq.REP) as socket:
         socket.setsockopt(zmq.LINGER, 0)
         try:
@@ -174,27 +196,27 @@ def main() -> int:
 
             if args.num_threads:
                 torch.set_num_threads(args.num_threads)
-            policy = LeRobotPolicy(args.policy, args.device)
+            policy = LeRobotPolicy(args.model, args.device)
         except ImportError as error:
             parser.error(f"{error}; run this in LeRobot's environment, see requirements-lerobot.txt")
         except RequestError as error:
-            parser.error(f"--policy {args.policy}: {error}")
+            parser.error(f"--model {args.model}: {error}")
         print(
             f"{policy.config.type}, {policy.horizon} steps a chunk, cameras {' '.join(policy.images) or 'none'}, "
             f"at 127.0.0.1:{args.port}",
             flush=True,
         )
-        try:
-            while True:
-                try:
-                    reply = answer(policy, unpack(socket.recv()))
-                except Exception as error:  # whatever it was, the client is told, and the next one served
-                    reply = {"error": str(error) if isinstance(error, RequestError) else f"{error!r}"}
-                    print(f"refused: {reply['error']}", file=sys.stderr, flush=True)
-                socket.send(pack(reply, "n1.6"))
-        except KeyboardInterrupt:
-            return 128 + signal.SIGINT
+        while True:
+            try:
+                reply = answer(policy, unpack(socket.recv()))
+            except Exception as error:  # the client gets the error, and the server continues
+                reply = {"error": str(error) if isinstance(error, RequestError) else f"{error!r}"}
+                print(f"error: {reply['error']}", file=sys.stderr, flush=True)
+            socket.send(pack(reply, "n1.6"))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

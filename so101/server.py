@@ -15,7 +15,6 @@ from so101.extras import import_extra
 from so101_env import (
     ACT_DIM,
     HOME_RAD,
-    IMAGES,
     STATE,
     TASK_TEXT,
     BaseObservation,
@@ -24,6 +23,7 @@ from so101_env import (
     camera_names,
 )
 from so101_sim.control import from_rad, to_rad
+from so101_sim.vector import IMAGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +72,8 @@ class ServerPolicy(BasePolicy):
     """A camera policy behind a server, of LeRobot or GR00T: `server:HOST:PORT`.
 
     All environments that need a new chunk in a step are one request. The first chunk_steps absolute joint targets of
-    every predicted chunk are executed, see follow_chunks. Raises BasePolicyError if the server does not answer, does not
-    serve a policy of an SO-101, or fails.
+    every predicted chunk are executed, see follow_chunks. Raises BasePolicyError if the server does not answer, fails,
+    or does not serve a policy of an SO-101.
     """
 
     def __init__(self, address: str, options: Server):
@@ -88,8 +88,8 @@ class ServerPolicy(BasePolicy):
             )
         if options.units is None:
             raise BasePolicyError(
-                f"base policy server:{address}: servers do not report the unit of the joints: pass --units deg (LeRobot "
-                "since 0.4.4, and recordings of this project), norm (older LeRobot) or rad"
+                f"base policy server:{address}: servers do not report the unit of the joints: pass --units deg "
+                "(LeRobot since 0.4.4, and recordings of this project), norm (older LeRobot) or rad"
             )
         self.options, self.image_size, self.memory = options, options.size, {}
         import_extra("zmq", "server", f"base policy server:{address}")

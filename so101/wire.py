@@ -1,15 +1,18 @@
-"""How to talk to a policy server: ZeroMQ and msgpack, as NVIDIA's GR00T servers do, in the dialects of three releases.
+"""Protocol of policy servers: ZeroMQ and msgpack as in NVIDIA's GR00T servers, in the dialects of three releases.
 
-One request at a time, a msgpack map {"endpoint", "data", "api_token"} in one frame, answered by one frame. The dialects
-differ in how arrays travel, in what get_action takes and gives, and in how the policy says what it wants:
+One request at a time: a msgpack map {"endpoint", "data", "api_token"} in one frame, answered by one frame. The dialects
+differ in how arrays are encoded, in the arguments and the result of get_action, and in how the policy describes its
+inputs and outputs:
 
     n1.5   release N1.5
-    n1.6   releases N1.6, N1.6.1 and N1.7, and serve_lerobot.py
+    n1.6   releases N1.6, N1.6.1 and N1.7, and so101.serve
     main   since May 2026
 
-Nothing here unpickles anything, and nothing of the rest of the project is imported: serve_lerobot.py runs in LeRobot's
-environment and shares this file. Formats: gr00t/eval/service.py, gr00t/policy/server_client.py of NVIDIA/Isaac-GR00T.
+Nothing is unpickled. so101.serve uses this file in LeRobot's environment, so it imports only so101.groot of the
+project. Formats: gr00t/eval/service.py and gr00t/policy/server_client.py of NVIDIA/Isaac-GR00T.
 """
+
+from __future__ import annotations
 
 import hashlib
 import io
@@ -26,14 +29,15 @@ import numpy as np
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from so101.groot import JOINT_GROUPS as JOINT_GROUPS  # for so101.server, which loads this module only when needed
+
 DIALECTS = ("n1.5", "n1.6", "main")
 MAX_REPLY_BYTES = 2**28
-JOINT_GROUPS = {"single_arm": slice(0, 5), "gripper": slice(5, 6)}  # of state and action, JOINTS order
-PIECE_S = 0.2  # how often a wait looks whether the connection still stands
+POLL_S = 0.2  # while waiting for an answer, how often to check that the connection still exists
 
 
 class WireError(RuntimeError):
-    """A server that cannot be used, or has failed, said in one line."""
+    """A policy server cannot be used or has failed. The text is one line."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -41,14 +45,14 @@ class WireError(RuntimeError):
 
 
 def pack(message: Any, dialect: str) -> bytes:
-    """A message as bytes; arrays as the dialect has them."""
+    """Encode a message as bytes, with arrays in the form of the dialect."""
 
     def default(value: Any) -> Any:
         if isinstance(value, np.generic):
             value = np.asarray(value)
         if not isinstance(value, np.ndarray) or value.dtype.hasobject or value.dtype.names:
             raise TypeError(f"{type(value).__name__} cannot be sent")
-        if dialect == "main":  # as the package msgpack-numpy writes it
+        if dialect == "main":  # the format of the package msgpack-numpy
             head = {b"nd": True, b"type": value.dtype.str, b"kind": b"", b"shape": list(value.shape)}
             return head | {b"data": np.ascontiguousarray(value).tobytes()}
         file = io.BytesIO()
@@ -59,15 +63,15 @@ def pack(message: Any, dialect: str) -> bytes:
 
 
 def unpack(body: bytes) -> Any:
-    """A message from bytes of any dialect, arrays and modality configs decoded. Raises WireError for anything else."""
+    """Decode a message of any dialect, with its arrays and modality configs. Raises WireError for invalid bytes."""
     try:
         return msgpack.unpackb(body, object_hook=_decode)
-    except Exception as error:  # msgpack and numpy raise many kinds for garbage
-        raise WireError(f"answers with what is no message of a policy server ({type(error).__name__})") from error
+    except Exception as error:  # msgpack and numpy raise many types of exceptions for invalid bytes
+        raise WireError(f"the answer is not a message of a policy server ({type(error).__name__})") from error
 
 
 def _decode(value: dict[Any, Any]) -> Any:
-    """One map of a message: an array, a modality config, or as it is."""
+    """Decode one map of a message: an array, a modality config, or a plain map."""
     if "__ndarray_class__" in value:
         return np.load(io.BytesIO(value["as_npy"]), allow_pickle=False)
     if "__ModalityConfig_class__" in value or "__ModalityConfig__" in value:
@@ -86,25 +90,26 @@ def _decode(value: dict[Any, Any]) -> Any:
 
 
 class Modality(NamedTuple):
-    """What the policy wants, or gives, of one kind."""
+    """The policy's inputs or outputs of one kind: video, state, action or language."""
 
     keys: list[str]  # without the prefixes of n1.5
-    deltas: list[int]  # control steps relative to now: 0 is now, -1 the step before
+    deltas: list[int]  # time steps in control steps relative to now: 0 is now, -1 the previous step
 
 
 class PolicyClient:
     """A connection to a policy server.
 
-    A server that closes the connection, as when it is restarted, is waited for, asked again, and must be the same.
+    If the server closes the connection, for example because it restarts, the client waits for it, checks that it serves
+    the same policy, and repeats the request.
 
     Args:
-        host, port: its address.
-        timeout_s: how long to wait for an answer, and for a server that went away.
-        first_timeout_s: the same for its first answer and first action, when it may still be loading.
+        host, port: address of the server.
+        timeout_s: how long to wait for an answer, and for a server that is restarting.
+        first_timeout_s: the same for the first answer and the first action, when the server may still be loading.
         api_token: sent with each request, in clear text.
 
     Raises:
-        WireError: nothing there, no answer, or none of the known dialects.
+        WireError: there is no server, it does not answer, or it uses none of the known dialects.
     """
 
     def __init__(
@@ -113,7 +118,7 @@ class PolicyClient:
         self.host, self.port, self.api_token = host, port, api_token
         self.timeout_s, self.first_timeout_s = timeout_s, max(first_timeout_s, timeout_s)
         self._socket, self.dialect, self._checking = None, "", False
-        self._warm = False  # whether it has given an action
+        self._warm = False  # whether the server has returned an action
         self._probe: dict[str, Any] | None = None
         try:
             self._connect(wait_s=0.0)
@@ -125,12 +130,15 @@ class PolicyClient:
     def get_action(
         self, video: Mapping[str, np.ndarray], state: Mapping[str, np.ndarray], text: str
     ) -> dict[str, np.ndarray]:
-        """The actions that the policy answers with, by key, (B, horizon, D); keys and shapes are not checked here.
+        """The policy's actions by key, (B, horizon, D), in the server's unit; keys and shapes are not checked here.
 
         Args:
             video: pictures (B, T, H, W, 3) uint8 by camera.
-            state: (B, T, D) by key.
-            text: what to do.
+            state: joint positions (B, T, D) by joint group, in the server's unit.
+            text: instruction for the policy.
+
+        Raises:
+            WireError: the server does not answer, or reports an error.
         """
         batch = len(next(iter([*state.values(), *video.values()])))
         languages = {key: [[text]] * batch for key in self.modalities["language"].keys}
@@ -139,19 +147,20 @@ class PolicyClient:
             data |= {f"state.{key}": array.astype(np.float64) for key, array in state.items()}
             return self._actions({**data, **languages})
         state = {key: array.astype(np.float32) for key, array in state.items()}
-        # a server that draws noise can be reproduced if it heeds the seed: GR00T's do not, serve_lerobot.py does
+        # makes policies that draw noise reproducible, if the server uses it: so101.serve does, GR00T's servers do not
         seed = zlib.crc32(b"".join(array.tobytes() for array in state.values()))
         observation = {"video": dict(video), "state": state, "language": languages}
         return self._actions({"observation": observation, "options": {"seed": seed}})
 
     def identify(self, probe: dict[str, Any]) -> str:
-        """SHA-256 of all that is known of the policy: it changes with the weights, as far as the wire tells.
+        """SHA-256 of everything known about the policy. It changes with the weights as far as they can be identified.
 
-        Weights are known by their hash where the server gives one in its answer to ping, as serve_lerobot.py does, and
-        else by the answer to one fixed question, if it is the same twice. GR00T draws noise: its weights stay unknown.
+        Weights are identified by their hash if the server's answer to ping has one, as that of so101.serve does.
+        Otherwise they are identified by the answer to one fixed request, if asking twice gives the same answer. GR00T's
+        policies draw noise, so their weights remain unidentified.
 
         Args:
-            probe: the arguments of get_action for that question.
+            probe: the arguments of get_action for that request.
         """
         self._probe = probe
         self._answer = self._ask_probe()
@@ -165,47 +174,50 @@ class PolicyClient:
         if self._socket is not None:
             self._disconnect()
 
-    # -- what the server is
+    # -- identity of the server
 
     def _read_identity(self) -> None:
-        """Find out dialect, modalities, and the weights' hash if it is given. Neither endpoint needs an array."""
+        """Find out the dialect, the modalities, and the hash of the weights if there is one.
+
+        The two requests contain no arrays, which the dialects encode differently.
+        """
         body = self._request("ping", None, self.timeout_s if self._warm else self.first_timeout_s)
         if body[:2] == b"PK":
-            raise WireError("speaks the pickles of GR00T N1, which can run any code here; use N1.5 or later")
+            raise WireError("answers with a pickle, as GR00T N1 does, which could run any code here; use N1.5 or later")
         reply = self._reply("ping", body)
         weights = reply.get("weights", "") if isinstance(reply, dict) else ""
         body = self._request("get_modality_config", None)
         config = self._reply("get_modality_config", body)
         if not isinstance(config, dict) or not config:
-            raise WireError("does not say which cameras, states and actions its policy has")
+            raise WireError("does not report the cameras, states and actions of its policy")
         if b"__ModalityConfig__" in body:
             dialect = "main"
         elif b"__ModalityConfig_class__" in body:
             first = next(iter(msgpack.unpackb(body).values()))
             dialect = "n1.5" if isinstance(first, dict) and isinstance(first.get("as_json"), str) else "n1.6"
         else:
-            raise WireError("describes its policy in a way that no known release of GR00T does")
+            raise WireError("describes its policy in a format that is not one of GR00T N1.5, N1.6, N1.7 and main")
         self.modalities = {}
         for kind in ("video", "state", "action", "language"):
             entry = config.get(kind) or {"modality_keys": [], "delta_indices": [0]}
             try:
                 keys, deltas = entry["modality_keys"], [int(delta) for delta in entry["delta_indices"]]
             except (KeyError, TypeError, ValueError) as error:
-                raise WireError(f"describes its {kind} in a way that cannot be used ({error!r})") from error
+                raise WireError(f"its description of {kind} cannot be used ({error!r})") from error
             if dialect == "n1.5" and kind != "language":
                 keys = [key.removeprefix(f"{kind}.") for key in keys]
             self.modalities[kind] = Modality(keys, deltas)
         self.dialect, self._config, self._weights = dialect, config, str(weights)
 
     def _ask_probe(self) -> str:
-        """Hash of the answer to the probe; empty where the weights are known, which makes it needless."""
+        """Hash of the answer to the fixed request; empty if the server reports the hash of its weights instead."""
         if self._weights:
             return ""
         answer = self.get_action(**self._probe)
         return hashlib.sha256(b"".join(np.asarray(answer[key]).tobytes() for key in sorted(answer))).hexdigest()
 
     def _check_identity(self) -> None:
-        """After the connection was closed: raise WireError if this is another policy."""
+        """Raise WireError if the server, after it closed the connection, serves another policy."""
         before = self.dialect, self._config, self._weights
         self._read_identity()
         same = before == (self.dialect, self._config, self._weights)
@@ -217,19 +229,20 @@ class PolicyClient:
     # -- requests
 
     def _actions(self, data: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Actions (B, horizon, D) by key, for the data of a get_action request."""
         timeout_s = self.timeout_s if self._warm else self.first_timeout_s
         reply = self._reply("get_action", self._request("get_action", data, timeout_s))
         if self.dialect != "n1.5":
             if not isinstance(reply, list) or len(reply) != 2:
-                raise WireError(f"get_action: answers with {type(reply).__name__} instead of [action, info]")
+                raise WireError(f"get_action: the answer is a {type(reply).__name__} instead of [action, info]")
             reply = reply[0]
         if not isinstance(reply, dict):
-            raise WireError(f"get_action: answers with {type(reply).__name__} instead of a map")
+            raise WireError(f"get_action: the answer is a {type(reply).__name__} instead of a map")
         self._warm = True
         return {key.removeprefix("action.") if self.dialect == "n1.5" else key: reply[key] for key in reply}
 
     def _reply(self, endpoint: str, body: bytes) -> Any:
-        """The decoded answer; an answer that is an error raises WireError with the server's words."""
+        """Decode an answer. Raises WireError, with the server's message, if the answer is an error."""
         try:
             reply = unpack(body)
         except WireError as error:
@@ -238,11 +251,11 @@ class PolicyClient:
             text = " ".join(str(reply["error"]).split())
             if "Unauthorized" in text:
                 text += "; set its token in the environment variable SO101_API_TOKEN"
-            raise WireError(f"{endpoint}: the server says {text!r}" if text else f"{endpoint}: an error without a text")
+            raise WireError(f"{endpoint}: the server reports " + (repr(text) if text else "an error without a message"))
         return reply
 
     def _request(self, endpoint: str, data: Any, timeout_s: float | None = None) -> bytes:
-        """Send one request and wait for its answer, undecoded."""
+        """Send one request; returns the bytes of its answer."""
         message = {"endpoint": endpoint} | ({} if data is None else {"data": data})
         if self.api_token is not None:
             message["api_token"] = self.api_token
@@ -252,24 +265,24 @@ class PolicyClient:
                 self._reconnect(endpoint)
             try:
                 self._socket.send(body, zmq.NOBLOCK)
-            except zmq.Again:  # the connection was refused meanwhile: a send would wait for ever
+            except zmq.Again:  # the connection was refused in the meantime: a blocking send would never return
                 self._reconnect(endpoint)
                 continue
             deadline = time.monotonic() + timeout_s
-            while not (answered := self._socket.poll(int(1000 * PIECE_S))):
+            while not (answered := self._socket.poll(int(1000 * POLL_S))):
                 if self._went_away():
                     break
                 if time.monotonic() > deadline:
-                    self._disconnect()  # a socket that waits for an answer can do nothing else any more
+                    self._disconnect()  # a ZeroMQ socket that waits for an answer cannot be used for anything else
                     raise WireError(f"{endpoint}: no answer within {timeout_s:g} s; wait longer with --server-timeout")
-            # an answer after the connection was closed may be that of another policy
+            # if the connection was closed in between, the answer may come from another policy
             if answered and not self._went_away():
                 return self._socket.recv()
             self._reconnect(endpoint)
         raise WireError(f"{endpoint}: closes the connection instead of answering")
 
     def _connect(self, wait_s: float) -> None:
-        """Connect within wait_s. A plain connection first: ZeroMQ itself does not say that nobody is there."""
+        """Connect within wait_s. A plain socket goes first, because ZeroMQ does not report that there is no server."""
         deadline = time.monotonic() + wait_s
         while True:
             try:
@@ -279,8 +292,8 @@ class PolicyClient:
                 if time.monotonic() >= deadline:
                     reason = error.strerror or type(error).__name__
                     raise WireError(f"nothing answers there ({reason}); start the server first") from error
-            time.sleep(PIECE_S)
-        self._socket = zmq.Context.instance().socket(zmq.REQ)  # a context of its own could wait for ever when collected
+            time.sleep(POLL_S)
+        self._socket = zmq.Context.instance().socket(zmq.REQ)  # a separate context can hang when collected
         for option, value in ((zmq.LINGER, 0), (zmq.MAXMSGSIZE, MAX_REPLY_BYTES), (zmq.RECONNECT_IVL, -1)):
             self._socket.setsockopt(option, value)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
@@ -289,7 +302,7 @@ class PolicyClient:
         self._socket.connect(f"tcp://{host}:{self.port}")
 
     def _went_away(self) -> bool:
-        """Whether the connection was closed, or is none."""
+        """Whether the server has closed the connection, or there is no connection."""
         if self._socket is None:
             return True
         gone = False
@@ -298,13 +311,14 @@ class PolicyClient:
         return gone
 
     def _disconnect(self) -> None:
+        """Close the socket and its monitor."""
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
         self._socket.close(linger=0)
         self._socket = None
 
     def _reconnect(self, endpoint: str) -> None:
-        """Connect again to the same policy."""
+        """Connect again, and check that the policy is the same."""
         if self._checking:
             raise WireError(f"{endpoint}: closes the connection instead of answering")
         if self._socket is not None:
@@ -313,8 +327,8 @@ class PolicyClient:
             self._connect(self.timeout_s)
         except WireError as error:
             raise WireError(f"{endpoint}: the server has gone away; {error}") from error
-        if self.dialect:  # it has been met before
-            self._warm, self._checking = False, True  # it may be loading
+        if self.dialect:  # not the first connection
+            self._warm, self._checking = False, True  # the server may be loading
             try:
                 self._check_identity()
             finally:
@@ -322,12 +336,12 @@ class PolicyClient:
 
 
 def check_action(action: Mapping[str, Any], key: str, batch: int, steps: int, width: int) -> np.ndarray:
-    """The first `steps` of the action `key`, (batch, steps, width) float64. Raises WireError if it is not that."""
+    """The first `steps` of the action `key`, (batch, steps, width) float64. Raises WireError for anything else."""
     if key not in action:
         raise WireError(f"get_action: the answer lacks {key}, it has {', '.join(map(str, action)) or 'nothing'}")
     array = action[key]
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
-        raise WireError(f"get_action: {key} is no array of numbers")
+        raise WireError(f"get_action: {key} is not an array of numbers")
     if array.ndim != 3 or array.shape[0] != batch or array.shape[1] < steps or array.shape[2] != width:
         wanted = f"({batch}, {steps} or more, {width})"
         raise WireError(f"get_action: {key} has shape {array.shape} instead of {wanted}")

@@ -21,7 +21,6 @@ from so101_sim.errors import SO101Error, require
 from so101_sim.scene import CONTROL_HZ, Look, Renderer, VisualRandomization, add_noise, camera_names
 from so101_sim.viewer import Viewer, check_display
 
-
 IMAGES = "observation.images."  # prefix of a camera's name, as LeRobot has it
 
 
@@ -43,7 +42,7 @@ def slices(parts: Mapping[str, Part]) -> dict[str, slice]:
 class BaseObservation(Mapping):
     """What a policy that acts within the environment sees: arrays by name, and pictures that are rendered when read.
 
-    The pictures are observation.images.CAMERA (n, H, W, 3) uint8. Call `obs.rows(mask)` first to render only these rows.
+    Pictures are observation.images.CAMERA (n, H, W, 3) uint8. Call `obs.rows(mask)` first to render only these rows.
 
     Args:
         arrays: (n, ...) by name.

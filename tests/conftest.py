@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; for the trainings they start, too
@@ -39,6 +40,11 @@ def environment(**env: str | None) -> dict[str, str]:
     return {key: value for key, value in merged.items() if value is not None}
 
 
+def module_of(name: str) -> types.ModuleType:
+    """The module of a script, see `command`."""
+    return load_script(name if name.endswith(".py") else f"{name.removeprefix('so101.')}.py")
+
+
 def run_script(name: str, *flags: str, **env: str | None) -> subprocess.CompletedProcess:
     """Run a script of the project to its end, see `command`; environment variables given as None are unset."""
     words = [*command(name), *flags]
@@ -52,7 +58,7 @@ def train(log_dir: Path, *flags: str, script: str = "ppo_residual_so101.py") -> 
     argv, handlers = sys.argv, {each: signal.getsignal(each) for each in signals}
     sys.argv = [script, "--log-dir", str(log_dir), *flags]
     try:
-        assert load_script(script).main() == 0
+        assert module_of(script).main() == 0
     finally:
         sys.argv = argv
         for signum, handler in handlers.items():
@@ -65,7 +71,7 @@ def error_of(monkeypatch: pytest.MonkeyPatch, name: str, *flags: str) -> str:
     """The error message of a script, run in this process with these flags; `run_script` gives its exit code, too."""
     monkeypatch.setattr(sys, "argv", [name, *flags])
     with pytest.raises(SO101Error) as error:
-        load_script(name).main()
+        module_of(name).main()
     return str(error.value)
 
 
@@ -127,3 +133,11 @@ def small_run(tmp_path_factory) -> Path:
     done = run_script("ppo_residual_so101.py", "--log-dir", str(log_dir), *SMALL.split())
     assert done.returncode == 0, done.stderr
     return next(log_dir.iterdir())
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Print why a test failed as soon as it has, not only at the end of the session."""
+    if report.failed and os.environ.get("PYTEST_XDIST_WORKER") is None:
+        reason = str(report.longrepr).strip().splitlines() or [""]
+        errors = [line for line in reason if line.startswith("E ")] or reason[-1:]
+        print(f"\nFAILED {report.nodeid} ({report.when}): {errors[0].removeprefix('E ').strip()[:300]}", flush=True)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from conftest import press_force_n
 
+from so101.base import flat_observation
+from so101.pusher import TipPolicy
 from so101_env import (
     ACT_DIM,
     COMMAND,
-    CONTROL_HZ,
     HOME_RAD,
     OBS,
     SHEET_HALF_THICKNESS_M,
@@ -18,10 +19,9 @@ from so101_env import (
     BaseObservation,
     DomainRandomization,
     SO101ResidualVectorEnv,
-    flat_observation,
     load_model,
 )
-from so101_policies import TipPolicy
+from so101_sim.scene import CONTROL_HZ
 
 FINGER_RADIUS_M = 0.008
 
@@ -88,7 +88,7 @@ def test_a_drag_of_1_n_at_30_mm_s_does_not_slip(pressed, direction):
 @pytest.mark.parametrize("kind", ["random", "saturated"])
 def test_physics_stays_sane_for_10000_steps(kind):
     envs = SO101ResidualVectorEnv(8)
-    finger_height = envs.batch.bind("geom_xpos")[:, envs.model.geom("fixed_finger_col").id, 2]
+    finger_height = envs.arms.geom_xpos_m[:, envs.model.geom("fixed_finger_col").id, 2]
     envs.reset(seed=3)
     rng = np.random.default_rng(0)
     actions = np.zeros((8, ACT_DIM))
@@ -96,7 +96,7 @@ def test_physics_stays_sane_for_10000_steps(kind):
     for step in range(10_000 // 8):
         if kind == "random":
             actions = rng.uniform(-1, 1, (8, ACT_DIM))
-        elif step % 50 == 0:  # full deflection, held long enough to press, fold and sweep with all that the servos have
+        elif step % 50 == 0:  # full deflection, held long enough to press, fold and sweep at full strength
             actions = rng.choice([-1.0, 1.0], (8, ACT_DIM))
         before = envs.qpos[:, 6:8]
         _, reward, terminated, truncated, info = envs.step(actions)
@@ -114,10 +114,10 @@ def test_physics_stays_sane_for_10000_steps(kind):
 
 def table_forces(envs: SO101ResidualVectorEnv) -> tuple[float, np.ndarray]:
     """Force with which the table carries the sheet, N, and its centre of pressure (2,), m."""
-    data, wrench = envs.batch.get_data(0, mujoco.MjData(envs.model)), np.zeros(6)
+    data, wrench = envs.arms.batch.get_data(0, mujoco.MjData(envs.model)), np.zeros(6)
     model, points, forces = envs.model, [], []
     sheet = [i for i in range(model.ngeom) if model.geom(i).name in ("sheet_col", "fixed_spot_col", "moving_spot_col")]
-    model.geom_pos[:] = envs._fields["geom_pos"][0] if "geom_pos" in envs._fields else model.geom_pos
+    model.geom_pos[:] = envs.arms.fields["geom_pos"][0] if "geom_pos" in envs.arms.fields else model.geom_pos
     mujoco.mj_forward(model, data)
     table = model.geom("table").id
     for i, contact in enumerate(data.contact[: data.ncon]):
@@ -156,17 +156,18 @@ def press(limp: bool, sheet_xy_m: np.ndarray, turn_rad: float = 0.0) -> SO101Res
 
 @pytest.mark.parametrize("limp", [False, True])
 def test_where_the_table_carries_a_press(limp):
-    """Under a limp sheet, below the fingertip that presses; under a rigid one, at its centre, wherever that is."""
+    """Below the fingertip that presses if the sheet is limp, else at the sheet's centre, wherever the fingertip is."""
     envs = press(limp, TAPE_CENTER_M + (0.03, 0.06))
     force, center = table_forces(envs)
-    tips = envs.batch.bind("geom_xpos")[0, [envs.model.geom(f"{name}_finger_col").id for name in ("fixed", "moving")]]
+    fingers = [envs.model.geom(f"{name}_finger_col").id for name in ("fixed", "moving")]
+    tips = envs.arms.geom_xpos_m[0, fingers]
     finger, sheet = tips[tips[:, 2].argmin(), :2], envs.qpos[0, 6:8]
     assert 0.4 < force < 1.0 and np.linalg.norm(finger - sheet) > 0.05
     assert np.linalg.norm(center - (finger if limp else sheet)) < 0.003
 
 
-def test_a_fingertip_turns_a_limp_sheet_with_it():
-    """By torsion. Without it, a wrist that turns a point turns no sheet below it."""
+def test_a_turning_fingertip_turns_a_limp_sheet():
+    """By torsion. Without torsion, a point contact that turns does not turn the sheet."""
     turned = {limp: press(limp, TAPE_CENTER_M + (0.002, 0.0), turn_rad=0.004) for limp in (False, True)}
     wrist = {limp: envs.qpos[0, 4] - HOME_RAD[4] for limp, envs in turned.items()}
     sheet = {limp: envs.qpos[0, 9] for limp, envs in turned.items()}

@@ -9,17 +9,9 @@ import torch
 from torch import nn
 
 import ppo_residual_so101 as ppo
-from so101_env import (
-    ACT_DIM,
-    HOME_RAD,
-    OBS_DIM,
-    SHEET_HALF_M,
-    SO101ResidualVectorEnv,
-    arrival_yaw_feature,
-    contact_feature,
-)
-from so101_policies import Features
-from so101_runs import Processes
+from so101.distributed import World
+from so101.networks import SHEET_TO_TIP, Features, contact, expected_yaw, sheet_to_tip
+from so101_env import ACT_DIM, HOME_RAD, OBS_DIM, OBSERVATION, SHEET_HALF_M, SO101ResidualVectorEnv
 
 SB3_GAE = Path(__file__).parent / "data" / "sb3_gae.npz"
 
@@ -115,13 +107,6 @@ def noise_of(num_steps: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(num_steps, 4, ACT_DIM)).astype(np.float32)
 
 
-def one_process() -> Processes:
-    """This process alone, with the environments of `setup`."""
-    processes = Processes()
-    assert processes.split(4) == 4
-    return processes
-
-
 @pytest.fixture
 def setup():
     torch.manual_seed(0)
@@ -141,7 +126,7 @@ def test_rollout_keeps_final_observations_and_unclipped_actions(setup):
     for t in range(50):
         same = torch.equal(buffers["real_next_obs"][t], following[t])
         assert same == (t not in ends)
-    # the final observation continues the episode: the sheet is where the time-out left it, not at a new start
+    # the final observation is of the episode that timed out: the sheet has not jumped to a new start
     moved = (buffers["real_next_obs"][19] - buffers["obs"][19])[:, 12:14].norm(dim=1)
     jumped = (following[19] - buffers["obs"][19])[:, 12:14].norm(dim=1)
     assert moved.max() < 0.02 < jumped.min()
@@ -170,7 +155,7 @@ def test_first_minibatch_has_ratio_one(setup, monkeypatch, symmetry, expected_vi
 
     monkeypatch.setattr(ppo, "ppo_loss", spy)
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3)
-    ppo.update(agent, optimizer, buffers, args.ppo, torch.Generator().manual_seed(0), one_process())
+    ppo.update(agent, optimizer, buffers, args.ppo, torch.Generator().manual_seed(0), World())
     torch.testing.assert_close(ratios[0], torch.ones_like(ratios[0]), atol=2e-4, rtol=0)  # float32 products of six
     assert (ratios[-1] - 1).abs().max() > 1e-2
     assert views == expected_views  # the critic's, one minibatch an epoch
@@ -194,7 +179,7 @@ def test_loss_against_numpy(setup):
     v_loss = 0.5 * np.mean((value - returns) ** 2)
     entropy = (0.5 + 0.5 * np.log(2 * np.pi) + logstd).sum()
     as_tensor = [torch.tensor(x, dtype=torch.float32) for x in (old_logprob, advantages, returns)]
-    loss, metrics = ppo.ppo_loss(agent, x, 1, actions, *as_tensor, args.ppo, 32)  # 1: the critic sees the mirror image
+    loss, metrics = ppo.ppo_loss(agent, x, 1, actions, *as_tensor, args.ppo)  # 1: the critic sees the mirror image
     assert loss.item() == pytest.approx(pg_loss - 0.01 * entropy + 0.5 * v_loss, abs=1e-4)
     assert metrics["approx_kl"].item() == pytest.approx(np.mean(ratio - 1 - np.log(ratio)), abs=1e-4)
     assert metrics["clip_fraction"].item() == pytest.approx(np.mean(np.abs(ratio - 1) > 0.3))
@@ -209,7 +194,7 @@ def test_agent_initialisation_and_state_dict():
     )  # orthogonal, gain sqrt 2
     torch.testing.assert_close(head @ head.T, 1e-4 * torch.eye(ACT_DIM), atol=1e-9, rtol=0)
     assert all((layer.bias == 0).all() for layer in agent.modules() if isinstance(layer, nn.Linear))
-    # the normalisation travels with the weights: an agent that loads them needs nothing else
+    # the normalisation is saved with the weights
     assert {"features.obs_mean", "features.obs_scale"} <= set(agent.state_dict())
     np.testing.assert_allclose(agent.features.obs_mean[:ACT_DIM], HOME_RAD, atol=1e-6)
     agent.features.obs_scale.mul_(3.0)
@@ -238,7 +223,7 @@ def test_agent_is_mirror_symmetric(arrival_yaw_weight, observe_base):
         mirrored[:, [25, 29]] *= -1  # the base moves pan and roll the other way
         assert (obs[:, 25] != 0).any()
     x, mirrored_x = agent.features(obs), agent.features(mirrored)
-    # some sheet starts beside the tip, some tip presses on one: every number that is shown has its say
+    # some tips start beside the sheet, some press on it: no derived feature is zero everywhere
     assert (x[:, 0, obs.shape[1] :] != 0).any(0).all()
     (action, _), (other, _) = agent.get_gaussian(x), agent.get_gaussian(mirrored_x)
     flip = torch.tensor([-1.0, 1, 1, 1, -1, 1])
@@ -252,16 +237,26 @@ def test_agent_is_mirror_symmetric(arrival_yaw_weight, observe_base):
     assert (other - action * flip).abs().max() > 1e-3
 
 
-def test_network_switches():
-    """Each of them changes the modules that it names, and nothing else of the actor."""
-    names = [type(m).__name__ for m in ppo.Agent(ppo.Args()).actor_mean]
-    assert names == ["Linear", "ReLU", "Linear", "LayerNorm", "ReLU", "Linear"]
-    other = ppo.Args(networks=ppo.Networks(activation="tanh", layer_norm=False, hidden_size=7, sheet_feature=False))
-    agent = ppo.Agent(other)
-    assert [type(m).__name__ for m in agent.actor_mean] == ["Linear", "Tanh", "Linear", "Identity", "Tanh", "Linear"]
-    assert agent.critic[0].weight.shape == (7, OBS_DIM)
+def test_network_settings():
+    """Each changes what it names, and the layers stay the same."""
+    layers = ["Linear", "ReLU", "Linear", "LayerNorm", "ReLU", "Linear"]
+    for networks, hidden, dim, views in (
+        (ppo.Networks(), 128, OBS_DIM + 2 + 8, 2),
+        (ppo.Networks(hidden_size=7, log_std_init=-2.0, symmetry=False, sheet_feature=False), 7, OBS_DIM, 1),
+    ):
+        agent = ppo.Agent(ppo.Args(networks=networks))
+        for network in (agent.actor_mean, agent.critic):
+            assert [type(module).__name__ for module in network] == layers
+            assert network[0].weight.shape == (hidden, dim)
+        assert agent.actor_logstd.tolist() == [[pytest.approx(networks.log_std_init)] * ACT_DIM]
+        obs = np.random.default_rng(0).normal(size=(3, OBS_DIM)).astype(np.float32)
+        assert agent.features(obs).shape == (3, views, dim) and agent.act(obs).shape == (3, ACT_DIM)
+
+
+def test_a_residual_on_a_base_policy_starts_at_zero():
     obs = np.random.default_rng(0).normal(size=(3, OBS_DIM)).astype(np.float32)
-    assert agent.act(obs).shape == (3, ACT_DIM)
+    assert (ppo.Agent(ppo.Args(base=ppo.Base("jacobian"))).act(obs) == 0).all()
+    assert 0 < np.abs(ppo.Agent(ppo.Args()).act(obs)).max() < 0.2
 
 
 def test_gradients_are_clipped(setup):
@@ -274,13 +269,12 @@ def test_gradients_are_clipped(setup):
             grads = [p.grad.flatten() for p in agent.parameters()]
             norms.append(float(torch.cat(grads).norm()))
 
-    ppo.update(
-        agent, Spy(agent.parameters(), lr=0.1), buffers, args.ppo, torch.Generator().manual_seed(0), one_process()
-    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    ppo.update(agent, Spy(agent.parameters(), lr=0.1), buffers, args.ppo, generator, World())
     assert norms == pytest.approx([1e-3] * len(norms), rel=1e-3)
 
 
-def test_arrival_yaw_feature_against_its_formula():
+def test_expected_yaw_against_its_formula():
     rng = np.random.default_rng(0)
     obs = rng.normal(0, 0.05, (20, OBS_DIM)).astype(np.float32)
     yaw = rng.uniform(-0.5, 0.5, 20)
@@ -289,18 +283,19 @@ def test_arrival_yaw_feature_against_its_formula():
     lever = obs[:, 22:24] - obs[:, 12:14]
     end = yaw + 39 * np.array([np.cross([*a, 0], [*b, 0])[2] for a, b in zip(lever, obs[:, 19:21])])
     expected = np.column_stack([end / 0.1, end * obs[:, 19] / 0.01, end * obs[:, 20] / 0.01])
-    np.testing.assert_allclose(arrival_yaw_feature(obs), expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(expected_yaw(obs), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_sheet_feature_is_the_vector_from_the_nearest_point_of_the_sheet():
-    """Against a dense grid of points on a turned sheet."""
-    features = Features()
+def test_sheet_to_tip_is_the_vector_from_the_nearest_point_of_the_sheet():
+    """Against a dense grid of points on a turned sheet; also as the columns of Features."""
+    features = Features(OBSERVATION, (SHEET_TO_TIP,))
     rng = np.random.default_rng(0)
     obs = np.zeros((50, OBS_DIM), np.float32)
     yaw = rng.uniform(-3, 3, 50)
     obs[:, 15], obs[:, 18] = np.cos(yaw / 2), np.sin(yaw / 2)
     obs[:, 12:14], obs[:, 22:24] = rng.uniform(-0.1, 0.1, (2, 50, 2))
     feature = 0.03 * features(obs)[:, 0, OBS_DIM : OBS_DIM + 2].numpy()
+    np.testing.assert_allclose(feature, 0.03 * sheet_to_tip(obs), atol=1e-6)
     half = SHEET_HALF_M - 0.01
     grid = np.stack(np.meshgrid(*[np.linspace(-h, h, 401) for h in half]), -1).reshape(-1, 2)
     for i in range(50):
@@ -311,7 +306,7 @@ def test_sheet_feature_is_the_vector_from_the_nearest_point_of_the_sheet():
         np.testing.assert_allclose(feature[i], in_sheet_axes, atol=4e-4)  # half a cell of the grid
 
 
-def test_contact_feature_one_number_at_a_time():
+def test_contact_one_number_at_a_time():
     """By hand: the tip over and beside a sheet that is turned by 30 degrees, high and pressed."""
     obs = np.zeros((4, OBS_DIM), np.float32)
     angle, half_length = np.deg2rad(30.0), SHEET_HALF_M[0]
@@ -324,7 +319,7 @@ def test_contact_feature_one_number_at_a_time():
     obs[2, 22:24], obs[2, 24] = (0.3, -0.05) + (half_length - 0.01 + 0.02) * long_side, 0.0073
     obs[3, 22:24], obs[3, 24] = (0.3, -0.05) + (SHEET_HALF_M[1] - 0.01 + 0.005) * short_side, 0.0098
     np.testing.assert_allclose(
-        contact_feature(obs),
+        contact(obs),
         [
             # beside, height, pressed beside, pressed on, to the sheet, drag
             [0, 0, 0, 1, 0, 0, -0.6, 0.8],
@@ -336,27 +331,66 @@ def test_contact_feature_one_number_at_a_time():
     )
 
 
-def test_advantages_are_normalized_in_each_minibatch():
-    rng = np.random.default_rng(0)
-    advantages = torch.tensor(rng.normal(3, 2, 10), dtype=torch.float32)
-    minibatches = [torch.tensor([1, 4, 5, 9]), torch.tensor([0, 2, 3, 6, 7]), torch.tensor([8])]
-    normalized = ppo.normalize(advantages, minibatches, one_process()).numpy()
-    for rows in minibatches[:2]:
-        a = advantages.numpy()[rows]
-        np.testing.assert_allclose(normalized[rows], (a - a.mean()) / a.std(), atol=1e-5)
-    assert normalized[8] == advantages[8]  # one sample alone has no scale
+def test_advantages_are_normalized_in_each_minibatch(setup, monkeypatch):
+    a = np.random.default_rng(0).normal(3, 2, 10).astype(np.float32)
+    np.testing.assert_allclose(ppo.normalize(torch.from_numpy(a)), (a - a.mean()) / a.std(), atol=1e-5)
+    assert ppo.normalize(torch.tensor([3.0])).tolist() == [3.0]  # one sample alone has no scale
+    assert ppo.normalize(torch.full((4,), 3.0)).abs().max() < 1e-3
+    # in an update: minibatches of 64 of 256 samples, in each pass
+    args, agent, envs, obs = setup
+    args.ppo.minibatch_size, args.ppo.update_epochs = 64, 2
+    buffers, _, _ = ppo.rollout(agent, envs, obs, noise_of(64))
+    given, original = [], ppo.ppo_loss
+
+    def spy(agent, mb_x, view, mb_actions, mb_logprobs, mb_advantages, *rest):
+        given.append(mb_advantages)
+        return original(agent, mb_x, view, mb_actions, mb_logprobs, mb_advantages, *rest)
+
+    monkeypatch.setattr(ppo, "ppo_loss", spy)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3)
+    ppo.update(agent, optimizer, buffers, args.ppo, torch.Generator().manual_seed(0), World())
+    assert [len(each) for each in given] == [64] * 8
+    for each in given:
+        assert abs(each.mean()) < 1e-4 and each.std(correction=0) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_minibatches_cover_a_rollout_once_per_pass(setup, monkeypatch):
+    """Also a shortened rollout, which leaves no tiny minibatch; the metrics are means over all minibatches."""
+    args, agent, envs, obs = setup
+    args.ppo.minibatch_size, args.ppo.update_epochs = 60, 3
+    buffers, _, _ = ppo.rollout(agent, envs, obs, noise_of(16))  # 64 samples: two minibatches of 32
+    given, losses, original = [], [], ppo.ppo_loss
+
+    def spy(agent, mb_x, view, mb_actions, *rest):
+        loss, metrics = original(agent, mb_x, view, mb_actions, *rest)
+        given.append(mb_actions)
+        losses.append(float(metrics["value_loss"]))
+        return loss, metrics
+
+    monkeypatch.setattr(ppo, "ppo_loss", spy)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3)
+    metrics = ppo.update(agent, optimizer, buffers, args.ppo, torch.Generator().manual_seed(0), World())
+    assert [len(each) for each in given] == [32] * 6
+    everything = buffers["actions"].flatten(0, 1)[:, 0].sort().values
+    for epoch in range(3):
+        torch.testing.assert_close(torch.cat(given[2 * epoch : 2 * epoch + 2])[:, 0].sort().values, everything)
+    assert not torch.equal(given[0], given[2])  # shuffled anew
+    assert metrics["value_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert metrics["learning_rate"] == 1e-3
+    magnitude = buffers["actions"].clamp(-1, 1).norm(dim=-1).mean()
+    assert metrics["residual_magnitude"] == pytest.approx(float(magnitude), rel=1e-5)
 
 
 @pytest.mark.parametrize("recompute_adv", [True, False])
 def test_advantages_follow_the_critic_from_pass_to_pass(setup, monkeypatch, recompute_adv):
-    """What the critic is told in a pass: the returns by the values that it had when that pass began."""
+    """The critic's targets in a pass: the returns computed from its values at the start of that pass."""
     args, agent, envs, obs = setup
     args.ppo.recompute_adv, args.ppo.update_epochs = recompute_adv, 3
     buffers, _, _ = ppo.rollout(agent, envs, obs, noise_of(64))
-    told, expected, original = [], [], ppo.ppo_loss
+    targets, expected, original = [], [], ppo.ppo_loss
 
     def spy(agent, mb_x, view, mb_actions, mb_logprobs, mb_advantages, mb_returns, *rest):
-        told.append(mb_returns.sort().values)
+        targets.append(mb_returns.sort().values)
         with torch.no_grad():
             values, next_values = (
                 agent.critic(agent.features(buffers[name].flatten(0, 1).numpy()).flatten(0, 1)).view(64, 4, 2).mean(2)
@@ -370,10 +404,10 @@ def test_advantages_follow_the_critic_from_pass_to_pass(setup, monkeypatch, reco
 
     monkeypatch.setattr(ppo, "ppo_loss", spy)
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-2)
-    ppo.update(agent, optimizer, buffers, args.ppo, torch.Generator().manual_seed(0), one_process())
+    ppo.update(agent, optimizer, buffers, args.ppo, torch.Generator().manual_seed(0), World())
     for number in range(3):
         by = number if recompute_adv else 0
-        torch.testing.assert_close(told[number], expected[by].flatten().sort().values, atol=1e-4, rtol=0)
+        torch.testing.assert_close(targets[number], expected[by].flatten().sort().values, atol=1e-4, rtol=0)
     assert (expected[2] - expected[0]).abs().max() > 1e-2
 
 
@@ -392,4 +426,4 @@ def test_non_finite_numbers_name_the_culprit(setup, culprit):
         if culprit == "weights":  # the last step of the last epoch diverges: no later gradient shows it
             args.ppo.update_epochs, args.ppo.minibatch_size = 1, 128
             optimizer.register_step_post_hook(lambda *_: agent.actor_logstd.data.fill_(np.inf))
-        ppo.update(agent, optimizer, buffers, args.ppo, torch.Generator(), one_process())
+        ppo.update(agent, optimizer, buffers, args.ppo, torch.Generator(), World())

@@ -1,7 +1,7 @@
-"""The scripts as a user runs them: what they write, print and refuse."""
+"""Training runs as a user starts, stops and resumes them: what they write and print."""
 
 import contextlib
-import dataclasses
+import copy
 import fcntl
 import json
 import os
@@ -12,32 +12,32 @@ import shutil
 import signal
 import struct
 import subprocess
-import sys
 import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
     PYTHON_PATH,
-    ROOT,
     SMALL,
     assert_equal_best_models,
     assert_equal_training_state,
+    assert_same,
+    command,
+    environment,
     load,
-    refusal,
     run_script,
     train,
 )
 
-from ppo_residual_so101 import Args, choose_best, make_envs
-from so101_env import SO101Error
-from so101_policies import CHECKPOINT, SCHEMAS, load_checkpoint
-from so101_runs import TEST_SEED, VALIDATION_SEED, episode_mean, evaluate, flat_settings
+from ppo_residual_so101 import Agent, Args, make_envs
+from so101.checkpoints import CHECKPOINT, load_checkpoint
+from so101.cli import flat_settings
+from so101.evaluation import VALIDATION_SEED, episode_mean, evaluate
+from so101.recorder import Recorder
 
 # -- what a run leaves behind
 
@@ -48,7 +48,7 @@ def test_artefacts(small_run):
     assert summary["steps_per_second"] == pytest.approx(3000 / summary["wall_time_s"], rel=1e-6)
     assert Path(summary["best_checkpoint"]) == small_run / "best_model" / "best_model.pt"
     assert summary["best_eval_step"] in (0, 1536, 3000) and 0.0 <= summary["best_eval_success_rate"] <= 1.0
-    assert summary["processes"] == 1
+    assert summary["ranks"] == 1
     config = json.loads((small_run / "config.json").read_text())
     settings = flat_settings(config["args"])
     assert settings["num_envs"] == 4 and settings["alpha"] == 0.7 and config["script"] == "ppo_residual_so101.py"
@@ -73,13 +73,22 @@ def test_the_best_model_is_the_best_on_more_episodes_than_an_evaluation_has(smal
     best = max(means, key=means.get)
     assert load(small_run / "best_model" / "best_model.pt")["global_step"] == best == summary["best_eval_step"]
     assert summary["best_eval_success_rate"] == pytest.approx(means[best][0]) and summary["best_eval_episodes"] == 7
-    settings = dataclasses.replace(Args().run, eval_episodes=3, final_eval_episodes=7)
-    finalists = load(small_run / "final_model.pt")["finalists"]
-    assert choose_best(finalists[::-1], small_run, envs, settings)["step"] == best  # whatever their order
+    final = load(small_run / "final_model.pt")["recorder"]["finalists"]
     worst = min(means, key=means.get)
     lucky = [{"step": step, "success_rate": 0.9 - 0.6 * (step != worst), "mean_return": 0.0} for step in means]
     lucky.sort(key=lambda finalist: -finalist["success_rate"])
-    assert choose_best(lucky, small_run, envs, Args().run)["step"] == worst  # ten episodes of 16 ahead: no rival
+    # whatever their order; and no rival is ten episodes of 16 behind
+    for finalists, episodes, expected in ((final[::-1], (3, 7), best), (lucky, (16, 64), worst)):
+        args = Args()
+        args.run.eval_episodes, args.run.final_eval_episodes = episodes
+        agent = Agent(args)
+        recorder = Recorder("ppo_residual_so101.py", CHECKPOINT, args, agent, envs, envs, checkpoint=dict)
+        recorder.finalists = finalists
+        for step in means:
+            recorder.weights[step] = load(small_run / "best_model" / f"ppo_residual_{step}_steps.pt")["agent"]
+        before = copy.deepcopy(agent.state_dict())
+        assert recorder._choose_best()["step"] == expected
+        assert_same(dict(before), dict(agent.state_dict()))  # the agent is still the last one
 
 
 def test_tensorboard_tags_and_values(small_run):
@@ -106,16 +115,19 @@ def test_tensorboard_tags_and_values(small_run):
     assert [event.step for event in series["eval/success_rate"]] == [0, 1536, 3000]
     texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
     assert "ppo_residual_so101.py --log-dir" in texts["command/text_summary"]
-    assert "|gamma|0.98|" in texts["hyperparameters/text_summary"] and "best/success_rate" in series
+    assert "|gamma|0.98|" in texts["hyperparameters/text_summary"]
+    # the groups are in alphabetical order, capitals first: TensorBoard opens on success over steps
+    assert min(series).startswith("Success/") and len(series["Success/training"]) > 3
+    assert [event.value for event in series["Success/evaluation"]] == [e.value for e in series["eval/success_rate"]]
 
 
 def test_what_is_printed_fits_80_columns_and_works_from_here(tmp_path):
     flags = ["--run-name", "mine", "--log-dir", "logs", *SMALL.split()]
-    command = [sys.executable, str(ROOT / "ppo_residual_so101.py"), *flags]
+    words = [*command("ppo_residual_so101.py"), *flags]
     options = {"capture_output": True, "text": True, "cwd": tmp_path, "timeout": 120}
     terminal, own_end = pty.openpty()
     fcntl.ioctl(own_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=own_end, text=True, cwd=tmp_path)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=own_end, text=True, cwd=tmp_path)
     os.close(own_end)
     stderr = b""
     with contextlib.suppress(OSError):  # how a terminal tells that nobody will write to it any more
@@ -127,11 +139,10 @@ def test_what_is_printed_fits_80_columns_and_works_from_here(tmp_path):
     assert {"evaluating", "choosing the best model"} <= {bar.split(":")[0] for bar in bars}
     assert max(map(len, bars)) <= 80
     first, second, *_, last = stdout.splitlines()
-    assert first.startswith("training for 3000 steps in 4 environments") and "base policy zero" in first
+    assert first == "training for 3000 steps in 4 environments, base policy zero, seed 1"
     assert second.endswith("logs/mine")
     evaluate_command = last.removeprefix("evaluate: ") + " --episodes 1 --no-base"
-    environment = {**os.environ, "PATH": PYTHON_PATH}
-    evaluated = subprocess.run(evaluate_command, shell=True, env=environment, **options)
+    evaluated = subprocess.run(evaluate_command, shell=True, env=environment(PATH=PYTHON_PATH), **options)
     assert evaluated.returncode == 0 and "logs/mine/best_model/best_model.pt" in evaluated.stdout, evaluated.stderr
 
 
@@ -173,15 +184,16 @@ def test_every_resume_equals_the_uninterrupted_run(small_run, tmp_path, base_pol
     shutil.copytree(resumed, again / "copy")
     resume = ("--resume", str(again / "copy" / "best_model" / "best_model.pt"))
     completed = run_script("ppo_residual_so101.py", *resume)
-    assert completed.returncode == 0, completed.stderr
+    assert completed.returncode == 0 and "is finished; the resumed run gets" in completed.stdout, completed.stderr
     (last,) = set(again.iterdir()) - {again / "copy"}
+    assert last.name == "copy_1"
     assert_equal_training_state(whole / "final_model.pt", last / "final_model.pt")
 
 
 def interrupt(log_dir: Path, flags: list[str], when: Callable[[Path], bool], signum: int) -> tuple[Path, str]:
     """Train, send a signal when the run's directory is in a state, and return the directory and what was printed."""
-    command = [sys.executable, str(ROOT / "ppo_residual_so101.py"), "--log-dir", str(log_dir), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = [*command("ppo_residual_so101.py"), "--log-dir", str(log_dir), *flags]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     while not any(when(run) for run in log_dir.glob("*")):
         assert process.poll() is None and time.time() < deadline, process.communicate()
@@ -193,8 +205,8 @@ def interrupt(log_dir: Path, flags: list[str], when: Callable[[Path], bool], sig
     return run, stdout
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_run_resumes_to_the_bit(tmp_path, signum):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupted_run_resumes_exactly(tmp_path, signum):
     flags = SMALL.replace("--total-timesteps 3000", "--total-timesteps 9000").split()
     run, stdout = interrupt(tmp_path / "a", flags, lambda run: any((run / "checkpoints").glob("*.pt")), signum)
     model = run / "interrupted_model.pt"
@@ -203,6 +215,41 @@ def test_interrupted_run_resumes_to_the_bit(tmp_path, signum):
     resumed, straight = train(tmp_path / "b", "--resume", str(model)), train(tmp_path / "c", *flags)
     assert_equal_training_state(resumed / "final_model.pt", straight / "final_model.pt")
     assert_equal_best_models(resumed, straight)
+
+
+def test_a_resumed_run_continues_in_its_directory(tmp_path):
+    """Where it stopped: one series of curves and evaluations, and the same name; elsewhere it says why not."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = [*SMALL.replace("--total-timesteps 3000", "--total-timesteps 9000").split(), "--run-name", "mine"]
+    run, _ = interrupt(tmp_path / "a", flags, lambda run: any((run / "checkpoints").glob("*2048*.pt")), signal.SIGTERM)
+    stopped = load(run / "interrupted_model.pt")["global_step"]
+    (first,) = [path for path in run.glob("checkpoints/*_1024_steps.pt")]
+    done = run_script("ppo_residual_so101.py", "--resume", str(first))
+    assert f"the run in {run} went further than step 1024; the resumed run gets a directory" in done.stdout
+    assert load(tmp_path / "a" / "mine_1" / "final_model.pt")["global_step"] == 9000
+    done = run_script("ppo_residual_so101.py", "--resume", str(run / "interrupted_model.pt"))
+    assert done.returncode == 0 and f"continuing in {run}" in done.stdout, done.stderr
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"mine", "mine_1"}
+    assert_equal_training_state(run / "final_model.pt", tmp_path / "a" / "mine_1" / "final_model.pt")
+    assert_equal_best_models(run, tmp_path / "a" / "mine_1")
+    lines = [json.loads(line)["step"] for line in (run / "eval_results" / "evaluations.jsonl").read_text().splitlines()]
+    assert lines == sorted(set(lines)) and lines[0] == 0 and lines[-1] == 9000
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    steps = [event.step for event in events.Scalars("train/value_loss")]
+    assert steps == [*range(256, 9000, 256), 9000] and stopped in steps
+
+
+def test_a_lone_checkpoint_can_be_resumed(small_run, tmp_path):
+    """Its best models are missing, which is printed; training itself is exact."""
+    lone = tmp_path / "lone.pt"
+    shutil.copy(small_run / "checkpoints" / "ppo_residual_2048_steps.pt", lone)
+    done = run_script("ppo_residual_so101.py", "--resume", str(lone), "--log-dir", str(tmp_path / "logs"))
+    assert done.returncode == 0 and "is missing: the best model is chosen without" in done.stdout, done.stderr
+    (run,) = (tmp_path / "logs").iterdir()
+    states = [load(each / "final_model.pt") for each in (run, small_run)]
+    for key in ("agent", "optimizer", "ranks"):
+        assert_same(states[0][key], states[1][key], key)
 
 
 @pytest.mark.parametrize("file, step", [("config.json", 0), ("eval_results/evaluations.jsonl", 6400)])
@@ -227,9 +274,9 @@ def test_a_run_interrupted_in_its_first_evaluation_or_last_rollout(tmp_path, fil
 @pytest.mark.parametrize("last_word, trained", [(b"/", False), (b"success", True)])
 def test_a_closed_terminal_stops_the_run_where_it_can_be_resumed(tmp_path, last_word, trained):
     """As `2>&1 | head -c 1` does."""
-    command = [sys.executable, str(ROOT / "ppo_residual_so101.py"), "--log-dir", str(tmp_path)]
+    words = [*command("ppo_residual_so101.py"), "--log-dir", str(tmp_path)]
     flags = SMALL.replace("--total-timesteps 3000", "--total-timesteps 60000").split()
-    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen([*words, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     seen = b""
     while last_word not in seen:
         seen += process.stdout.read(1)
@@ -241,17 +288,16 @@ def test_a_closed_terminal_stops_the_run_where_it_can_be_resumed(tmp_path, last_
 
 
 def test_help_into_a_closed_pipe():
-    for script in ("ppo_residual_so101.py", "eval_so101.py", "bc_so101.py", "replay_so101.py"):
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / script), "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+    for script in ("ppo_residual_so101.py", "eval_so101.py", "so101.clone", "so101.replay"):
+        words = [*command(script), "--help"]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
         process.stdout.close()
         assert b"Traceback" not in process.stderr.read() and process.wait(timeout=60) == 128 + signal.SIGPIPE
 
 
 def test_ctrl_c_while_importing_leaves_no_traceback():
-    command = [sys.executable, str(ROOT / "eval_so101.py"), "--base-policy", "jacobian"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    words = [*command("eval_so101.py"), "--base-policy", "jacobian"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     time.sleep(0.4)  # NumPy, MuJoCo and PyTorch take longer than that
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == b"" and process.returncode == -signal.SIGINT
@@ -267,11 +313,11 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path):
     cases = [
         (["ppo_residual_so101.py", "--log-dir", str(tmp_path / "logs"), *SMALL.split()], 50_000, "steps.pt"),
         (["eval_so101.py", "--base-policy", "jacobian", "--episodes", "20", "--json", str(result)], 500, str(result)),
-        (["eval_so101.py", "--base-policy", "jacobian", "--episodes", "3", "--record", str(demos)], 3000, str(demos)),
+        (["so101.record", "--base-policy", "jacobian", "--episodes", "3", "--dataset", str(demos)], 3000, str(demos)),
     ]
     for (script, *flags), size, word in cases:
-        command = [sys.executable, str(ROOT / script), *flags]
-        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit(size), timeout=120)
+        words, options = [*command(script), *flags], {"env": environment(), "preexec_fn": limit(size)}
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120, **options)
         error = [line for line in done.stderr.splitlines() if "error" in line]
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         assert len(error) == 1 and word in error[0] and "File too large" in error[0], done.stderr
@@ -282,8 +328,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path):
 def test_kill_leaves_only_loadable_checkpoints(tmp_path):
     flags = "--total-timesteps 100000 --num-envs 2 --num-steps 32 --minibatch-size 32 --checkpoint-every 64 "
     flags += "--update-epochs 1 --eval-every 0"
-    command = [sys.executable, str(ROOT / "ppo_residual_so101.py"), "--log-dir", str(tmp_path), *flags.split()]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = [*command("ppo_residual_so101.py"), "--log-dir", str(tmp_path), *flags.split()]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def complete() -> list[Path]:
         return [path for path in tmp_path.rglob("*.pt") if ".tmp" not in path.name]
@@ -297,55 +343,7 @@ def test_kill_leaves_only_loadable_checkpoints(tmp_path):
     assert all(load(file)["global_step"] > 0 for file in complete())
 
 
-# -- evaluation
-
-
-def test_evaluation_json_and_table(tmp_path):
-    """On a residual over the pusher, which succeeds in some of the precise episodes and fails in others."""
-    run = train(tmp_path / "logs", *SMALL.split(), "--base-policy", "jacobian", "--tape-margin", "0.02")
-    model = str(run / "final_model.pt")
-    done = run_script("eval_so101.py", "--model", model, "--episodes", "12", "--json", str(tmp_path / "a.json"))
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "a.json").read_text())
-    episodes = result["episode_list"]
-    assert result["episodes"] == len(episodes) == 12
-    assert [episode["seed"] for episode in episodes] == [TEST_SEED + i for i in range(12)]
-    assert TEST_SEED > VALIDATION_SEED + 10**6
-    assert result["success_rate"] == sum(episode["success"] for episode in episodes) / 12
-    assert result["mean_return"] == pytest.approx(np.mean([episode["return"] for episode in episodes]))
-    assert result["mean_length"] == pytest.approx(np.mean([episode["length"] for episode in episodes]))
-    k, n, z = sum(episode["success"] for episode in episodes), 12, 1.959964
-    centre, root = (k + z**2 / 2) / (n + z**2), z * np.sqrt(k * (n - k) / n + z**2 / 4) / (n + z**2)  # Wilson
-    np.testing.assert_allclose(result["success_ci95"], [centre - root, centre + root], atol=1e-6)
-    assert 0 < k < 12 and 0 < result["base_success_rate"] < 1 and result["base"]["mean_residual_magnitude"] == 0.0
-    assert "base alone (jacobian)" in done.stdout and f"{result['mean_return']:.2f}" in done.stdout
-    again = run_script(
-        "eval_so101.py", "--model", model, "--episodes", "12", "--json", str(tmp_path / "b.json"), "--num-threads", "1"
-    )
-    assert again.stdout == done.stdout
-    assert json.loads((tmp_path / "b.json").read_text()) == result
-
-
-def test_evaluation_video_and_plot(small_run, tmp_path):
-    import imageio.v3 as iio
-
-    video, picture = tmp_path / "v.mp4", tmp_path / "p.png"
-    flags = ["--episodes", "3", "--video", str(video), "--video-episodes", "1", "--plot", str(picture)]
-    flags += ["--json", str(tmp_path / "r.json")]
-    done = run_script("eval_so101.py", "--model", str(small_run / "final_model.pt"), *flags)
-    assert done.returncode == 0, done.stderr
-    assert iio.immeta(video)["fps"] == 30
-    length = json.loads((tmp_path / "r.json").read_text())["episode_list"][0]["length"]
-    frames = iio.imread(video)
-    assert frames.shape == (length + 1 + 15, 480, 640, 3)  # and half a second of the last one
-    assert np.abs(frames[0].astype(int) - frames[-1].astype(int)).mean() > 0.1
-    assert iio.imread(picture).std() > 10
-    # a GIF shows every third frame, smaller, three times as long
-    gif = tmp_path / "v.gif"
-    done = run_script("eval_so101.py", "--base-policy", "jacobian", "--episodes", "1", "--video", str(gif))
-    assert done.returncode == 0, done.stderr
-    frames = iio.imread(gif)
-    assert frames.shape[1:] == (360, 480, 3) and len(frames) > 5 and iio.immeta(gif)["duration"] == 100
+# -- films
 
 
 def test_capture_video_films_every_evaluation(tmp_path):
@@ -357,204 +355,3 @@ def test_capture_video_films_every_evaluation(tmp_path):
     videos = sorted((run / "eval_results").glob("*.mp4"))
     assert [video.name for video in videos] == ["step_0.mp4", "step_512.mp4"]
     assert all(iio.imread(video).shape[1:] == (480, 640, 3) for video in videos)
-
-
-# -- errors a user can make
-
-
-def assert_refused(done: subprocess.CompletedProcess, *words: str) -> None:
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ("--total-timesteps 0", "--total-timesteps"),
-        ("--num-envs -1", "--num-envs must be in [1, 4096]"),
-        ("--num-envs 1000000", "--num-envs"),
-        ("--num-envs 4096 --num-steps 65536", "--num-steps"),
-        ("--update-epochs 0", "--update-epochs"),
-        ("--minibatch-size 4096", "--minibatch-size"),
-        ("--hidden-size 1000000", "--hidden-size"),
-        ("--alpha 1.1", "--alpha must be in [0.0, 1.0], got 1.1"),
-        ("--act-scale inf", "--act-scale"),
-        ("--gamma 2", "--gamma"),
-        ("--gamma nan", "--gamma"),
-        ("--clip-coef 1e308", "--clip-coef"),
-        ("--learning-rate 1e39", "--learning-rate"),
-        ("--log-std-init nan", "--log-std-init"),
-        ("--log-std-init 100", "--log-std-init"),
-        ("--tape-margin 0.5", "--tape-margin"),
-        ("--seed -3", "--seed"),
-        ("--seed 18446744073709551616", "--seed"),
-        ("--no-randomize --full-randomization", "--no-randomize"),
-        ("--observe-base", "--base-policy"),
-        ("--base-policy magic", "magic"),
-        ("--log-dir /proc/nowhere", "--log-dir /proc/nowhere"),
-        ("--log-dir README.md", "--log-dir README.md"),
-        ("--track", "--track"),
-        ("--run-name ../elsewhere", "--run-name '../elsewhere'"),
-    ],
-)
-def test_bad_flags_of_the_trainer(tmp_path, monkeypatch, flags, words):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
-    line = refusal(monkeypatch, "ppo_residual_so101.py", "--log-dir", str(tmp_path / "logs"), *flags.split())
-    assert words in line and "\n" not in line
-    assert not list(tmp_path.rglob("*.pt"))
-
-
-@pytest.mark.parametrize(
-    "script, flags, words",
-    [
-        ("eval_so101.py", "--base-policy magic", "known are zero, jacobian"),
-        ("eval_so101.py", "--base-policy jacobian --tape-margin 3", "--tape-margin"),
-        ("eval_so101.py", "--base-policy jacobian --episodes 0", "--episodes"),
-        ("eval_so101.py", "--base-policy jacobian --episodes 1000000000", "--episodes"),
-        ("eval_so101.py", "--base-policy jacobian --record demos --action-noise nan", "--action-noise"),
-        ("eval_so101.py", "--base-policy jacobian --action-noise 0.3", "--record"),
-        ("eval_so101.py", "--base-policy jacobian --record=", "--record"),
-        ("eval_so101.py", "--base-policy jacobian --record tests", "exists"),
-        ("eval_so101.py", "--base-policy jacobian --json nowhere/r.json", "--json"),
-        ("eval_so101.py", "--base-policy jacobian --json tests", "--json tests"),
-        ("eval_so101.py", "--base-policy jacobian --video v.avi", ".mp4"),
-        ("eval_so101.py", "--base-policy bc:README.md", "README.md"),
-        ("eval_so101.py", "--base-policy checkpoint:README.md", "not a readable checkpoint"),
-        ("eval_so101.py", "--base-policy jacobian --render-mode human", "--video"),
-        ("eval_so101.py", "--model MODEL --tape-margin 0.02", "--tape-margin"),
-        (
-            "ppo_residual_so101.py",
-            "--resume MODEL --tape-margin 0.02",
-            "--tape-margin 0.02: MODEL was trained with 0.04",
-        ),
-        ("ppo_residual_so101.py", "--resume MODEL --total-timesteps 2999", "--total-timesteps"),
-        ("bc_so101.py", "--demos nowhere", "meta/info.json"),
-        ("bc_so101.py", "--demos nowhere --train-steps 0", "--train-steps"),
-        ("bc_so101.py", "--demos nowhere --chunk-size 0", "--chunk-size"),
-        ("bc_so101.py", "--demos nowhere --learning-rate nan", "--learning-rate"),
-        ("bc_so101.py", "--demos nowhere --hidden-size 1000000", "--hidden-size"),
-        ("replay_so101.py", "--dataset nowhere", "nowhere"),
-        ("replay_so101.py", "--dataset nowhere --video a.avi", "--video"),
-        ("replay_so101.py", "--dataset nowhere --tape-margin inf", "--tape-margin"),
-    ],
-)
-def test_bad_flags_of_the_others(small_run, monkeypatch, script, flags, words):
-    monkeypatch.chdir(ROOT)
-    for display in ("DISPLAY", "WAYLAND_DISPLAY"):
-        monkeypatch.delenv(display, raising=False)
-    model = str(small_run / "final_model.pt")
-    line = refusal(monkeypatch, script, *flags.replace("MODEL", model).split())
-    assert words.replace("MODEL", model) in line and "\n" not in line
-
-
-def test_a_refusal_is_one_line_and_exit_code_2(tmp_path):
-    done = run_script("ppo_residual_so101.py", "--alpha", "1.1")
-    assert done.stderr == "ppo_residual_so101.py: error: --alpha must be in [0.0, 1.0], got 1.1\n"
-    assert done.returncode == 2 and done.stdout == ""
-    assert_refused(run_script("ppo_residual_so101.py", "--total-timestep", "5"), "--total-timestep")
-    assert_refused(run_script("ppo_residual_so101.py", "--num-envs", "two"), "--num-envs")
-    video = tmp_path / "v.mp4"
-    flags = ["--base-policy", "jacobian", "--video", str(video)]
-    done = run_script("eval_so101.py", *flags, MUJOCO_GL="egl", PYOPENGL_PLATFORM="glx")
-    assert_refused(done, "--video", "EGL")
-    assert not video.exists()
-
-
-# -- damaged files
-
-
-def test_flipped_bits_are_noticed(small_run, tmp_path):
-    """A flip is refused, or lies where nothing is kept: then what is read equals the original."""
-    content = (small_run / "final_model.pt").read_bytes()
-    original, path, refused = load(small_run / "final_model.pt"), tmp_path / "flipped.pt", 0
-    rng = np.random.default_rng(0)
-    for position in rng.integers(0, len(content), 60):
-        flipped = bytearray(content)
-        flipped[position] ^= 1 << rng.integers(8)
-        path.write_bytes(flipped)
-        try:
-            saved = load_checkpoint(path).saved
-        except SO101Error as error:
-            refused += 1
-            assert str(path) in str(error)
-        else:
-            assert all(torch.equal(saved["agent"][key], original["agent"][key]) for key in original["agent"])
-            assert torch.equal(saved["envs"]["batch"], original["envs"]["batch"])
-    assert refused > 40
-
-
-def without(mapping: dict, key: str) -> dict:
-    return {name: value for name, value in mapping.items() if name != key}
-
-
-def changed(mapping: dict, *path: str, to: Any) -> dict:
-    key, *rest = path
-    return {**mapping, key: changed(mapping[key], *rest, to=to) if rest else to}
-
-
-WEIGHT = "actor_mean.0.weight"
-DAMAGE = {
-    "no format": lambda s: without(s, "format"),
-    "old format": lambda s: {**s, "format": "ppo_residual_so101 checkpoint 5"},
-    "foreign": lambda s: {"model": torch.zeros(3)},
-    "a list": lambda s: [1, 2],
-    **{f"no {key}": lambda s, key=key: without(s, key) for key in SCHEMAS[CHECKPOINT]},
-    "agent is a number": lambda s: {**s, "agent": 3},
-    "a weight is text": lambda s: changed(s, "agent", WEIGHT, to="hello"),
-    "a weight is NaN": lambda s: changed(s, "agent", WEIGHT, to=s["agent"][WEIGHT] * torch.nan),
-    "a weight is missing": lambda s: {**s, "agent": without(s["agent"], WEIGHT)},
-    "a weight has another shape": lambda s: changed(s, "agent", WEIGHT, to=torch.zeros(3, 3)),
-    "unknown flag": lambda s: changed(s, "args", "ppo", to={**s["args"]["ppo"], "magic": 1}),
-    "missing flag": lambda s: changed(s, "args", "ppo", to=without(s["args"]["ppo"], "gamma")),
-    "missing group": lambda s: {**s, "args": without(s["args"], "task")},
-    "absurd flag": lambda s: changed(s, "args", "networks", "hidden_size", to=10**9),
-    "flag of another type": lambda s: changed(s, "args", "networks", "activation", to=["relu"]),
-    "no such activation": lambda s: changed(s, "args", "networks", "activation", to="gelu"),
-    "another script": lambda s: {**s, "script": "no_such_script.py"},
-    "a path as script": lambda s: {**s, "script": "../ppo_residual_so101.py"},
-    "a script that is no trainer": lambda s: {**s, "script": "so101_env.py"},
-    "missing base": lambda s: changed(s, "args", "base", "base_policy", to="bc:nowhere.pt"),
-}
-DAMAGE_FOR_RESUME = {
-    "another number of environments": lambda s: {**s, "num_envs": 3},
-    "no environments": lambda s: {**s, "envs": {}},
-    "no fields": lambda s: changed(s, "envs", "fields", to={}),
-    "ragged states": lambda s: changed(s, "envs", "batch", to=s["envs"]["batch"][:2]),
-    "states of text": lambda s: changed(s, "envs", "_steps", to="hello"),
-    "generators of text": lambda s: changed(s, "envs", "rngs", to=["hello"] * 4),
-    "an empty optimiser": lambda s: {**s, "optimizer": {}},
-    "moments of another shape": lambda s: changed(s, "optimizer", "state", 1, "exp_avg", to=torch.zeros(2)),
-    "a short generator": lambda s: {**s, "generator": s["generator"][:8]},
-    "an observation of another size": lambda s: {**s, "next_obs": torch.zeros(4, 31)},
-    "episodes of another kind": lambda s: {**s, "recent_episodes": [{"success": 1.0}]},
-    "a best model without steps": lambda s: {**s, "finalists": [{"success_rate": 1.0}]},
-    "a best model that is not there": lambda s: {**s, "finalists": [{**s["finalists"][0], "step": 7}]},
-    "more steps than the budget": lambda s: {**s, "global_step": 10**7},
-}
-
-
-@pytest.mark.parametrize("kind", [*DAMAGE, *DAMAGE_FOR_RESUME])
-def test_damaged_checkpoints_end_with_one_line(small_run, monkeypatch, kind):
-    path = small_run / "checkpoints" / "damaged.pt"
-    torch.save((DAMAGE | DAMAGE_FOR_RESUME)[kind](load(small_run / "final_model.pt")), path)
-    logs = ["--log-dir", str(small_run / "refused")]
-    try:
-        line = refusal(monkeypatch, "ppo_residual_so101.py", "--resume", str(path), *logs)
-        assert (str(path) in line or "nowhere.pt" in line) and "\n" not in line
-        if kind in DAMAGE:
-            line = refusal(monkeypatch, "eval_so101.py", "--model", str(path), "--episodes", "1")
-            assert (str(path) in line or "nowhere.pt" in line) and "\n" not in line
-    finally:
-        path.unlink()
-        shutil.rmtree(small_run / "refused", ignore_errors=True)
-
-
-def test_truncated_and_missing_files(small_run, tmp_path, monkeypatch):
-    path = tmp_path / "bad.pt"
-    for content in (None, b"", b"hello", (small_run / "final_model.pt").read_bytes()[:5000]):
-        if content is not None:
-            path.write_bytes(content)
-        for script, flag in (("eval_so101.py", "--model"), ("ppo_residual_so101.py", "--resume")):
-            assert str(path) in refusal(monkeypatch, script, flag, str(path))

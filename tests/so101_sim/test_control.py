@@ -1,12 +1,13 @@
-"""The command law against a slow version, what an arm measures, limits, the watchdog, and LeRobot's units."""
+"""The command law against a slow version, measurements, limits, the watchdog, and LeRobot's units."""
 
 import json
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from small_task import HOME_RAD, load_model
 
-from so101_control import (
+from so101_sim.control import (
     ACT_DIM,
     BACKLASH_RAD,
     COMMAND_WINDOW_RAD,
@@ -17,7 +18,7 @@ from so101_control import (
     read_calibration,
     to_rad,
 )
-from so101_env import HOME_RAD, SO101Error, load_model
+from so101_sim.errors import SO101Error
 
 RNG = np.random.default_rng(0)
 
@@ -28,7 +29,7 @@ def model():
 
 
 def test_the_command_law_joint_by_joint(model):
-    """Free arms may lag as they do; against an obstacle the torque stays bounded; limits hold. Written as loops."""
+    """The lag of a free arm is allowed, the torque against an obstacle is bounded, limits hold. Written as loops."""
     n = 50
     controller = Controller(model, firmware_p=64, backlash_rad=0.01, latency_s=0.05)
     gain, damping = 2 * model.actuator_gainprm[:, 0], model.dof_damping
@@ -62,7 +63,7 @@ def test_the_torque_against_an_obstacle_does_not_depend_on_the_gain(model, firmw
 
 
 def test_an_arm_is_measured(model):
-    """Its tip as in the reference kinematics; its velocity in uniform motion; at first, it is told to stay."""
+    """Its tip against the reference kinematics, its velocity in uniform motion; the first targets hold it in place."""
     with np.load(ROOT / "tests/data/so101_fk_reference.npz", allow_pickle=False) as data:
         joints, tips = data["qpos_rad"], data["gripperframe_pos_base_m"]
     controller = Controller(model)
@@ -90,11 +91,11 @@ def test_targets_are_no_faster_than_allowed(model):
 
 def test_no_target_without_a_fresh_measurement(model):
     controller = Controller(model)
-    with pytest.raises(SO101Error, match="measured last never"):
+    with pytest.raises(SO101Error, match="measurement of the arm never happened"):
         controller.move(np.zeros(6), 0.0)
     controller.measure(HOME_RAD, 10.0)
     controller.move(np.zeros(6), 10.0 + 0.9 * WATCHDOG_S)
-    with pytest.raises(SO101Error, match=r"measured last 110 ms ago"):
+    with pytest.raises(SO101Error, match="measurement of the arm was 110 ms ago"):
         controller.move(np.zeros(6), 10.0 + 1.1 * WATCHDOG_S)
 
 
@@ -105,13 +106,13 @@ def test_no_target_without_a_fresh_measurement(model):
         (np.array([0, 0, 0, 1.9, 0, 0]), "wrist_flex is 14 degrees outside"),
     ],
 )
-def test_measurements_that_cannot_be_are_refused(model, joints, text):
+def test_impossible_measurements_are_errors(model, joints, text):
     with pytest.raises(SO101Error, match=text):
         Controller(model).measure(joints, 0.0)
 
 
-def test_a_calibration_of_lerobot(tmp_path):
-    """-100 and 100 are the ends that the calibration reached; degrees count from their middle."""
+def test_a_calibration_file_of_lerobot(tmp_path):
+    """-100 and 100 are the ends of the calibrated range; degrees count from its middle."""
     motors = {
         joint: {"id": i, "drive_mode": 0, "homing_offset": 7, "range_min": 2048 - 1000, "range_max": 2048 + 1000}
         for i, joint in enumerate(JOINTS)
@@ -132,7 +133,7 @@ def test_a_calibration_of_lerobot(tmp_path):
 
     del motors["elbow_flex"]
     path.write_text(json.dumps(motors))
-    with pytest.raises(SO101Error, match="no calibration of an SO-101"):
+    with pytest.raises(SO101Error, match="is not a LeRobot calibration of an SO-101"):
         read_calibration(path)
     with pytest.raises(SO101Error, match="calibrate the arm first"):
         read_calibration(tmp_path / "none.json")

@@ -1,14 +1,14 @@
 """The arm's model against the official SO-101 model's kinematics, masses and gravity torques."""
 
-from pathlib import Path
-
 import mujoco
 import numpy as np
 import pytest
+from conftest import ROOT
+from small_task import load_model
 
-from so101_env import ACT_DIM, JOINTS, load_model
+from so101_sim.control import ACT_DIM, JOINTS
 
-REFERENCE = Path(__file__).parent / "data" / "so101_fk_reference.npz"  # its array "source" names the official file
+REFERENCE = ROOT / "tests" / "data" / "so101_fk_reference.npz"  # its array "source" names the official file
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What LeRobot's discovery finds: importing it registers the environment and the robot."""
+"""The package that LeRobot discovers. Importing it registers the environment and the robot."""
 
 from lerobot_env_so101_residual import PaperInSquareConfig, SO101ResidualSim, SO101ResidualSimConfig
 

@@ -1,0 +1,112 @@
+"""Damaged and foreign policy files: noticed, and one line."""
+
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import error_of, load
+
+from so101.checkpoints import CHECKPOINT, SCHEMAS, load_checkpoint
+from so101_env import SO101Error
+
+
+def test_flipped_bits_are_noticed(small_run, tmp_path):
+    """A flip is refused, or lies where nothing is kept: then what is read equals the original."""
+    content = (small_run / "final_model.pt").read_bytes()
+    original, path, refused = load(small_run / "final_model.pt"), tmp_path / "flipped.pt", 0
+    rng = np.random.default_rng(0)
+    for position in rng.integers(0, len(content), 60):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << rng.integers(8)
+        path.write_bytes(flipped)
+        try:
+            saved = load_checkpoint(path).saved
+        except SO101Error as error:
+            refused += 1
+            assert str(path) in str(error)
+        else:
+            assert all(torch.equal(saved["agent"][key], original["agent"][key]) for key in original["agent"])
+            states = [each["ranks"][0]["envs"]["arms"]["batch"] for each in (saved, original)]
+            assert torch.equal(*states)
+    assert refused > 40
+
+
+def without(mapping: dict, key: str) -> dict:
+    return {name: value for name, value in mapping.items() if name != key}
+
+
+def changed(mapping: dict, *path: str, to: Any) -> dict:
+    key, *rest = path
+    value = changed(mapping[key], *rest, to=to) if rest else to
+    return [value if i == key else item for i, item in enumerate(mapping)] if isinstance(mapping, list) else {
+        **mapping, key: value
+    }  # fmt: skip
+
+
+WEIGHT = "actor_mean.0.weight"
+DAMAGE = {
+    "no format": lambda s: without(s, "format"),
+    "old format": lambda s: {**s, "format": "ppo_residual_so101 checkpoint 5"},
+    "foreign": lambda s: {"model": torch.zeros(3)},
+    "a list": lambda s: [1, 2],
+    **{f"no {key}": lambda s, key=key: without(s, key) for key in SCHEMAS[CHECKPOINT]},
+    "agent is a number": lambda s: {**s, "agent": 3},
+    "a weight is text": lambda s: changed(s, "agent", WEIGHT, to="hello"),
+    "a weight is NaN": lambda s: changed(s, "agent", WEIGHT, to=s["agent"][WEIGHT] * torch.nan),
+    "a weight is missing": lambda s: {**s, "agent": without(s["agent"], WEIGHT)},
+    "a weight has another shape": lambda s: changed(s, "agent", WEIGHT, to=torch.zeros(3, 3)),
+    "unknown flag": lambda s: changed(s, "args", "ppo", to={**s["args"]["ppo"], "magic": 1}),
+    "missing flag": lambda s: changed(s, "args", "ppo", to=without(s["args"]["ppo"], "gamma")),
+    "missing group": lambda s: {**s, "args": without(s["args"], "task")},
+    "absurd flag": lambda s: changed(s, "args", "networks", "hidden_size", to=10**9),
+    "flag of another type": lambda s: changed(s, "args", "networks", "symmetry", to=["yes"]),
+    "no such unit": lambda s: changed(s, "args", "base", "server", "units", to="grad"),
+    "another script": lambda s: {**s, "script": "no_such_script.py"},
+    "a path as script": lambda s: {**s, "script": "../ppo_residual_so101.py"},
+    "a script that is no trainer": lambda s: {**s, "script": "so101_env.py"},
+    "missing base": lambda s: changed(s, "args", "base", "base_policy", to="bc:nowhere.pt"),
+}
+OWN = ("ranks", 0)
+DAMAGE_FOR_RESUME = {
+    "another number of environments": lambda s: {**s, "num_envs": 3},
+    "another number of ranks": lambda s: {**s, "ranks": s["ranks"] * 2},
+    "no environments": lambda s: changed(s, *OWN, "envs", to={}),
+    "no fields": lambda s: changed(s, *OWN, "envs", "arms", "fields", to={}),
+    "ragged states": lambda s: changed(s, *OWN, "envs", "arms", "batch", to=torch.zeros(2, 3)),
+    "states of text": lambda s: changed(s, *OWN, "envs", "_steps", to="hello"),
+    "generators of text": lambda s: changed(s, *OWN, "envs", "rngs", to=["hello"] * 4),
+    "an empty optimiser": lambda s: {**s, "optimizer": {}},
+    "moments of another shape": lambda s: changed(s, "optimizer", "state", 1, "exp_avg", to=torch.zeros(2)),
+    "a short generator": lambda s: changed(s, *OWN, "generator", to=s["ranks"][0]["generator"][:8]),
+    "an observation of another size": lambda s: changed(s, *OWN, "envs", "_obs", to=torch.zeros(4, 31)),
+    "episodes of another kind": lambda s: changed(s, "recorder", "recent_episodes", to=[3]),
+    "a best model without steps": lambda s: changed(s, "recorder", "finalists", to=[{"success_rate": 1.0}]),
+    "more steps than the budget": lambda s: {**s, "global_step": 10**7},
+}
+
+
+@pytest.mark.parametrize("kind", [*DAMAGE, *DAMAGE_FOR_RESUME])
+def test_damaged_checkpoints_end_with_one_line(small_run, monkeypatch, kind):
+    path = small_run / "checkpoints" / "damaged.pt"
+    torch.save((DAMAGE | DAMAGE_FOR_RESUME)[kind](load(small_run / "final_model.pt")), path)
+    logs = ["--log-dir", str(small_run / "refused")]
+    try:
+        line = error_of(monkeypatch, "ppo_residual_so101.py", "--resume", str(path), *logs)
+        assert (str(path) in line or "nowhere.pt" in line) and "\n" not in line
+        if kind in DAMAGE:
+            line = error_of(monkeypatch, "eval_so101.py", "--model", str(path), "--episodes", "1")
+            assert (str(path) in line or "nowhere.pt" in line) and "\n" not in line
+    finally:
+        path.unlink()
+        shutil.rmtree(small_run / "refused", ignore_errors=True)
+
+
+def test_truncated_and_missing_files(small_run, tmp_path, monkeypatch):
+    path = tmp_path / "bad.pt"
+    for content in (None, b"", b"hello", (small_run / "final_model.pt").read_bytes()[:5000]):
+        if content is not None:
+            path.write_bytes(content)
+        for script, flag in (("eval_so101.py", "--model"), ("ppo_residual_so101.py", "--resume")):
+            assert str(path) in error_of(monkeypatch, script, flag, str(path))
