@@ -19,7 +19,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-JOBS=${JOBS:-$(env -u OMP_NUM_THREADS nproc)} # with that variable set, nproc reports 1
+JOBS=${JOBS:-$(env -u OMP_NUM_THREADS nproc)} # nproc reports OMP_NUM_THREADS if it is set
 export SCRIPT=${SCRIPT:-ppo_residual_so101.py}
 export NAME=${NAME:-standard_50k} SEEDS=${SEEDS:-$(seq -s " " 1 20)} EPISODES=${EPISODES:-200} OMP_NUM_THREADS=1
 # the base policy alone is also evaluated, unless it is zero

@@ -2,7 +2,7 @@
 
     python benchmark/report.py --runs logs/benchmark/standard_50k --out benchmark/results/standard_50k
 
-benchmark/ppo_residual_so101.sh makes the runs, and calls this.
+benchmark/ppo_residual_so101.sh makes the runs, and calls this script.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import tyro
 from scipy.stats import bootstrap, trim_mean
 
 matplotlib.use("Agg")
@@ -22,18 +21,20 @@ import matplotlib.pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from so101.checkpoints import load_script
+from so101.cli import flag_of, flat_settings, parse, run_script
+from so101.files import write_json
 from so101_env import SO101Error
-from so101_policies import load_script
-from so101_runs import flag_of, flat_settings, run_script, write_json
 
-HOLD = 10_000  # steps
+ROOT = Path(__file__).resolve().parent.parent
+HOLD = 10_000  # environment steps for which a success rate must be kept to count as reached
 DISTANCES_MM = (40, 80, 100, 120)  # bins of the initial distance from the sheet to the tape
 TRAINING_SUCCESS = "rollout/success_rate_100"
-CURVES = {"success_rate": "success", "mean_return": "return"}  # of the evaluations
+CURVES = {"success_rate": "success", "mean_return": "return"}  # values of evaluations that are plotted
 
 
 @dataclasses.dataclass
-class ReportArgs:
+class Args:
     runs: str
     """directory of the sweep, with one seed_<n> directory per seed"""
     out: str
@@ -41,11 +42,11 @@ class ReportArgs:
     name: str | None = None
     """name of the sweep, for titles (default: the last part of --runs)"""
     against: tuple[str, ...] = ()
-    """directories of other sweeps to draw on the same axes"""
+    """directories of other sweeps to plot on the same axes"""
 
 
 def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Mean of the middle half: less at the mercy of one seed than the mean, less wasteful than the median."""
+    """Mean of the middle half: less sensitive to single seeds than the mean, and uses more data than the median."""
     return trim_mean(values, 0.25, axis=axis)
 
 
@@ -66,11 +67,11 @@ def interval(
 
 
 def read_seed(directory: Path) -> dict[str, Any]:
-    """Everything about one seed; SO101Error, naming the file, if a part is missing."""
+    """Configuration, results and curves of one seed. Raises SO101Error, naming the file, if a part is missing."""
     runs = sorted(path.parent for path in directory.glob("*/config.json"))
     if len(runs) != 1:
         raise SO101Error(
-            f"--runs: {directory} must hold one run, it has {len(runs)}; delete it and train the seed again"
+            f"--runs: {directory} must contain one run, it has {len(runs)}; delete it and train the seed again"
         )
     files = {
         "config": runs[0] / "config.json",
@@ -99,9 +100,10 @@ def read_seed(directory: Path) -> dict[str, Any]:
 
 
 def steps_to(curve: np.ndarray, level: float) -> int | None:
-    """First step at which a curve (T, 2) of steps and values reaches level and holds it for HOLD steps or to its end.
+    """First step from which a curve (T, 2) of steps and values keeps a level for HOLD steps, or to its end.
 
-    The first episodes to end are the successful ones, so a rate over few of them starts too high. None if never.
+    HOLD is needed because successful episodes end first, so the first success rates are too high. None if there is no
+    such step.
     """
     for i, step in enumerate(curve[:, 0]):
         if (curve[i:, 1][curve[i:, 0] <= step + HOLD] >= level).all():
@@ -110,7 +112,7 @@ def steps_to(curve: np.ndarray, level: float) -> int | None:
 
 
 def success_by_distance(seeds: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Share of successes, and number of episodes, of all final models together, by initial distance."""
+    """Success rate and number of episodes, over all final models, by initial distance of the sheet."""
     episodes = [episode for seed in seeds for episode in seed["final"]["episode_list"]]
     result = {}
     for low, high in zip(DISTANCES_MM, DISTANCES_MM[1:]):
@@ -121,13 +123,13 @@ def success_by_distance(seeds: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 def settings(seed: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that a sweep's seeds share."""
+    """The arguments that all seeds of a sweep have in common."""
     own = ("seed", "log_dir", "run_name", "num_threads")
     return {key: value for key, value in flat_settings(seed["config"]["args"]).items() if key not in own}
 
 
 def read_sweep(directory: str) -> list[dict[str, Any]]:
-    """Every seed of a sweep; SO101Error if there is none, or if they were not trained alike."""
+    """All seeds of a sweep. Raises SO101Error if there are none, or if their arguments differ."""
     directories = sorted(Path(directory).glob("seed_*"), key=lambda path: int(path.name.removeprefix("seed_")))
     if not directories:
         raise SO101Error(f"--runs {directory}: has no seed_<n> directory; benchmark/ppo_residual_so101.sh makes them")
@@ -142,7 +144,7 @@ def read_sweep(directory: str) -> list[dict[str, Any]]:
 
 
 def plot(sweeps: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Success and return over steps: every seed thin, the interquartile mean thick, its 95 % band shaded."""
+    """Plot success and return over steps: seeds as thin lines, the interquartile mean thick, its 95 % band shaded."""
     figure, axes = plt.subplots(1, len(CURVES), figsize=(11, 4), layout="constrained")
     for axis, (tag, label) in zip(axes, CURVES.items()):
         for color, (name, seeds) in zip(("tab:blue", "tab:orange", "tab:green", "tab:purple"), sweeps.items()):
@@ -166,8 +168,9 @@ def plot(sweeps: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def describe(script: str, args: dict[str, Any]) -> str:
-    """The script's command line for these arguments, without what is at its default."""
-    words = [f"python {script}"]
+    """The command line of a training script for these arguments, without those that have their default value."""
+    own = (ROOT / "so101" / script).is_file()
+    words = [f"python -m so101.{Path(script).stem}" if own else f"python {script}"]
     for name, default in flat_settings(dataclasses.asdict(load_script(script).Args())).items():
         default, value = list(default) if isinstance(default, tuple) else default, args.get(name, default)
         if value == default:
@@ -180,7 +183,7 @@ def describe(script: str, args: dict[str, Any]) -> str:
 
 
 def summarize(seeds: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """What results.json says: the sweep as a whole, and a row per seed."""
+    """The content of results.json: the sweep as a whole, and a row for each seed."""
     rows = []
     for seed in seeds:
         row = {"seed": seed["config"]["args"]["seed"]}
@@ -214,7 +217,7 @@ def summarize(seeds: list[dict[str, Any]], name: str) -> dict[str, Any]:
 
 
 def sentence(results: dict[str, Any]) -> str:
-    """The sweep in one line."""
+    """The result of the sweep in one line."""
 
     def bounds(key: str) -> str:
         return "[{:.3f}, {:.3f}]".format(*results[f"final_success_{key}_ci95"])
@@ -227,14 +230,14 @@ def sentence(results: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """What results.md says."""
+    """The content of results.md."""
     rows = results["seeds"]
     columns = {
         "seed": "seed", "final_success": "final model: success", "final_return": "return", "final_length": "length",
         "base_success": "base alone: success", "base_length": "length",
         "best_success": "best model: success", "best_return": "return", "steps_to_50": "steps to 50 %",
         "steps_to_85": "steps to 85 %",
-        "wall_time_s": "wall s", "base_time_s": "of it the base's", "cpu_time_s": "CPU s",
+        "wall_time_s": "wall s", "base_time_s": "base policy s", "cpu_time_s": "CPU s",
     }  # fmt: skip
     columns = {key: title for key, title in columns.items() if key in rows[0]}
 
@@ -258,8 +261,9 @@ def markdown(results: dict[str, Any]) -> str:
         f"# {results['name']}",
         "",
         f"`{results['command']}`, seeds {seeds}, commit {commits}",
-        f"(a + marks local changes). {results['episodes']} held-out episodes a model, mean action. Steps to 50, 85 %:",
-        f"when the last 100 training episodes, with noise, succeed as often and go on doing so for {HOLD:,} steps.",
+        f"(a + marks local changes). {results['episodes']} held-out episodes per model, mean action. Steps to 50 and",
+        "85 %: when this share of the last 100 training episodes, with exploration noise, succeeded, and still did for",
+        f"the next {HOLD:,} steps.",
         "",
         "| " + " | ".join(columns.values()) + " |",
         "|" + "---|" * len(columns),
@@ -279,8 +283,8 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Read, check that the seeds belong together, and write."""
-    args = tyro.cli(ReportArgs, description=__doc__)
+    """Read the seeds of a sweep and write the report; returns the exit code."""
+    args = parse(Args, __doc__)
     seeds = read_sweep(args.runs)
     name, out = args.name or Path(args.runs).name, Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

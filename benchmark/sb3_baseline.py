@@ -1,10 +1,11 @@
-"""stable-baselines3's PPO and SAC at the same task: with its defaults, CleanRL's hyper-parameters, and ours.
+"""PPO and SAC of stable-baselines3 on the same task: with their defaults, CleanRL's hyper-parameters, and ours.
 
     pip install -r benchmark/requirements.txt && python benchmark/sb3_baseline.py
 
-Same simulation (SubprocVecEnv of SO101ResidualEnv), shaping, episode time-out, budget and evaluation code as a run of
-ppo_residual_so101.py. What they lack is what an MlpPolicy has no place for: symmetry, observation scales and the
-features of the sheet. SAC takes a gradient step for every environment step. Writes results.md and results.json.
+Simulation (SubprocVecEnv of SO101ResidualEnv), shaping, time-out, budget and evaluation are those of a run of
+ppo_residual_so101.py. stable-baselines3's MlpPolicy does not support its mirror average, layer normalisation,
+observation scales and contact features. SAC takes a gradient step for every environment step. Writes results.md and
+results.json.
 """
 
 import dataclasses
@@ -19,24 +20,24 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from so101_policies import load_script
-from so101_runs import TEST_SEED, episode_mean, evaluate
+from so101.checkpoints import load_script
+from so101.cli import parse, run_script
+from so101.evaluation import TEST_SEED, episode_mean, evaluate
 
 TRAINER = load_script("ppo_residual_so101.py")
 
 
 @dataclasses.dataclass
-class BaselineArgs:
+class Args:
     total_timesteps: int = 50_000
     """environment steps of every run"""
     seeds: int = 5
-    """runs of each setting, seeds 1 to this"""
+    """number of runs of each setting; the seeds start at 1"""
     num_envs: int = 8
     """worker processes, one environment each"""
     episodes: int = 200
@@ -49,7 +50,7 @@ class BaselineArgs:
 
 @dataclasses.dataclass
 class MakeEnv:
-    """One environment for a worker process, as the trainer's own training environments are."""
+    """Makes one environment in a worker process, like the trainer's training environments."""
 
     gamma: float
     max_episode_steps: int
@@ -61,7 +62,7 @@ class MakeEnv:
 
 
 def mean_action(model: BaseAlgorithm) -> Callable[[np.ndarray], np.ndarray]:
-    """The deterministic policy as the evaluation wants it, with the observation scales it has learned, if any."""
+    """A model's deterministic policy as a function for `evaluate`, with its learned observation scales, if any."""
     normalize = model.get_vec_normalize_env()
     return lambda obs: model.predict(obs if normalize is None else normalize.normalize_obs(obs), deterministic=True)[0]
 
@@ -77,14 +78,13 @@ def our_settings(num_envs: int) -> dict[str, Any]:
         "clip_range": ours.clip_coef, "ent_coef": ours.ent_coef, "vf_coef": ours.vf_coef,
         "max_grad_norm": ours.max_grad_norm,
         "policy_kwargs": {
-            "net_arch": [net.hidden_size] * 2, "log_std_init": net.log_std_init,
-            "activation_fn": {"relu": torch.nn.ReLU, "tanh": torch.nn.Tanh}[net.activation],
+            "net_arch": [net.hidden_size] * 2, "log_std_init": net.log_std_init, "activation_fn": torch.nn.ReLU,
         },
     }  # fmt: skip
 
 
 def cleanrl_settings(num_envs: int) -> dict[str, Any]:
-    """Those of CleanRL's ppo_continuous_action.py, rollouts of 2,048 steps shared out over the environments."""
+    """Arguments with the hyper-parameters of CleanRL's ppo_continuous_action.py: rollouts of 2,048 steps in all."""
     return {
         "learning_rate": lambda left: 3e-4 * left, "n_steps": 2048 // num_envs, "batch_size": 64, "n_epochs": 10,
         "gamma": 0.99, "gae_lambda": 0.95, "clip_range": 0.2, "clip_range_vf": 0.2, "ent_coef": 0.0, "vf_coef": 0.5,
@@ -93,8 +93,8 @@ def cleanrl_settings(num_envs: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# by name: what a table calls it, the algorithm, its arguments for a number of environments, and whether observations
-# and rewards are normalised by their running moments, as CleanRL does
+# by name: title in the table, algorithm, its arguments for a number of environments, and whether observations and
+# rewards are normalised by their running moments, as CleanRL does
 SETTINGS: dict[str, tuple[str, type[BaseAlgorithm], Callable[[int], dict[str, Any]], bool]] = {
     "ppo_defaults": ("PPO, its defaults", PPO, lambda num_envs: {}, False),
     "ppo_cleanrl": ("PPO, CleanRL's hyper-parameters and normalisation", PPO, cleanrl_settings, True),
@@ -103,8 +103,8 @@ SETTINGS: dict[str, tuple[str, type[BaseAlgorithm], Callable[[int], dict[str, An
 }
 
 
-def run(args: BaselineArgs, name: str, seed: int) -> dict[str, Any]:
-    """Train and evaluate one seed."""
+def run(args: Args, name: str, seed: int) -> dict[str, Any]:
+    """Train and evaluate one seed; returns its results."""
     ours, (_, algorithm, settings_for, normalize) = TRAINER.Args(), SETTINGS[name]
     settings = settings_for(args.num_envs)
     gamma = settings.get("gamma", 0.99)
@@ -127,8 +127,8 @@ def run(args: BaselineArgs, name: str, seed: int) -> dict[str, Any]:
     return result
 
 
-def write(args: BaselineArgs, results: list[dict[str, Any]]) -> None:
-    """The results so far, in results.md and results.json of args.out."""
+def write(args: Args, results: list[dict[str, Any]]) -> None:
+    """Write the results so far to results.md and results.json in args.out."""
     lines = [
         "# stable-baselines3",
         "",
@@ -153,17 +153,18 @@ def write(args: BaselineArgs, results: list[dict[str, Any]]) -> None:
     (out / "results.md").write_text("\n".join(lines) + "\n")
 
 
-def main() -> None:
-    """All runs, one after the other: each has the machine to itself, so that wall times mean something."""
-    args = tyro.cli(BaselineArgs, description=__doc__)
+def main() -> int:
+    """All runs, one after the other, so that wall times are comparable; returns the exit code."""
+    args = parse(Args, __doc__)
     torch.set_num_threads(1)  # faster than its default for networks this small
     results: list[dict[str, Any]] = []
     for name in args.only or tuple(SETTINGS):
         for seed in range(1, args.seeds + 1):
             results.append(run(args, name, seed))
-            write(args, results)  # after each, since SAC takes its time
+            write(args, results)  # after each run, because SAC takes many minutes
     print((Path(args.out) / "results.md").read_text())
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

@@ -1,9 +1,9 @@
-"""How fast is it, in environment steps per second: raw physics, the batched environment, training, and its peer.
+"""Speed in environment steps per second: raw physics, the batched environment, training, and stable-baselines3.
 
     pip install -r benchmark/requirements.txt && python benchmark/throughput.py
 
-Physics in contact costs twice as much as in the air, so raw physics is measured on the very states and commands of a
-training run. The ratios are what carries over to other machines.
+Physics with contact costs twice as much as without, so raw physics is measured on the states and commands of a training
+run. Compare ratios, not speeds, between machines.
 """
 
 import contextlib
@@ -24,73 +24,81 @@ import mujoco.rollout
 import numpy as np
 import torch
 import torch.distributed as dist
-import tyro
 from gymnasium.vector import AutoresetMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from so101_env import ACT_DIM, CONTROL_HZ, SO101ResidualVectorEnv
-from so101_policies import load_script
-from so101_runs import Processes
+from so101.checkpoints import load_script
+from so101.cli import parse, run_script
+from so101.distributed import World
+from so101_env import SO101ResidualVectorEnv
+from so101_sim.control import ACT_DIM
+from so101_sim.vector import ArmVectorEnv
 
 TRAINER = load_script("ppo_residual_so101.py")
 
 
 @dataclasses.dataclass
-class BenchmarkArgs:
+class Args:
     num_envs: int = 8
-    """environments side by side"""
+    """parallel environments"""
     num_threads: int = os.cpu_count() or 1
     """physics threads"""
     steps: int = 50_000
     """environment steps of every measurement"""
     repeats: int = 3
-    """rounds over all measurements; the best of each counts, since other programs can only slow one down"""
+    """repeats of all measurements; the best of each counts, because other programs can only slow one down"""
     sb3: bool = True
-    """measure stable-baselines3, too"""
+    """also measure stable-baselines3"""
     scaling: bool = True
-    """then show how steps/s grows with the number of environments and threads"""
+    """also measure other numbers of environments and threads"""
     pixels: bool = True
-    """then show steps/s with a picture of each step"""
+    """also measure environments with a picture of each step"""
     processes: bool = True
-    """then show training by one and by two processes, and what the measured costs predict for more"""
+    """also measure training with one and two processes, and predict from its costs the speed with more"""
     network_latency_us: float = 50.0
-    """of one message between machines, for these predictions"""
+    """latency of a message between machines, for these predictions"""
     network_gbit_s: float = 10.0
     """bandwidth between machines, for these predictions"""
 
 
 def num_steps(num_envs: int) -> int:
-    """Steps per environment and rollout that keep the trainer's default rollout size, at least 8."""
+    """Steps per environment and rollout for which rollouts have the trainer's default size; at least 8."""
     default = TRAINER.Args().ppo
     return max(8, default.num_envs * default.num_steps // num_envs)
 
 
-def time_training(args: BenchmarkArgs, steps: int, *flags: str, record: list | None = None) -> float:
-    """Steps/s of ppo_residual_so101.py, all but the import of libraries: checkpoints are included, evaluations by flag.
+def time_training(args: Args, steps: int, *flags: str, record: list | None = None) -> float:
+    """Steps/s of ppo_residual_so101.py, including checkpoints, without the import of libraries.
 
-    record gets, for every training step, what physics was given: state, warm start and ctrl, (num_envs, ...) each.
+    Args:
+        args: number of environments and threads.
+        steps: budget.
+        flags: further flags of the trainer.
+        record: gets the inputs of physics for every training step: time, qpos, qvel, warm start and ctrl,
+            (num_envs, ...) each.
     """
-    original = SO101ResidualVectorEnv.step
+    original = ArmVectorEnv.step
     if record is not None:
 
-        def step(envs: SO101ResidualVectorEnv, actions: np.ndarray):
+        def step(envs: ArmVectorEnv, actions: np.ndarray):
             if envs.metadata["autoreset_mode"] == AutoresetMode.DISABLED:  # an evaluation
                 return original(envs, actions)
-            state = [envs.batch.bind(name).copy() for name in ("time", "qpos", "qvel", "qacc_warmstart")]
-            ctrl_of = envs.batch.bind("ctrl")
-            batch_step = envs.batch.step
+            batch = envs.arms.batch
+            state = [batch.bind(name).copy() for name in ("time", "qpos", "qvel", "qacc_warmstart")]
+            ctrl = batch.bind("ctrl")
+            batch_step = batch.step
 
             def spy(*positional, **named):
-                record.append((*state, ctrl_of.copy()))
+                record.append((*state, ctrl.copy()))
                 batch_step(*positional, **named)
 
-            envs.batch.step = spy
+            batch.step = spy
             try:
                 return original(envs, actions)
             finally:
-                envs.batch.step = batch_step
+                batch.step = batch_step
 
-        SO101ResidualVectorEnv.step = step
+        ArmVectorEnv.step = step
     try:
         with tempfile.TemporaryDirectory() as directory:
             sys.argv = ["ppo_residual_so101.py", "--log-dir", directory, "--num-threads", str(args.num_threads)]
@@ -100,16 +108,16 @@ def time_training(args: BenchmarkArgs, steps: int, *flags: str, record: list | N
                 assert TRAINER.main() == 0
             summary = json.loads(next(Path(directory).glob("*/training_summary.json")).read_text())
     finally:
-        SO101ResidualVectorEnv.step = original
+        ArmVectorEnv.step = original
     return summary["steps_per_second"]
 
 
-def time_rollout(args: BenchmarkArgs, record: list) -> float:
-    """Steps/s of mujoco.rollout over the recorded training: the same states and commands, nothing but physics."""
+def time_rollout(args: Args, record: list) -> float:
+    """Steps/s of mujoco.rollout with the recorded states and commands of training: physics only."""
     envs = SO101ResidualVectorEnv(args.num_envs, num_threads=args.num_threads)
     envs.reset(seed=0)
-    substeps = round(1 / CONTROL_HZ / envs.model.opt.timestep)
-    models = [envs.batch.get_model(i) for i in range(args.num_envs)]
+    substeps = envs.arms.substeps
+    models = [envs.arms.batch.get_model(i) for i in range(args.num_envs)]
     data = [mujoco.MjData(envs.model) for _ in range(args.num_threads)]
     inputs = [
         (np.column_stack([t, qpos, qvel]), warmstart, np.repeat(ctrl[:, None], substeps, axis=1))
@@ -126,22 +134,22 @@ def time_rollout(args: BenchmarkArgs, record: list) -> float:
         return len(inputs) * args.num_envs / (time.perf_counter() - start)
 
 
-def time_batch(args: BenchmarkArgs, record: list) -> float:
-    """The same with mujoco.batch, which the environment is built on."""
+def time_batch(args: Args, record: list) -> float:
+    """The same with mujoco.batch, which the environment uses."""
     envs = SO101ResidualVectorEnv(args.num_envs, num_threads=args.num_threads)
     envs.reset(seed=0)
-    bound = [envs.batch.bind(name) for name in ("time", "qpos", "qvel", "qacc_warmstart", "ctrl")]
-    substeps = round(1 / CONTROL_HZ / envs.model.opt.timestep)
+    batch, substeps = envs.arms.batch, envs.arms.substeps
+    bound = [batch.bind(name) for name in ("time", "qpos", "qvel", "qacc_warmstart", "ctrl")]
     start = time.perf_counter()
     for values in record:
         for array, value in zip(bound, values):
             array[:] = value
-        envs.batch.step(nstep=substeps)
+        batch.step(nstep=substeps)
     return len(record) * args.num_envs / (time.perf_counter() - start)
 
 
 def time_steps(envs: gym.vector.VectorEnv, steps: int) -> float:
-    """Steps/s of environments under random actions, over about so many steps; closes them."""
+    """Steps/s of environments with random actions, over about this many steps; closes the environments."""
     envs.reset(seed=0)
     actions = np.random.default_rng(0).uniform(-1, 1, (100, envs.num_envs, ACT_DIM)).astype(np.float32)
     count, start = max(1, steps // envs.num_envs), time.perf_counter()
@@ -152,32 +160,32 @@ def time_steps(envs: gym.vector.VectorEnv, steps: int) -> float:
     return count * envs.num_envs / elapsed
 
 
-def time_env(args: BenchmarkArgs) -> float:
+def time_env(args: Args) -> float:
     """Steps/s of the batched environment."""
     return time_steps(SO101ResidualVectorEnv(args.num_envs, num_threads=args.num_threads), args.steps)
 
 
-def time_pixels(args: BenchmarkArgs, size: int, threads: int, visual: bool = False) -> float:
+def time_pixels(args: Args, size: int, threads: int, visual: bool = False) -> float:
     """Steps/s of the batched environment with a picture of each step."""
     kwargs = {"observe": "pixels", "image_size": (size, size), "visual_randomization": visual}
     envs = SO101ResidualVectorEnv(args.num_envs, num_threads=threads, **kwargs)
-    return time_steps(envs, args.steps // 20)  # slow, and steady enough
+    return time_steps(envs, args.steps // 20)  # slow, and its variance is small
 
 
 def make_single_env() -> gym.Env:
-    """One environment for a worker process."""
+    """Make one environment in a worker process."""
     import so101_env
 
     return so101_env.SO101ResidualEnv()
 
 
-def time_gymnasium(args: BenchmarkArgs, vector_env: type[gym.vector.VectorEnv]) -> float:
-    """Steps/s of a Gymnasium vector environment over our single one."""
-    return time_steps(vector_env([make_single_env] * args.num_envs), args.steps // 4)  # slow, and steady enough
+def time_gymnasium(args: Args, vector_env: type[gym.vector.VectorEnv]) -> float:
+    """Steps/s of a Gymnasium vector environment of single environments."""
+    return time_steps(vector_env([make_single_env] * args.num_envs), args.steps // 4)  # slow, and its variance is small
 
 
-def time_sb3(args: BenchmarkArgs) -> float:
-    """Steps/s of stable-baselines3's PPO with SubprocVecEnv, same hyper-parameters, process start not counted."""
+def time_sb3(args: Args) -> float:
+    """Steps/s of stable-baselines3's PPO with SubprocVecEnv and our hyper-parameters, without starting processes."""
     from sb3_baseline import our_settings
     from stable_baselines3 import PPO
     from stable_baselines3.common.vec_env import SubprocVecEnv
@@ -195,7 +203,7 @@ def time_sb3(args: BenchmarkArgs) -> float:
 
 
 def time_processes(count: int, steps: int) -> float:
-    """Steps/s of training by so many processes of one physics thread each, evaluations and start not counted."""
+    """Steps/s of training with this many ranks of one physics thread each, without evaluations and start."""
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
         command += [TRAINER.__file__, "--log-dir", directory, "--num-threads", "1"]
@@ -206,7 +214,7 @@ def time_processes(count: int, steps: int) -> float:
 
 
 def time_message(rank: int, store: str, size: int, times: multiprocessing.Queue) -> None:
-    """Seconds of an all-reduce of size numbers between two processes, of which this is one."""
+    """Run in each of two processes: put the seconds of an all-reduce of size numbers between them into times."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     tensor, repeats = torch.zeros(size), 300
     for number in range(2 * repeats):  # the first half warms up
@@ -234,44 +242,51 @@ def time_all_reduce(size: int) -> float:
 
 @dataclasses.dataclass
 class Costs:
-    """Seconds of the parts of training in one process with one thread, as lines: at zero, and per unit."""
+    """Costs of the parts of training in one process with one thread: seconds at size zero, and per unit of size."""
 
     physics: tuple[float, float]
-    """of a control step, per environment"""
+    """physics of a control step; the unit is an environment"""
     python: tuple[float, float]
-    """of the same step: all that is not physics, the actor included"""
+    """the rest of a control step, including the actor; the unit is an environment"""
     update: tuple[float, float]
-    """of a minibatch, per sample in it"""
+    """gradient step; the unit is a sample of the minibatch"""
     message: tuple[float, float]
-    """from one process to the next, per byte"""
+    """message from one process to the next; the unit is a byte"""
     gradient_bytes: int
+    """size of the gradient"""
 
     def steps_per_second(
-        self, processes: int, num_envs: int, minibatch_size: int, between: tuple[float, float] | None = None
+        self, ranks: int, num_envs: int, minibatch_size: int, between: tuple[float, float] | None = None
     ) -> float:
-        """What training in so many processes would do; between: seconds of a message between machines, per byte."""
+        """Predicted steps/s of training.
+
+        Args:
+            ranks: number of processes.
+            num_envs, minibatch_size: totals over all ranks.
+            between: cost of a message between machines, in seconds, like `message`; None: one machine.
+        """
         ppo = TRAINER.Args().ppo
         hop = tuple(map(max, self.message, between or self.message))  # a ring is as slow as its slowest link
-        hops = 2 * (processes - 1)
-        rollout = ppo.num_steps * sum(at + each * num_envs / processes for at, each in (self.physics, self.python))
-        gradient = hops * (hop[0] + hop[1] * self.gradient_bytes / processes)
-        minibatch = self.update[0] + self.update[1] * minibatch_size / processes + gradient
-        small = hops * hop[0]  # moments of the advantages in every pass; errors, episodes and signals in every rollout
-        count = num_envs * ppo.num_steps // minibatch_size
-        update = ppo.update_epochs * (count * minibatch + small) + 7 * small
-        return num_envs * ppo.num_steps / (rollout + update)
+        hops = 2 * (ranks - 1)  # messages in a row for an all-reduce in a ring, each with a share of the numbers
+        rollout = ppo.num_steps * sum(at + each * num_envs / ranks for at, each in (self.physics, self.python))
+        gradient = hops * (hop[0] + hop[1] * self.gradient_bytes / ranks)
+        minibatch = self.update[0] + self.update[1] * minibatch_size / ranks + gradient
+        update = ppo.update_epochs * (num_envs * ppo.num_steps // minibatch_size) * minibatch
+        gather = 2 * (ranks - 1) * hop[0]  # sizes and contents of small objects
+        # every rollout gathers signals once, metrics and episodes once
+        return num_envs * ppo.num_steps / (rollout + update + 2 * gather)
 
 
 def line(sizes: tuple[int, int], seconds: tuple[float, float]) -> tuple[float, float]:
-    """Seconds at zero and per unit, of a line through two measurements."""
+    """Seconds at size zero and per unit of size: a line through the measurements at two sizes."""
     each = (seconds[1] - seconds[0]) / (sizes[1] - sizes[0])
     return max(0.0, seconds[0] - each * sizes[0]), each
 
 
 def time_parts(agent: torch.nn.Module, num_envs: int) -> tuple[float, float, dict[str, torch.Tensor]]:
-    """Seconds of a control step in a rollout: of physics, and of the rest; and the rollout."""
+    """Seconds of physics, and of the rest, in a control step of a rollout; and the buffers of that rollout."""
     envs, inside = TRAINER.make_envs(TRAINER.Args(), num_envs, num_threads=1), 0.0
-    step = envs.batch.step
+    step = envs.arms.batch.step
 
     def timed(*positional, **named):
         nonlocal inside
@@ -279,7 +294,7 @@ def time_parts(agent: torch.nn.Module, num_envs: int) -> tuple[float, float, dic
         step(*positional, **named)
         inside += time.perf_counter() - start
 
-    envs.batch.step = timed
+    envs.arms.batch.step = timed
     noise = np.random.default_rng(0).normal(size=(100, num_envs, ACT_DIM)).astype(np.float32)
     next_obs, start = envs.reset(seed=0)[0], time.perf_counter()
     buffers, _, _ = TRAINER.rollout(agent, envs, next_obs, noise)
@@ -287,35 +302,34 @@ def time_parts(agent: torch.nn.Module, num_envs: int) -> tuple[float, float, dic
 
 
 def measure_costs(repeats: int) -> Costs:
-    """The costs on this machine, the best of so many rounds."""
+    """The costs on this machine, the best of some repeats."""
     physics, python, update = {}, {}, {}
-    args, processes = TRAINER.Args(), Processes()
+    args, world = TRAINER.Args(), World()
     agent = TRAINER.Agent(args)
     for num_envs in (16, 128) * repeats:
         inside, rest, buffers = time_parts(agent, num_envs)
         physics[num_envs] = min(physics.get(num_envs, np.inf), inside)
         python[num_envs] = min(python.get(num_envs, np.inf), rest)
-    processes.split(num_envs)
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-4, fused=True)
     for size in (64, 512) * repeats:
         args.ppo.minibatch_size, generator = size, torch.Generator().manual_seed(0)
         count, start = -(-buffers["rewards"].numel() // size) * args.ppo.update_epochs, time.perf_counter()
-        TRAINER.update(agent, optimizer, buffers, args.ppo, generator, processes)
+        TRAINER.update(agent, optimizer, buffers, args.ppo, generator, world)
         update[size] = min(update.get(size, np.inf), (time.perf_counter() - start) / count)
     numbers = sum(parameter.numel() for parameter in agent.parameters())
     small, large = (min(time_all_reduce(size) for _ in range(repeats)) for size in (1, numbers))
-    # between two processes: two messages of half the numbers each
+    # an all-reduce between two processes is two messages with half of the numbers each
     message = (small / 2, max(0.0, large - small) / (4 * numbers))
     return Costs(
         *(line(tuple(seconds), tuple(seconds.values())) for seconds in (physics, python, update)), message, 4 * numbers
     )  # fmt: skip
 
 
-def show_processes(args: BenchmarkArgs) -> None:
-    """Training by one and two processes, measured costs, and predictions."""
+def show_processes(args: Args) -> None:
+    """Measure training with one and two processes and the costs of its parts, and predict the speed with more."""
     measured = {count: max(time_processes(count, args.steps) for _ in range(args.repeats)) for count in (1, 2)}
     costs = measure_costs(args.repeats)
-    print("\nseconds of the parts of training, one thread, in microseconds: at zero, and per unit")
+    print("\ncosts of the parts of training, one thread, in microseconds: fixed, and per unit")
     for name, unit in (
         ("physics", "environment and control step"), ("python", "environment and control step"),
         ("update", "sample of a minibatch"), ("message", "kilobyte"),
@@ -323,7 +337,7 @@ def show_processes(args: BenchmarkArgs) -> None:
         at, each = getattr(costs, name)
         print(f"{name:10}{1e6 * at:10.1f}{1e6 * each * (1000 if name == 'message' else 1):10.2f} per {unit}")
     print(f"a gradient has {costs.gradient_bytes / 1000:.0f} kB")
-    print("\nsteps/s by processes, one a core: the default run, and 32 environments and 512 samples for each process")
+    print("\npredicted steps/s, one process per core: the default run; 32 environments and 512 samples per process")
     between = (1e-6 * args.network_latency_us, 8e-9 / args.network_gbit_s)
     ppo = TRAINER.Args().ppo
     for machines, count in ((1, 1), (1, 2), (1, 4), (1, 16), (1, 64), (4, 64), (16, 256)):
@@ -332,16 +346,16 @@ def show_processes(args: BenchmarkArgs) -> None:
         grown = costs.steps_per_second(count, ppo.num_envs * count, ppo.minibatch_size * count, link)
         cells = [f"{fixed:8.0f}" if fixed else f"{'-':>8}", f"{grown:8.0f}"]
         if machines == 1 and count in measured:
-            cells.append(f"   measured, the default run {measured[count]:8.0f}")
+            cells.append(f"   measured with the default run {measured[count]:8.0f}")
         print(f"{machines:3} machines {count:4} processes " + " ".join(cells), flush=True)
 
 
-def main() -> None:
-    """Measure and print."""
-    args = tyro.cli(BenchmarkArgs, description=__doc__)
+def main() -> int:
+    """Measure and print; returns the exit code."""
+    args = parse(Args, __doc__)
     torch.set_num_threads(1)
     record: list = []
-    time_training(args, 1000)  # warm up: PyTorch imports parts of itself when first used
+    time_training(args, 1000)  # warm-up: PyTorch imports parts of itself when first used
     time_training(args, args.steps, record=record)
     rows = {
         "raw physics of that training, mujoco.rollout": lambda: time_rollout(args, record),
@@ -350,7 +364,7 @@ def main() -> None:
         "Gymnasium SyncVectorEnv, random actions": lambda: time_gymnasium(args, gym.vector.SyncVectorEnv),
         "Gymnasium AsyncVectorEnv, random actions": lambda: time_gymnasium(args, gym.vector.AsyncVectorEnv),
         "training, end to end": lambda: time_training(args, args.steps, "--eval-every", "0"),
-        "training, its evaluations included": lambda: time_training(args, args.steps),
+        "training, including its evaluations": lambda: time_training(args, args.steps),
     }
     if args.sb3:
         rows["stable-baselines3 PPO, SubprocVecEnv"] = lambda: time_sb3(args)
@@ -386,7 +400,8 @@ def main() -> None:
             print(f"{size:4} pixels  " + "   ".join(cells), flush=True)
     if args.processes:
         show_processes(args)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))

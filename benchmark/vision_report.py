@@ -1,4 +1,4 @@
-"""Table of students that see beside their teachers, of the runs that benchmark/vision.sh makes.
+"""Table of students and their teachers, from the runs of benchmark/vision.sh.
 
 python benchmark/vision_report.py --runs logs/benchmark/vision/students --out benchmark/results/vision
 """
@@ -9,25 +9,25 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from so101.cli import parse, run_script
+from so101.files import write_atomic, write_json
 from so101_env import SO101Error
-from so101_runs import run_script, write_atomically, write_json
 
 DISTANCES_MM = (40, 80, 100, 120)  # bins of the initial distance from the sheet to the tape
 
 
 @dataclasses.dataclass
-class ReportArgs:
+class Args:
     runs: str
-    """directory with a directory for each kind of student, and in it one seed_<n> for each seed"""
+    """directory with a directory for each kind of student, which has a directory seed_<n> for each seed"""
     out: str
     """directory to write results.md and results.json into"""
 
 
 def read_student(run: Path) -> dict[str, object]:
-    """The figures of one student and its teacher."""
+    """Results of one student and its teacher."""
     result, summary, config = (
         json.loads((run / f"{name}.json").read_text()) for name in ("student", "training_summary", "config")
     )
@@ -53,26 +53,26 @@ def read_student(run: Path) -> dict[str, object]:
 
 
 def main() -> int:
-    """Write the report."""
-    args = tyro.cli(ReportArgs, description=__doc__)
+    """Write the report; returns the exit code."""
+    args = parse(Args, __doc__)
     kinds = {
         kind.name: [read_student(run) for run in sorted(kind.glob("seed_*")) if (run / "student.json").is_file()]
         for kind in sorted(Path(args.runs).iterdir())
     }
     kinds = {name: seeds for name, seeds in kinds.items() if seeds}
     if not kinds:
-        raise SO101Error(f"--runs {args.runs}: no student that has been evaluated; run benchmark/vision.sh")
+        raise SO101Error(f"--runs {args.runs}: has no evaluated student; run benchmark/vision.sh")
 
     def mean(seeds: list[dict], key: str) -> float:
         return float(np.mean([seed[key] for seed in seeds if seed[key] is not None] or [np.nan]))
 
     bins = ", ".join(f"{low} to {high} mm" for low, high in zip(DISTANCES_MM[:-1], DISTANCES_MM[1:]))
     lines = [
-        "# Students that see\n",
-        "Held-out episodes, from pictures and what the arm measures. Estimate: how far the sheet is from where "
-        "the student takes it to be, median over episodes of an episode's mean; of those that fail, in "
-        f"brackets. Distance: success by the sheet's initial distance, {bins}.\n",
-        "| student | seeds | teacher | student | each seed | steps an episode, teacher and student | estimate, mm | by "
+        "# Students\n",
+        "Success on held-out episodes. Pose error: distance between the true and the estimated position of the sheet, "
+        "as the median over episodes of an episode's mean; in brackets for failed episodes only. By distance: success "
+        f"by the sheet's initial distance, {bins}.\n",
+        "| student | seeds | teacher | student | each seed | episode length, teacher and student | pose error, mm | by "
         "distance | steps, wall time | commit |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -97,7 +97,7 @@ def main() -> int:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "results.json", kinds)
-    write_atomically(out / "results.md", lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
+    write_atomic(out / "results.md", lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
     print("\n".join(lines))
     return 0
 

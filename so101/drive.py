@@ -127,10 +127,11 @@ def make_policy(args: Args) -> tuple[BasePolicy, Task]:
     task = getattr(policy, "task", None) or Task(firmware_p=LEROBOT_P)  # models have the task they were trained on
     changes = {"firmware_p": args.firmware_p, "tape_margin": args.tape_margin}
     task = dataclasses.replace(task, **{name: value for name, value in changes.items() if value is not None})
-    if policy is None or CAMERA not in policy.cameras or spec.startswith("opencv:"):
+    seen = () if policy is None else policy.cameras
+    if others := [camera for camera in seen if camera != CAMERA]:
+        raise SO101Error(f"{spec}: needs the camera {others[0]}, but the arm here only has {CAMERA}")
+    if CAMERA not in seen or spec.startswith("opencv:"):
         policy = OpenCVPolicy(policy, task.tape_margin)
-    if others := [camera for camera in policy.cameras if camera != CAMERA]:
-        raise SO101Error(f"{spec}: needs the camera {others[0]}; an arm has only {CAMERA} here")
     policy.firmware_p = task.firmware_p
     return policy, task
 

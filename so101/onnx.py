@@ -160,7 +160,7 @@ def export_onnx(model: str, path: Path) -> dict[str, Any]:
             policy has other outputs.
     """
     onnx = import_extra("onnx", "export", "--export")
-    import_extra("onnxscript", "export", "--export")  # torch would ask for it later, with a longer message
+    import_extra("onnxscript", "export", "--export")  # without it torch fails later, with a longer message
     saved = load_file(model, CHECKPOINT)
     checkpoint = load_checkpoint(model, saved)
     args, agent = checkpoint.args, checkpoint.agent(model).eval()

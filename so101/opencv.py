@@ -238,7 +238,7 @@ class SheetLocator:
             means = (sums[..., box:] - sums[..., :-box]) / box  # mean redness of a tape that starts at each offset
             first = means.argmax(2)
             level = np.take_along_axis(means, first[..., None], 2)[..., 0]
-            # demand the full width of the tape, not the part beside a sheet that covers it
+            # demand the full width of the tape, not the strip that a sheet on it leaves visible
             enough = np.maximum(15.0, 0.7 * np.percentile(level, 90, axis=1, keepdims=True))
             # from the middle of the tape inwards, to where its redness has fallen to half
             middle = first + box // 2

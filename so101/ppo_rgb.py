@@ -2,9 +2,10 @@
 
     python -m so101.ppo_rgb --total-timesteps 200000
 
-The actor sees what a real arm has: camera pictures, joints, the gripper's tip, and the base policy's action. The critic,
-which is used in training only, sees the true state. While it learns, the actor's network is also trained to estimate
-the sheet's pose from the pictures (`pose_coef`). Top to bottom: Args, Agent, rollout, advantages, loss, update, main.
+The actor sees what a real arm has: camera pictures, joints, the gripper's tip, and the base policy's action. The
+critic, which is used in training only, sees the true state. While it learns, the actor's network is also trained to
+estimate the sheet's pose from the pictures (`pose_coef`). Top to bottom: Args, Agent, rollout, advantages, loss,
+update, main.
 Where the two files agree, they agree line by line. A copy works like the original: `cp so101/ppo_rgb.py my_rgb.py`.
 """
 

@@ -29,14 +29,19 @@ from so101.checkpoints import load_file, load_weights, restoring
 from so101.cli import check_rendering, command_of, flat_settings, silence_output
 from so101.distributed import RankError, World
 from so101.evaluation import VALIDATION_SEED, episode_mean, evaluate, no_residual, residual_to_base
-from so101.films import write_video
 from so101.files import copy_file, save_tensors, write_atomic, write_json
+from so101.films import write_video
 from so101_env import BasePolicyError, SO101Error, SO101ResidualVectorEnv
 
 ROOT = Path(__file__).resolve().parent.parent
 RECENT = 100  # training episodes that the curves under rollout/ average over
 # tags of values that have another name in TensorBoard; all others keep theirs
-ROLLOUT_TAGS = {"success": "success_rate_100", "return": "ep_reward", "length": "ep_length", "failure": "failure_rate"}
+ROLLOUT_TAGS = {
+    "success": "success_rate_100",
+    "return": "ep_reward",
+    "length": "ep_length",
+    "failure": "failure_rate_100",
+}
 EVAL_TAGS = {"mean_return": "mean_reward", "mean_length": "mean_ep_length"}
 BEST_BY = ("success_rate", "mean_return")  # the best model has the highest; the second breaks ties in the first
 FINALISTS = 3  # number of best models that are evaluated on more episodes at the end,
@@ -112,7 +117,7 @@ class Recorder:
         saved: the checkpoint that is resumed, if any.
         reference: what a policy is compared with: its name, and its success in evaluations, None to measure that of a
             zero residual.
-        fallible: whether the training environments contain a policy that can fail; None: whether they have a base policy.
+        fallible: whether a policy within the training environments can fail; None: whether they have a base policy.
         world: the ranks.
     """
 
@@ -176,9 +181,11 @@ class Recorder:
             disable=not self.world.is_main,
         )  # fmt: skip
         try:
-            if self.run.eval_every and self.world.gather(self.evaluation_due or not self.finalists)[0]:
-                self.evaluate()
+            due = self.evaluation_due or not self.finalists
+            self.evaluation_due = bool(self.run.eval_every) and self.world.gather(due)[0]
             self._keep_resumable()
+            if self.evaluation_due:
+                self.evaluate()
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
@@ -191,7 +198,7 @@ class Recorder:
         self.envs.close()
         self.eval_envs.close()
         if isinstance(error, SO101Error):
-            text = f"the base policy failed: {error}" if isinstance(error, BasePolicyError) else str(error)
+            text = f"{self._base_flag()}: {error}" if isinstance(error, BasePolicyError) else str(error)
             if not self.world.is_main:
                 raise RankError(f"rank {self.world.rank}: {text}") from error
             if self.before is not None:
@@ -346,6 +353,14 @@ class Recorder:
             self._say(f"{text}, {self.reference} {self.reference_success:.2f}")
         self._say(f"evaluate: {command_of('eval_so101.py')} --model {summary['best_checkpoint']}")
 
+    def _base_flag(self) -> str:
+        """The flag that names the base policy of the training environments."""
+        return (
+            f"--base-policy {self.args.base.base_policy}"
+            if hasattr(self.args, "base")
+            else f"--model {self.args.model}"
+        )
+
     def _own_command(self) -> str:
         name = Path(self.script)
         return command_of(f"so101.{name.stem}" if (ROOT / "so101" / name).is_file() else self.script)
@@ -482,13 +497,15 @@ class Recorder:
             return {**finalists[0], "episodes": run.eval_episodes}
         share, compared = len(more) / run.final_eval_episodes, []
         last = copy.deepcopy(self.agent.state_dict())
-        for each in rivals:
-            load_weights(self.agent, self.weights[each["step"]], self._model_name(each["step"]))
-            results = evaluate(self.act, self.eval_envs, more)
-            means = {"success_rate": episode_mean(results, "success"), "mean_return": episode_mean(results, "return")}
-            compared.append({key: (1 - share) * each[key] + share * means[key] for key in BEST_BY})
-            compared[-1] |= {"step": each["step"], "episodes": run.final_eval_episodes}
-        self.agent.load_state_dict(last)
+        try:
+            for each in rivals:
+                load_weights(self.agent, self.weights[each["step"]], self._model_name(each["step"]))
+                episodes = evaluate(self.act, self.eval_envs, more)
+                means = dict(zip(BEST_BY, (episode_mean(episodes, key) for key in ("success", "return"))))
+                compared.append({key: (1 - share) * each[key] + share * means[key] for key in BEST_BY})
+                compared[-1] |= {"step": each["step"], "episodes": run.final_eval_episodes}
+        finally:
+            self.agent.load_state_dict(last)  # also if the base policy fails: it is what a resumed run goes on from
         return max(compared, key=_ranking)
 
     def _log_best(self) -> None:

@@ -1,8 +1,8 @@
 """Arms for so101.drive, behind one interface: a real SO-101 through LeRobot, or a simulated one in real time.
 
-The simulated arm runs in its own process and knows nothing of policies. It has encoder errors, servos at LeRobot's gain
-with one degree of backlash, command latency, and a camera. It answers requests like the bus of a real arm. Only the
-report at the end uses the true state (`truth`).
+The simulated arm runs in its own process. It has encoder errors, servos at LeRobot's gain with one degree of backlash,
+command latency, and a camera. It answers requests like the bus of a real arm. Only the report at the end uses the true
+state (`truth`).
 """
 
 from __future__ import annotations

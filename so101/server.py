@@ -205,8 +205,10 @@ class ServerPolicy(BasePolicy):
                 for key, group in self._wire.JOINT_GROUPS.items()
             ]
             return to_rad(np.concatenate(groups, axis=2), self.options.units)
-        except (self._wire.WireError, SO101Error) as error:
+        except self._wire.WireError as error:
             raise self._error(error) from error
+        except SO101Error as error:
+            raise self._error(f"{error}; check --units") from error
 
     def close(self) -> None:
         """Close the connection."""

@@ -1,14 +1,13 @@
-"""The seed sweep and its report."""
+"""The seed sweep and its report; the other measurements run."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PYTHON_PATH, ROOT, SMALL
+from conftest import PYTHON_PATH, ROOT, SMALL, environment, run_script, train
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import report
@@ -18,16 +17,43 @@ SHORT = SMALL.replace("--total-timesteps 3000", "--total-timesteps 1200").replac
 )
 
 
-def sweep(tmp_path: Path, *flags: str, seeds: str = "1 2") -> subprocess.CompletedProcess:
+def test_interquartile_mean_and_its_interval():
+    """Against the definition: the middle half after sorting, and seeds resampled one by one."""
+    values = np.random.default_rng(1).normal(0, 1, (8, 3))
+    middle = np.sort(values, axis=0)[2:6].mean(0)
+    np.testing.assert_allclose(report.interquartile_mean(values, axis=0), middle)
+    rng = np.random.default_rng(2)
+    resampled = [values[rng.integers(0, 8, 8)] for _ in range(4000)]
+    middles = [np.sort(each, axis=0)[2:6].mean(0) for each in resampled]
+    for statistic, samples in ((report.interquartile_mean, middles), (np.mean, [each.mean(0) for each in resampled])):
+        low, high = report.interval(values, statistic)
+        expected = np.percentile(samples, [2.5, 97.5], axis=0)
+        np.testing.assert_allclose([low, high], expected, atol=0.1)  # two bootstraps, 2,000 and 4,000: 0.03 apart
+
+
+@pytest.mark.parametrize("level, step", [(0.8, None), (0.6, 30_000), (0.2, 5_000), (0.65, 45_000)])
+def test_steps_to_a_level_that_holds(level, step):
+    curve = [[5_000, 0.7], [12_000, 0.3], [30_000, 0.6], [36_000, 0.6], [45_000, 0.7]]
+    assert report.steps_to(np.array(curve), level) == step
+
+
+def sweep(
+    tmp_path: Path, *flags: str, seeds: str = "1 2", short: str = SHORT, **more: str
+) -> subprocess.CompletedProcess:
     variables = {"NAME": "trial", "SEEDS": seeds, "EPISODES": "3", "JOBS": "2"}
-    variables |= {"RUNS": str(tmp_path / "runs"), "OUT": str(tmp_path / "out")}
-    command = ["bash", str(ROOT / "benchmark" / "ppo_residual_so101.sh"), *SHORT.split(), *flags]
-    environment = {**os.environ, **variables, "PATH": PYTHON_PATH}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    variables |= {"RUNS": str(tmp_path / "runs"), "OUT": str(tmp_path / "out"), "PATH": PYTHON_PATH, **more}
+    command = ["bash", str(ROOT / "benchmark" / "ppo_residual_so101.sh"), *short.split(), *flags]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(**variables), timeout=300)
+
+
+def test_a_sweep_names_the_seeds_that_failed(tmp_path):
+    done = sweep(tmp_path, "--gamma", "3", seeds="4 7")
+    assert done.returncode == 1 and "failed seeds: 4 7" in done.stderr
+    assert "--gamma" in done.stdout and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_sweep_trains_reports_and_does_not_repeat_itself(tmp_path):
+def test_a_sweep_trains_reports_and_repeats_nothing(tmp_path):
     flags = ("--train-episode-steps", "40")
     done = sweep(tmp_path, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -47,7 +73,7 @@ def test_sweep_trains_reports_and_does_not_repeat_itself(tmp_path):
     table = (tmp_path / "out" / "results.md").read_text()
     assert results["commits"][0][:12] in table and f"{results['seeds'][1]['final_return']:.2f}" in table
     assert (tmp_path / "out" / "learning_curves.png").stat().st_size > 10_000
-    # one seed more: only that one is trained
+    # with one more seed, only that one is trained
     assert sweep(tmp_path, *flags, seeds="1 2 3").returncode == 0
     assert {path: path.stat().st_mtime_ns for path in models} == models
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())["seeds"]) == 3
@@ -56,27 +82,60 @@ def test_sweep_trains_reports_and_does_not_repeat_itself(tmp_path):
     assert done.returncode == 2 and "gamma" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_sweep_names_the_seeds_that_failed(tmp_path):
-    done = sweep(tmp_path, "--gamma", "3", seeds="4 7")
-    assert done.returncode == 1 and "failed seeds: 4 7" in done.stderr
-    assert "--gamma" in done.stdout and not (tmp_path / "out").exists()
+@pytest.mark.slow
+def test_a_sweep_of_a_script_in_so101(tmp_path):
+    short = SHORT.replace("--total-timesteps 1200", "--total-timesteps 512") + " --actor-image-size 16"
+    flags = ("--train-episode-steps", "40", "--eval-every", "256")
+    done = sweep(tmp_path, *flags, seeds="1", short=short, SCRIPT="so101/ppo_rgb.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "`python -m so101.ppo_rgb --total-timesteps 512" in (tmp_path / "out" / "results.md").read_text()
 
 
-def test_interquartile_mean_and_its_interval():
-    """Against the definition: the middle half by sorting, and resampled seeds one by one."""
-    values = np.random.default_rng(1).normal(0, 1, (8, 3))
-    middle = np.sort(values, axis=0)[2:6].mean(0)
-    np.testing.assert_allclose(report.interquartile_mean(values, axis=0), middle)
-    rng = np.random.default_rng(2)
-    resampled = [values[rng.integers(0, 8, 8)] for _ in range(4000)]
-    middles = [np.sort(each, axis=0)[2:6].mean(0) for each in resampled]
-    for statistic, samples in ((report.interquartile_mean, middles), (np.mean, [each.mean(0) for each in resampled])):
-        low, high = report.interval(values, statistic)
-        expected = np.percentile(samples, [2.5, 97.5], axis=0)
-        np.testing.assert_allclose([low, high], expected, atol=0.1)  # two bootstraps, 2,000 and 4,000: 0.03 apart
+@pytest.mark.slow
+def test_students_are_reported(tmp_path):
+    distil = "--total-timesteps 512 --num-envs 4 --updates 2 --minibatch-size 8 --image-size 32 --eval-every 0"
+    students = tmp_path / "students" / "standard"
+    run = train(students, *distil.split(), "--run-name", "seed_1", script="so101.distill")
+    result = run / "student.json"
+    flags = ("--model", str(run / "final_model.pt"), "--episodes", "3", "--json", str(result))
+    assert run_script("eval_so101.py", *flags).returncode == 0
+    done = run_script("benchmark/vision_report.py", "--runs", str(tmp_path / "students"),
+                      "--out", str(tmp_path / "out"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["standard"]
+    given = json.loads(result.read_text())
+    assert (row["seed"], row["steps"]) == (1, 512)
+    assert (row["student"], row["teacher"]) == (given["success_rate"], given["base_success_rate"])
+    errors = [episode["estimate_error_m"] for episode in given["episode_list"]]
+    assert row["estimate_error_mm"] == pytest.approx(1000 * np.median(errors))
 
 
-@pytest.mark.parametrize("level, step", [(0.8, None), (0.6, 30_000), (0.2, 5_000), (0.65, 45_000)])
-def test_steps_to_a_level_that_holds(level, step):
-    curve = [[5_000, 0.7], [12_000, 0.3], [30_000, 0.6], [36_000, 0.6], [45_000, 0.7]]
-    assert report.steps_to(np.array(curve), level) == step
+@pytest.mark.slow
+def test_errors_of_opencv_are_measured(tmp_path):
+    pytest.importorskip("cv2")
+    result = tmp_path / "pose.json"
+    done = run_script("benchmark/pose.py", "--episodes", "3", "--json", str(result))
+    assert done.returncode == 0, done.stderr
+    first = next(iter(json.loads(result.read_text()).values()))
+    assert first["no_answer"] <= 1 and 0.1 < first["mean_mm"] < 5
+
+
+@pytest.mark.slow
+def test_speeds_are_measured():
+    flags = "--steps 500 --repeats 1 --num-envs 2 --no-scaling --no-pixels --no-processes --no-sb3"
+    done = run_script("benchmark/throughput.py", *flags.split())
+    assert done.returncode == 0, done.stderr
+    speeds = [
+        float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith(("raw", "batched", "Gym"))
+    ]
+    assert len(speeds) == 5 and min(speeds) > 10
+
+
+@pytest.mark.slow
+def test_stable_baselines3_is_measured(tmp_path):
+    pytest.importorskip("stable_baselines3")
+    flags = f"--total-timesteps 256 --seeds 1 --num-envs 2 --episodes 2 --only ppo_ours --out {tmp_path}"
+    done = run_script("benchmark/sb3_baseline.py", *flags.split())
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "results.json").read_text())
+    assert row["setting"] == "ppo_ours" and row["steps"] >= 256 and 0 <= row["success"] <= 1

@@ -1,4 +1,4 @@
-"""Whole episodes through what others build on Gymnasium: its wrappers, stable-baselines3, Minari, pip."""
+"""Whole episodes through Gymnasium's wrappers, stable-baselines3 and Minari; installation by pip."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
 import so101_env  # registers SO101Residual-v0
-from so101_policies import BasePolicyError
+from so101_env import BasePolicyError
 
 
 def play(env: gym.Env, seed: int, scale: float = 0.0) -> tuple[int, bool, dict]:
@@ -58,7 +58,7 @@ def test_statistics_video_and_clipping_to_success_and_time_out(tmp_path):
     assert len(frames) == steps + 1 and frames[0].shape == (48, 64, 3)
 
     env = wrappers.RecordEpisodeStatistics(wrappers.ClipAction(gym.make("SO101Residual-v0")))
-    steps, terminated, info = play(env, seed=0, scale=3.0)  # the arm flails, and its time runs out
+    steps, terminated, info = play(env, seed=0, scale=3.0)  # wild actions, until the time-out
     assert not terminated and steps == info["episode"]["l"] == so101_env.MAX_EPISODE_STEPS
 
     env = wrappers.RecordEpisodeStatistics(gym.make("SO101Residual-v0", max_episode_steps=20))  # by TimeLimit
@@ -92,8 +92,16 @@ def test_vector_wrappers_across_autoresets():
     assert np.isfinite(seen).all() and np.abs(np.mean(seen[100:], axis=(0, 1))).max() < 1.0
 
 
-@pytest.mark.parametrize("algorithm", ["PPO", "SAC"])
-def test_stable_baselines3_learns_on_it(algorithm):
+@pytest.mark.parametrize(
+    "algorithm, steps",
+    [
+        ("PPO", 1024),
+        ("SAC", 1000),
+        pytest.param("PPO", 3000, marks=pytest.mark.slow),
+        pytest.param("SAC", 3000, marks=pytest.mark.slow),
+    ],
+)
+def test_stable_baselines3_learns_on_it(algorithm, steps):
     sb3 = pytest.importorskip("stable_baselines3")
     from stable_baselines3.common.env_checker import check_env
 
@@ -105,7 +113,7 @@ def test_stable_baselines3_learns_on_it(algorithm):
     }[algorithm]
     model = getattr(sb3, algorithm)("MlpPolicy", env, seed=1, device="cpu", **settings)
     before = {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
-    model.learn(3000)
+    model.learn(steps)
     assert any((tensor != before[name]).any() for name, tensor in model.policy.state_dict().items())
     assert len(model.ep_success_buffer) > 3 and sum(model.ep_success_buffer) > 0  # it reads info["is_success"]
     obs, _ = env.reset(seed=0)
@@ -113,7 +121,7 @@ def test_stable_baselines3_learns_on_it(algorithm):
 
 
 def test_stable_baselines3_trains_from_pixels():
-    """MultiInputPolicy on the pictures and what the arm measures, as they come."""
+    """MultiInputPolicy on the pictures and measurements, without any wrapper."""
     sb3 = pytest.importorskip("stable_baselines3")
     from stable_baselines3.common.env_checker import check_env
 
@@ -146,17 +154,34 @@ def test_minari_records_it(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_pip_installs_what_works_from_any_directory(tmp_path):
-    """The wheel that `pip install git+URL` builds: modules and assets under names of ours, and nothing else."""
+    """The wheel that `pip install git+URL` builds: three modules and three packages with names of ours."""
     source, site = tmp_path / "source", tmp_path / "site"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv*", "logs", "results", "__pycache__"))
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(source)]
     subprocess.run(pip, check=True, capture_output=True, text=True)
     installed = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")} - {"__pycache__"}
-    assert installed == {"so101_assets", *(path.name for path in ROOT.glob("*.py"))}
+    scripts = {"ppo_residual_so101.py", "eval_so101.py", "so101_env.py"}
+    assert installed == scripts | {"so101", "so101_sim", "so101_assets"}
+    for package in ("so101", "so101_sim"):
+        own = {path.name for path in (ROOT / package).glob("*.py")}
+        assert {path.name for path in (site / package).iterdir()} - {"__pycache__"} == own
+    assets = {path.name for path in (site / "so101_assets").iterdir()}
+    assert {"so101.xml", "table.xml", "paper_in_square.xml", "pretrained.pt", "arm.onnx"} <= assets
+
+    def run(*words: str) -> str:
+        variables = {"PYTHONPATH": str(site), "PATH": ""}
+        command = [sys.executable, *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=variables, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     code = (
         "import gymnasium, so101_env\nenv = gymnasium.make('SO101Residual-v0', base_policy='jacobian')\n"
         "env.reset(seed=0); env.step(env.action_space.sample()); print(so101_env.__file__)"
     )
-    environment = {"PYTHONPATH": str(site), "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.returncode == 0 and str(site) in done.stdout, done.stderr
+    assert str(site) in run("-c", code)
+    tiny = "--total-timesteps 64 --num-steps 16 --num-envs 4 --minibatch-size 64 --eval-every 0".split()
+    run("-m", "ppo_residual_so101", *tiny, "--run-name", "tiny")
+    for model in ((), ("--model", "logs/tiny/final_model.pt")):
+        assert "success rate" in run("-m", "eval_so101", *model, "--episodes", "2")
+    assert "usage" in run("-m", "so101.drive", "--help")

@@ -8,24 +8,17 @@ from pathlib import Path
 
 import imageio.v2 as imageio
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import refusal, run_script
+from conftest import error_of, run_script
 
-import so101_dataset as dataset
-from so101_control import to_rad
-from so101_env import (
-    ACTION,
-    ENVIRONMENT,
-    STATE,
-    SO101Error,
-    SO101ResidualVectorEnv,
-    base_observation,
-    load_model,
-)
-from so101_policies import load_policy
+from so101 import dataset
+from so101.policies import load_policy
+from so101_env import ACTION, ENVIRONMENT, STATE, SO101ResidualVectorEnv, base_observation, load_model
+from so101_sim.control import to_rad
+from so101_sim.errors import SO101Error
+
+pa, pq = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
 
 KEYS = (STATE, ENVIRONMENT, ACTION)
 
@@ -34,8 +27,8 @@ KEYS = (STATE, ENVIRONMENT, ACTION)
 def demos(tmp_path_factory) -> Path:
     """Twelve recorded episodes of the pusher, failures left out."""
     path = tmp_path_factory.mktemp("recorded") / "demos"
-    flags = f"--base-policy jacobian --record {path} --episodes 12 --only-successes --tape-margin 0.03"
-    done = run_script("eval_so101.py", *flags.split())
+    flags = f"--base-policy jacobian --dataset {path} --episodes 12 --only-successes --tape-margin 0.03"
+    done = run_script("so101.record", *flags.split())
     assert done.returncode == 0, done.stderr
     return path
 
@@ -44,9 +37,9 @@ def demos(tmp_path_factory) -> Path:
 def clone(demos, tmp_path_factory) -> Path:
     """The model of a clone of those."""
     logs = tmp_path_factory.mktemp("clones")
-    done = run_script("bc_so101.py", "--demos", str(demos), "--train-steps", "1500", "--log-dir", str(logs))
+    done = run_script("so101.clone", "--dataset", str(demos), "--train-steps", "1500", "--log-dir", str(logs))
     assert done.returncode == 0, done.stderr
-    (model,) = logs.glob("bc_so101_*/bc_model.pt")
+    (model,) = logs.glob("clone_*/final_model.pt")
     assert str(model) in done.stdout
     return model
 
@@ -93,8 +86,8 @@ def test_dataset_has_the_schema_of_lerobot_v3(demos):
 def seen(tmp_path_factory) -> Path:
     """Three episodes as two cameras see them, one by another name, beside the true state."""
     path = tmp_path_factory.mktemp("seen") / "demos"
-    flags = f"--base-policy jacobian --record {path} --episodes 3 --environment-state --tape-margin 0.02"
-    done = run_script("eval_so101.py", *flags.split(), *"--cameras front=top wrist --image-size 64 96".split())
+    flags = f"--base-policy jacobian --dataset {path} --episodes 3 --environment-state --tape-margin 0.02"
+    done = run_script("so101.record", *flags.split(), *"--cameras front=top wrist --image-size 64 96".split())
     assert done.returncode == 0, done.stderr
     assert "camera front: 100%" in done.stderr and "lerobot-train" in done.stdout
     return path
@@ -135,21 +128,21 @@ def test_recorded_videos_show_each_frame_as_policies_see_it(seen):
 
 def test_cameras_leave_the_true_state_out_unless_asked(tmp_path, monkeypatch):
     """A policy for a real arm must not learn from what only the simulation knows."""
-    flags = ["--base-policy", "jacobian", "--episodes", "1", "--record", str(tmp_path / "demos")]
-    done = run_script("eval_so101.py", *flags, "--cameras", "wrist", "--image-size", "32")
+    flags = ["--base-policy", "jacobian", "--episodes", "1", "--dataset", str(tmp_path / "demos")]
+    done = run_script("so101.record", *flags, "--cameras", "wrist", "--image-size", "32")
     assert done.returncode == 0, done.stderr
     assert ENVIRONMENT not in json.loads((tmp_path / "demos" / "meta" / "info.json").read_text())["features"]
     data = pq.read_table(tmp_path / "demos" / "data" / "chunk-000" / "file-000.parquet")
-    assert ENVIRONMENT not in data.schema.names and "bc_so101" not in done.stdout
+    assert ENVIRONMENT not in data.schema.names and "so101.clone" not in done.stdout
     flags[-1] = str(tmp_path / "other")
     for extra, words in (
         (["--cameras", "roof"], "--cameras roof: the scene has no such camera, it has top and wrist"),
         (["--cameras", "a=top", "a=wrist"], "--cameras a=top a=wrist: give NAME or NAME=CAMERA, each name once"),
         (["--cameras", "top", "--image-size", "33"], "--image-size 33: give one side or height and width"),
     ):
-        assert words in refusal(monkeypatch, "eval_so101.py", *flags, *extra)
+        assert words in error_of(monkeypatch, "so101.record", *flags, *extra)
     assert not (tmp_path / "other").exists()
-    unseen = run_script("eval_so101.py", *flags, "--cameras", "top", MUJOCO_GL="glfw", DISPLAY=None)
+    unseen = run_script("so101.record", *flags, "--cameras", "top", MUJOCO_GL="glfw", DISPLAY=None)
     assert unseen.returncode == 2 and "off-screen rendering failed" in unseen.stderr and unseen.stdout == ""
 
 
@@ -220,7 +213,7 @@ def test_written_is_read_over_several_files(tmp_path, monkeypatch):
 
 def test_replay_repeats_a_recording_and_reads_v21(demos, tmp_path, monkeypatch):
     """The recording had other friction, so the replay is near, not equal."""
-    done = run_script("replay_so101.py", "--dataset", str(demos), "--episode", "2", "--json", str(tmp_path / "r.json"))
+    done = run_script("so101.replay", "--dataset", str(demos), "--episode", "2", "--json", str(tmp_path / "r.json"))
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "r.json").read_text())
     assert max(result["max_joint_deviation_deg"].values()) < 1.0 and result["max_sheet_deviation_mm"] < 5.0
@@ -240,9 +233,9 @@ def test_replay_repeats_a_recording_and_reads_v21(demos, tmp_path, monkeypatch):
     length = len(joints[STATE])
     columns |= {"episode_index": pa.array([0] * length), "frame_index": pa.array(range(length))}
     pq.write_table(pa.table(columns), old / "data" / "chunk-000" / "episode_000000.parquet")
-    assert "--units" in refusal(monkeypatch, "replay_so101.py", "--dataset", str(old))
-    assert "not in rad" in refusal(monkeypatch, "replay_so101.py", "--dataset", str(old), "--units", "rad")
-    done = run_script("replay_so101.py", "--dataset", str(old), "--units", "deg", "--json", str(tmp_path / "o.json"))
+    assert "--units" in error_of(monkeypatch, "so101.replay", "--dataset", str(old))
+    assert "not in rad" in error_of(monkeypatch, "so101.replay", "--dataset", str(old), "--units", "rad")
+    done = run_script("so101.replay", "--dataset", str(old), "--units", "deg", "--json", str(tmp_path / "o.json"))
     assert done.returncode == 0, done.stderr
     # the sheet lies elsewhere here, and the arm does not feel it much
     assert max(json.loads((tmp_path / "o.json").read_text())["mean_joint_deviation_deg"].values()) < 1.0
@@ -271,9 +264,9 @@ def test_clone_acts_like_the_pusher_and_is_deterministic(demos, clone, tmp_path)
     error = np.array(answers) - np.array(wanted)
     assert np.sqrt(np.mean(error**2)) < 0.2 * np.std(wanted)
     again = tmp_path / "again"
-    flags = ("--demos", str(demos), "--train-steps", "1500", "--log-dir", str(again))
-    assert run_script("bc_so101.py", *flags).returncode == 0
-    first, second = (torch.load(p, weights_only=True)["clone"] for p in (clone, next(again.glob("*/bc_model.pt"))))
+    flags = ("--dataset", str(demos), "--train-steps", "1500", "--log-dir", str(again))
+    assert run_script("so101.clone", *flags).returncode == 0
+    first, second = (torch.load(p, weights_only=True)["agent"] for p in (clone, next(again.glob("*/final_model.pt"))))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -298,12 +291,12 @@ def test_clone_carries_out_a_chunk_before_it_looks_again(clone):
 
 def test_clone_keeps_all_that_is_needed_to_rebuild_it(clone, tmp_path, monkeypatch):
     """No default of today decides about a clone of yesterday; what does not fit is named."""
-    import bc_so101
+    from so101 import clone as script
 
     obs = np.random.default_rng(0).normal(size=(3, 25)).astype(np.float32)
     before = load_policy(f"bc:{clone}").clone(obs)
-    monkeypatch.setattr(bc_so101.Args, "hidden_size", 7)
-    monkeypatch.setattr(bc_so101.Args, "chunk_size", 2)
+    monkeypatch.setattr(script.Args, "hidden_size", 7)
+    monkeypatch.setattr(script.Args, "chunk_size", 2)
     assert torch.equal(load_policy(f"bc:{clone}").clone(obs), before)
     saved, path = torch.load(clone, weights_only=True), tmp_path / "damaged.pt"
     first = "actor.0.weight"
@@ -312,8 +305,8 @@ def test_clone_keeps_all_that_is_needed_to_rebuild_it(clone, tmp_path, monkeypat
         {**saved, "args": {**saved["args"], "hidden_size": 64}},
         {**saved, "args": {**saved["args"], "hidden_size": "many"}},
         {**saved, "args": {**saved["args"], "chunk_size": 10**9}},
-        {**saved, "clone": {**saved["clone"], first: saved["clone"][first] * torch.inf}},
-        {**saved, "clone": {}},
+        {**saved, "agent": {**saved["agent"], first: saved["agent"][first] * torch.inf}},
+        {**saved, "agent": {}},
         {**saved, "script": "nowhere.py"},
         {key: value for key, value in saved.items() if key != "script"},
     ):
@@ -378,8 +371,8 @@ def test_damaged_datasets_end_with_one_line(demos, tmp_path, monkeypatch, kind):
     columns = {key: value for key, value in change.items() if key in ("action", "frame_index")}
     info = {key: value for key, value in change.items() if key not in columns}
     path = broken(demos, tmp_path / "broken", info, **columns)
-    for script, flag in (("bc_so101.py", "--demos"), ("replay_so101.py", "--dataset")):
-        line = refusal(monkeypatch, script, flag, str(path))
+    for script, flag in (("so101.clone", "--dataset"), ("so101.replay", "--dataset")):
+        line = error_of(monkeypatch, script, flag, str(path))
         assert word in line and "\n" not in line
 
 
@@ -387,21 +380,21 @@ def test_unreadable_datasets_end_with_one_line(demos, tmp_path, monkeypatch):
     for number, content in enumerate(("[", "null", "3", '"text"', "{}")):
         path = broken(demos, tmp_path / str(number))
         (path / "meta" / "info.json").write_text(content)
-        assert str(path) in refusal(monkeypatch, "bc_so101.py", "--demos", str(path))
+        assert str(path) in error_of(monkeypatch, "so101.clone", "--dataset", str(path))
     path = broken(demos, tmp_path / "truncated")
     file = next((path / "data").glob("*/*.parquet"))
     file.write_bytes(file.read_bytes()[:1000])
-    assert str(path) in refusal(monkeypatch, "bc_so101.py", "--demos", str(path))
+    assert str(path) in error_of(monkeypatch, "so101.clone", "--dataset", str(path))
     file.unlink()
-    assert "no parquet file" in refusal(monkeypatch, "replay_so101.py", "--dataset", str(path))
-    assert "--units rad" in refusal(monkeypatch, "bc_so101.py", "--demos", str(demos), "--units", "rad")
-    assert "--episode 99" in refusal(monkeypatch, "replay_so101.py", "--dataset", str(demos), "--episode", "99")
+    assert "no parquet file" in error_of(monkeypatch, "so101.replay", "--dataset", str(path))
+    assert "--units rad" in error_of(monkeypatch, "so101.clone", "--dataset", str(demos), "--units", "rad")
+    assert "--episode 99" in error_of(monkeypatch, "so101.replay", "--dataset", str(demos), "--episode", "99")
 
 
 def test_replay_of_targets_out_of_reach_is_refused(demos, tmp_path, monkeypatch):
     path = broken(demos, tmp_path / "far", action=lambda n: [[359.0] * 5 + [330.0]] * n)
     state = broken(path, tmp_path / "farther", state=lambda n: [[-350.0] * 5 + [-300.0]] * n)
-    assert "Replay: asks for a joint to move by" in refusal(monkeypatch, "replay_so101.py", "--dataset", str(state))
+    assert "Replay: asks for a joint to move by" in error_of(monkeypatch, "so101.replay", "--dataset", str(state))
 
 
 def test_episodes_start_where_they_are_told():

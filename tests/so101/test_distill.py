@@ -9,36 +9,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import refusal, run_script, train
+from conftest import error_of, run_script, train
 from gymnasium.vector import AutoresetMode
 
-import distill_so101
-from distill_so101 import Args, DAgger, Dagger, Networks, Samples, Student, measured
-from so101_env import (
-    ACT_DIM,
-    OBS,
-    TAPE_CENTER_M,
-    SO101Error,
-    SO101ResidualVectorEnv,
-    base_observation,
-    sheet_pose,
-    sheet_to_tip_feature,
-)
-from so101_policies import CheckpointPolicy, load_policy
-from so101_runs import evaluate, no_residual
+from so101 import distill
+from so101.base import flat_observation, with_sheet
+from so101.distill import Args, DAgger, Dagger, Networks, Samples, Student, measured
+from so101.evaluation import evaluate, no_residual
+from so101.networks import sheet_to_tip
+from so101.policies import CheckpointPolicy, load_policy
+from so101_env import OBS, TAPE_CENTER_M, SO101ResidualVectorEnv, base_observation, sheet_pose
+from so101_sim.control import ACT_DIM
+from so101_sim.errors import SO101Error
 
 NET = Networks(image_size=32, hidden_size=32)
 # a few seconds that still have every part: the teacher acts, the student acts, checkpoints, evaluations, a short end
 TINY = (
     "--total-timesteps 1000 --num-envs 8 --num-steps 16 --teacher-steps 256 --updates 3 --minibatch-size 15 "
     "--image-size 32 --hidden-size 32 --train-episode-steps 20 --checkpoint-every 500 --eval-every 500 "
-    "--eval-episodes 2 --visual-randomization"
+    "--eval-episodes 2 --final-eval-episodes 0 --visual-randomization"
 ).split()
 
 
 def distil(log_dir: Path, *flags: str) -> Path:
     """Distil to the end, in this process; returns the run's directory."""
-    return train(log_dir, *flags, script="distill_so101.py")
+    return train(log_dir, *flags, script="so101.distill")
 
 
 @pytest.fixture(scope="session")
@@ -52,10 +47,10 @@ def teacher(tmp_path_factory) -> str:
 def run(teacher, tmp_path_factory) -> Path:
     """The directory of a finished tiny distillation, as a user starts it."""
     log_dir = tmp_path_factory.mktemp("distill")
-    done = run_script("distill_so101.py", "--teacher", teacher, "--log-dir", str(log_dir), *TINY)
+    done = run_script("so101.distill", "--model", teacher, "--log-dir", str(log_dir), *TINY)
     assert done.returncode == 0, done.stderr
     (run,) = log_dir.iterdir()
-    assert f"--model {run / 'student.pt'}" in done.stdout and "success: student" in done.stdout
+    assert f"--model {run / 'best_model' / 'best_model.pt'}" in done.stdout and ", teacher " in done.stdout
     return run
 
 
@@ -87,14 +82,14 @@ def assert_same(a: object, b: object) -> None:
 def test_a_student_acts_on_what_a_real_arm_has(teacher, base, tmp_path):
     """Elsewhere in the observation, not in the pictures, the sheet is moved: nothing that the student does changes."""
     torch.manual_seed(0)
-    path = teacher if base == "jacobian" else str(Path(distill_so101.ASSETS) / "pretrained.pt")
+    path = teacher if base == "jacobian" else str(Path(distill.ASSETS) / "pretrained.pt")
     rng, answers = np.random.default_rng(0), []
     flat = rng.normal(0, 0.1, (2, 25)).astype(np.float32)
     images, command = rng.integers(0, 255, (2, 32, 32, 3)).astype(np.uint8), rng.normal(0, 0.1, (2, 6))
     student = Student(NET)
     for _ in range(2):
         checkpoint = CheckpointPolicy(path)
-        policy = distill_so101.StudentPolicy(student, checkpoint.base, NET, checkpoint.args.task)
+        policy = distill.StudentPolicy(student, checkpoint.base, NET, checkpoint.args.task)
         policy.reset(np.ones(2, bool))
         obs = base_observation(flat, command, cameras=("top",), render=lambda camera, ids: images[ids])
         answers.append([policy.act(obs, np.ones(2, bool)) for _ in range(3)])
@@ -114,16 +109,16 @@ def test_estimated_observation_puts_the_sheet_where_it_is_thought_to_be():
     envs.step(rng.uniform(-1, 1, (4, 6)))
     obs = base_observation(envs.full_observation, envs.command)
     xy, yaw = sheet_pose(envs.full_observation)
-    told = distill_so101.flat_observation(obs.with_sheet(np.column_stack([xy, yaw])))
+    told = flat_observation(with_sheet(obs, np.column_stack([xy, yaw])))
     np.testing.assert_allclose(told, envs.full_observation, atol=1e-4)  # the sheet's height is that at rest
-    elsewhere = obs.with_sheet(np.column_stack([xy + 0.02, yaw - 0.1]))
-    moved_xy, moved_yaw = sheet_pose(distill_so101.flat_observation(elsewhere))
+    elsewhere = with_sheet(obs, np.column_stack([xy + 0.02, yaw - 0.1]))
+    moved_xy, moved_yaw = sheet_pose(flat_observation(elsewhere))
     np.testing.assert_allclose(moved_xy, xy + 0.02, atol=1e-6)
     np.testing.assert_allclose(moved_yaw, yaw - 0.1, atol=1e-6)
     student, state = Student(NET), torch.from_numpy(measured(obs))
-    pose = np.column_stack([xy - TAPE_CENTER_M, yaw]) / distill_so101.POSE_SCALE
+    pose = np.column_stack([xy - TAPE_CENTER_M, yaw]) / distill.POSE_SCALE
     gap = student.finder.sheet_to_tip(torch.tensor(pose, dtype=torch.float32), state)
-    np.testing.assert_allclose(gap, sheet_to_tip_feature(envs.full_observation), atol=1e-4)
+    np.testing.assert_allclose(gap, sheet_to_tip(envs.full_observation), atol=1e-4)
 
 
 def test_while_the_teacher_acts_episodes_are_its_own_and_every_answer_is_kept(teacher):
@@ -137,20 +132,21 @@ def test_while_the_teacher_acts_episodes_are_its_own_and_every_answer_is_kept(te
     dagger.teacher_acts = True
     alone.reset(seed=4)
     envs.reset(seed=4)
-    steps, sheets, deltas = np.zeros(3, np.int64), [], []
+    sheets, deltas, episodes = [], [], []
     for _ in range(60):
         sheets.append(envs.qpos[:, 6:])
-        steps = distill_so101.rollout(envs, dagger, samples, 1, steps)
+        episodes += distill.rollout(envs, dagger, samples, 1)
         *_, info = alone.step(np.zeros((3, ACT_DIM)))
         deltas.append(info["base_delta_rad"])  # of an episode that has ended, the next one's: left out below
         np.testing.assert_array_equal(envs.qpos, alone.qpos)
     assert samples.count == 180 and set(samples.rows["steps"]) == set(range(40))
+    assert len(episodes) >= 3 and all(episode["length"] <= 40 and episode["return"] < 10 for episode in episodes)
     sheets = np.concatenate(sheets)
-    pose = samples.rows["pose"] * distill_so101.POSE_SCALE
+    pose = samples.rows["pose"] * distill.POSE_SCALE
     np.testing.assert_allclose(pose[:, :2] + TAPE_CENTER_M, sheets[:, :2], atol=1e-5)
     np.testing.assert_allclose(pose[:, 2], sheets[:, 3], atol=1e-5)
     moved = samples.rows["base_delta"] * task.act_scale + samples.rows["residual"] * task.alpha * task.act_scale
-    goes_on = np.append(samples.rows["steps"], steps)[3:] > 0
+    goes_on = np.append(samples.rows["steps"], envs.steps)[3:] > 0
     np.testing.assert_allclose(moved[goes_on], np.concatenate(deltas)[goes_on], atol=1e-6)
     assert goes_on.sum() > 160
 
@@ -170,10 +166,10 @@ def test_an_update_follows_the_gradient_of_the_whole_minibatch():
     expected = torch.autograd.grad(loss, list(student.parameters()))
     optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
     with ThreadPoolExecutor(2) as pool:
-        errors = distill_so101.update(student, optimizer, samples, args, torch.Generator().manual_seed(3), pool)
+        errors = distill.update(student, optimizer, samples, args, torch.Generator().manual_seed(3), pool)
     for parameter, gradient in zip(student.parameters(), expected):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
-    off = (estimate - pose).detach().numpy() * distill_so101.POSE_SCALE
+    off = (estimate - pose).detach().numpy() * distill.POSE_SCALE
     assert errors["position_error_m"] == pytest.approx(np.linalg.norm(off[:, :2], axis=1).mean(), rel=1e-4)
     assert errors["yaw_error_rad"] == pytest.approx(np.abs(off[:, 2]).mean(), rel=1e-4)
 
@@ -183,30 +179,32 @@ def test_an_update_follows_the_gradient_of_the_whole_minibatch():
 
 def test_artefacts(run):
     names = {path.name for path in run.iterdir()}
-    assert names == {"checkpoints", "config.json", "eval_results", "student.pt", "tensorboard", "training_summary.json"}
-    steps = [json.loads(line)["step"] for line in (run / "eval_results" / "evaluations.jsonl").read_text().splitlines()]
-    assert steps == [512, 1000] and {path.name for path in (run / "checkpoints").iterdir()} == {
-        "distill_so101_512_steps.pt", "distill_so101_1000_steps.pt"
+    assert names == {
+        "best_model", "checkpoints", "config.json", "eval_results", "final_model.pt", "tensorboard",
+        "training_summary.json",
     }  # fmt: skip
-    saved = load(run / "student.pt")
+    steps = [json.loads(line)["step"] for line in (run / "eval_results" / "evaluations.jsonl").read_text().splitlines()]
+    assert steps == [0, 512, 1000] and {path.name for path in (run / "checkpoints").iterdir()} == {
+        "distill_512_steps.pt", "distill_1000_steps.pt"
+    }  # fmt: skip
+    saved = load(run / "final_model.pt")
     assert saved["training"] is None and saved["global_step"] == 1000 and saved["task"]["tape_margin"] == 0.03
-    assert (run / "student.pt").stat().st_size < 1e6
+    assert (run / "final_model.pt").stat().st_size < 1e6
 
 
 def test_every_resume_equals_the_uninterrupted_run_whatever_the_threads(run, teacher, tmp_path):
     """Its pictures are drawn again, with the noise that they had."""
-    again = distil(tmp_path, "--teacher", teacher, "--num-threads", "1", *TINY)
-    first, last = (run / "checkpoints" / f"distill_so101_{step}_steps.pt" for step in (512, 1000))
-    assert_same(load(again / "checkpoints" / last.name)["training"], load(last)["training"])
+    again = distil(tmp_path, "--model", teacher, "--num-threads", "1", *TINY)
+    first = run / "checkpoints" / "distill_512_steps.pt"
+    assert_same(load(again / "checkpoints" / first.name)["training"], load(first)["training"])
     copy = tmp_path / "copy"
     shutil.copytree(run, copy / "run")
     resumed = distil(copy, "--resume", str(copy / "run" / "checkpoints" / first.name), "--num-threads", "1")
-    assert_same(load(resumed / "checkpoints" / last.name)["training"], load(last)["training"])
-    assert_same(load(resumed / "student.pt")["student"], load(run / "student.pt")["student"])
+    assert_same(load(resumed / "final_model.pt")["agent"], load(run / "final_model.pt")["agent"])
 
 
 def test_a_student_is_evaluated_beside_its_teacher_filmed_and_recorded(run, tmp_path):
-    flags = ["--model", str(run / "student.pt"), "--episodes", "2"]
+    flags = ["--model", str(run / "final_model.pt"), "--episodes", "2"]
     result, film, demos = tmp_path / "result.json", tmp_path / "film.gif", tmp_path / "demos"
     done = run_script(
         "eval_so101.py",
@@ -227,16 +225,16 @@ def test_a_student_is_evaluated_beside_its_teacher_filmed_and_recorded(run, tmp_
     teacher = content["base"]
     assert teacher["success_rate"] == content["base_success_rate"] and "mean_estimate_error_m" not in teacher
     assert 0.001 < content["mean_estimate_error_m"] < 0.5 and film.stat().st_size > 1000
-    assert content["visual_randomization"] is True
-    done = run_script("eval_so101.py", *flags, "--no-base", "--visual-randomization", "False", "--json", str(result))
-    assert done.returncode == 0 and json.loads(result.read_text())["visual_randomization"] is False
-    done = run_script("eval_so101.py", *flags, "--no-base", "--record", str(demos), "--cameras", "top")
+    assert content["task"]["visual_randomization"] is True
+    done = run_script("eval_so101.py", *flags, "--no-base", "--no-visual-randomization", "--json", str(result))
+    assert done.returncode == 0 and json.loads(result.read_text())["task"]["visual_randomization"] is False
+    done = run_script("so101.record", *flags, "--dataset", str(demos), "--cameras", "top")
     assert done.returncode == 0 and (demos / "meta" / "info.json").is_file(), done.stderr
 
 
 def test_a_student_can_be_corrected(run, tmp_path):
     """As a base policy it does what it does alone, to the bit, until a residual is learned; and the run resumes."""
-    spec = f"checkpoint:{run / 'student.pt'}"
+    spec = f"checkpoint:{run / 'final_model.pt'}"
     flags = (
         "--num-envs 4 --num-steps 16 --minibatch-size 32 --total-timesteps 128 --checkpoint-every 64 --eval-every 128 "
     )
@@ -245,7 +243,7 @@ def test_a_student_can_be_corrected(run, tmp_path):
     first = json.loads((whole / "eval_results" / "evaluations.jsonl").read_text().splitlines()[0])
     student = load_policy(spec)
     envs = SO101ResidualVectorEnv(2, student, student.task, autoreset_mode=AutoresetMode.DISABLED)
-    episodes = evaluate(no_residual, envs, [distill_so101.VALIDATION_SEED, distill_so101.VALIDATION_SEED + 1])
+    episodes = evaluate(no_residual, envs, [distill.VALIDATION_SEED, distill.VALIDATION_SEED + 1])
     assert first["mean_return"] == np.mean([episode["return"] for episode in episodes])
     resumed = train(tmp_path, "--resume", str(whole / "checkpoints" / "ppo_residual_64_steps.pt"))
     assert_same(load(resumed / "final_model.pt")["agent"], load(whole / "final_model.pt")["agent"])
@@ -254,8 +252,8 @@ def test_a_student_can_be_corrected(run, tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--teacher nowhere.pt", "nowhere.pt: no such file"),
-        ("--teacher STUDENT", "not a checkpoint of this version"),
+        ("--model nowhere.pt", "nowhere.pt: no such file"),
+        ("--model STUDENT", "not a checkpoint of this version"),
         ("--cameras roof", "--cameras roof: give one or more of top and wrist"),
         ("--cameras top top", "--cameras top top"),
         ("--image-size 4", "--image-size"),
@@ -267,20 +265,20 @@ def test_a_student_can_be_corrected(run, tmp_path):
     ],
 )
 def test_bad_flags_are_refused(run, tmp_path, monkeypatch, flags, words):
-    names = {"STUDENT": str(run / "student.pt"), "FIRST": str(run / "checkpoints" / "distill_so101_512_steps.pt")}
+    names = {"STUDENT": str(run / "final_model.pt"), "FIRST": str(run / "checkpoints" / "distill_512_steps.pt")}
     for name, path in names.items():
         flags, words = flags.replace(name, path), words.replace(name, path)
-    line = refusal(monkeypatch, "distill_so101.py", "--log-dir", str(tmp_path / "logs"), *flags.split())
+    line = error_of(monkeypatch, "so101.distill", "--log-dir", str(tmp_path / "logs"), *flags.split())
     assert words in line and "\n" not in line and not (tmp_path / "logs").exists()
 
 
 def test_students_that_cannot_be_used_end_with_one_line(run, tmp_path, monkeypatch):
-    finished, first = load(run / "student.pt"), load(run / "checkpoints" / "distill_so101_512_steps.pt")
+    finished, first = load(run / "final_model.pt"), load(run / "checkpoints" / "distill_512_steps.pt")
     path = tmp_path / "damaged.pt"
     for damaged in (
         {**finished, "args": {**finished["args"], "networks": {"cameras": ("top",)}}},
         {**finished, "base_fingerprint": "other"},
-        {**finished, "student": {}},
+        {**finished, "agent": {}},
         {**finished, "task": {}},
         {key: value for key, value in finished.items() if key != "base"},
     ):
@@ -288,32 +286,33 @@ def test_students_that_cannot_be_used_end_with_one_line(run, tmp_path, monkeypat
         with pytest.raises(SO101Error, match=str(path)):
             load_policy(f"checkpoint:{path}")
     for key, value in (
-        ("samples", {}), ("steps", torch.zeros(3)), ("optimizer", {}), ("envs", {}), ("generator", torch.zeros(3))
+        ("samples", {}), ("optimizer", {}), ("envs", {}), ("generator", torch.zeros(3))
     ):  # fmt: skip
         torch.save({**first, "training": {**first["training"], key: value}}, path)
-        line = refusal(monkeypatch, "distill_so101.py", "--resume", str(path), "--log-dir", str(tmp_path / "logs"))
+        line = error_of(monkeypatch, "so101.distill", "--resume", str(path), "--log-dir", str(tmp_path / "logs"))
         assert line.startswith(f"{path}: cannot be continued") and not (tmp_path / "logs").exists()
     torch.save({**first, "teacher_fingerprint": "other"}, path)
-    line = refusal(monkeypatch, "distill_so101.py", "--resume", str(path), "--log-dir", str(tmp_path / "logs"))
+    line = error_of(monkeypatch, "so101.distill", "--resume", str(path), "--log-dir", str(tmp_path / "logs"))
     assert "its teacher has other weights now" in line
     for damaged, words in (
-        ({**finished, "args": finished["args"] | {"teacher": "gone.pt"}}, "its teacher, gone.pt, is not there"),
-        ({**finished, "teacher_fingerprint": "other"}, "has other weights now; --no-base does without it"),
+        ({**finished, "args": finished["args"] | {"model": "gone.pt"}}, "its teacher, gone.pt, is missing"),
+        ({**finished, "teacher_fingerprint": "other"}, "has other weights now; evaluate without it: --no-base"),
     ):
         torch.save(damaged, path)
-        assert words in refusal(monkeypatch, "eval_so101.py", "--model", str(path))
+        assert words in error_of(monkeypatch, "eval_so101.py", "--model", str(path))
 
 
 def test_settings_are_those_of_the_file(run):
     """No default of today decides about a student of yesterday."""
-    student = load_policy(f"checkpoint:{run / 'student.pt'}")
-    assert dataclasses.asdict(student.task) == load(run / "student.pt")["task"]
+    student = load_policy(f"checkpoint:{run / 'final_model.pt'}")
+    assert dataclasses.asdict(student.task) == load(run / "final_model.pt")["task"]
     assert student.task.visual_randomization and Args().networks.image_size != 32 == student.image_size[0]
 
 
 FLAKY = """
 from pathlib import Path
-from so101_policies import JacobianPolicy, BasePolicyError
+from so101.pusher import JacobianPolicy
+from so101_env import BasePolicyError
 
 class Flaky(JacobianPolicy):
     def act(self, obs, mask):
@@ -334,15 +333,16 @@ def test_a_base_policy_that_fails_loses_nothing(calls, tmp_path, monkeypatch):
     (tmp_path / "flaky.py").write_text(FLAKY)
     flags = "--base-policy flaky:Flaky --total-timesteps 512 --eval-every 0 --eval-episodes 1 --final-eval-episodes 0"
     path = str(train(tmp_path / "teacher", *flags.split()) / "final_model.pt")
-    flags = ["--teacher", path, *TINY]
+    flags = ["--model", path, *TINY]
     flags[flags.index("--eval-every") + 1] = "300"
     whole = distil(tmp_path / "whole", *flags)
-    (tmp_path / "calls_left").write_text(str(calls + 800))  # two evaluations of 400 steps, of the teacher and at 384
-    line = refusal(monkeypatch, "distill_so101.py", "--log-dir", str(tmp_path / "logs"), *flags)
+    # before: evaluations of 400 steps, of the teacher, at step 0 and at step 384
+    (tmp_path / "calls_left").write_text(str(calls + 1200))
+    line = error_of(monkeypatch, "so101.distill", "--log-dir", str(tmp_path / "logs"), *flags)
     (run,) = (tmp_path / "logs").iterdir()
     model = run / "interrupted_model.pt"
     assert "the cable is out" in line and line.endswith(f"--resume {model}")
     assert 0 < load(model)["global_step"] < 1000
     (tmp_path / "calls_left").unlink()
     resumed = distil(tmp_path / "logs", "--resume", str(model))
-    assert_same(load(resumed / "student.pt")["student"], load(whole / "student.pt")["student"])
+    assert_same(load(resumed / "final_model.pt")["agent"], load(whole / "final_model.pt")["agent"])

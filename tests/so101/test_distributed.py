@@ -185,7 +185,7 @@ def test_a_lost_rank_ends_all_with_one_line_each(tmp_path, how):
     stdout, stderr = started.communicate(timeout=100)
     lines = [line for line in stderr.split("\n") if "ppo_residual_so101.py: error:" in line]
     assert started.returncode != 0, stderr
-    own = [line for line in lines if "rank 1: the base policy failed: out of paper" in line]
+    own = [line for line in lines if "rank 1: --base-policy failing:Failing:fails: out of paper" in line]
     lost = [line for line in lines if "a rank of this run was lost" in line]
     assert len(own) == (how == "fails") and len(lost) <= 1 and len(lines) == len(own) + len(lost), stderr
     if lost:  # torchrun may end rank 0 before it notices

@@ -1,6 +1,5 @@
 """A policy on an arm: in virtual time on the simulated one, on a LeRobot that is faked, and what stops it."""
 
-import dataclasses
 import json
 import sys
 import time
@@ -8,17 +7,22 @@ import types
 
 import numpy as np
 import pytest
-from conftest import ROOT, refusal
+from conftest import ROOT, error_of
 
-import run_so101
-import so101_robot
-from run_so101 import ASIDE_RAD, RAISED_RAD, Blind, Clock, Loop, resize
-from so101_control import BACKLASH_RAD, JOINTS, LATENCY_S, Controller
-from so101_env import CONTROL_HZ, HOME_RAD, SO101Error, Task, load_model
-from so101_policies import BasePolicy, load_policy
-from so101_robot import LeRobotRobot, Picture, Robot, RobotError, SimulatedArm, SimulatedRobot
-from so101_scene import Painter
-from so101_vision import OpenCVPolicy
+from so101 import drive
+from so101 import robot as robots_module
+from so101.base import BasePolicy
+from so101.drive import ASIDE_RAD, RAISED_RAD, Blind, Clock, Loop, resize
+from so101.opencv import OpenCVPolicy
+from so101.policies import load_policy
+from so101.robot import LeRobotRobot, Picture, Robot, RobotError, SimulatedArm, SimulatedRobot
+from so101_env import HOME_RAD, Task, load_model
+from so101_sim.control import BACKLASH_RAD, JOINTS, LATENCY_S, Controller
+from so101_sim.errors import SO101Error
+from so101_sim.scene import CONTROL_HZ, Renderer
+
+pytest.importorskip("cv2")
+pytest.importorskip("onnxruntime")
 
 SEED = 1_520_000_000
 HIDDEN_SEED = SEED + 18  # of an episode whose sheet lies half below the arm at home
@@ -32,7 +36,7 @@ class VirtualRobot(Robot):
         self.arm, self.time_s, self.sent = SimulatedArm(task), 100.0, []
         self.reset(SEED)
         self.truth = self.arm.truth
-        self.painter = Painter(self.arm.envs.model, (240, 320), fast=True)
+        self.painter = Renderer(self.arm.model, (240, 320), fast=True)
         self.dark = False
 
     def reset(self, seed):
@@ -46,7 +50,7 @@ class VirtualRobot(Robot):
         self.arm.command(target_rad)
 
     def picture(self):
-        image = self.painter.paint(self.arm.envs.qpos[0], "top", self.arm.look)
+        image = self.painter.render(self.arm.qpos, "top", self.arm.look)
         return Picture(image * (not self.dark), self.time_s)
 
     def close(self):
@@ -93,17 +97,17 @@ def test_the_script_with_another_tape(monkeypatch, tmp_path):
     robots = []
 
     def make_robot(args, task):
-        robots.append(VirtualRobot(dataclasses.replace(task, firmware_p=args.firmware_p)))
+        robots.append(VirtualRobot(task))
         return robots[0]
 
-    monkeypatch.setattr(run_so101, "make_robot", make_robot)
-    monkeypatch.setattr(run_so101, "Clock", lambda: VirtualClock(robots[0]))
+    monkeypatch.setattr(drive, "make_robot", make_robot)
+    monkeypatch.setattr(drive, "Clock", lambda: VirtualClock(robots[0]))
     path = tmp_path / "result.json"
     flags = ["--tape-margin", "0.02", "--episodes", "3", "--json", str(path)]
-    monkeypatch.setattr(sys, "argv", ["run_so101.py", *flags])
-    assert run_so101.main() == 0
+    monkeypatch.setattr(sys, "argv", ["so101.drive", *flags])
+    assert drive.main() == 0
     result = json.loads(path.read_text())
-    assert robots[0].arm.envs.task.tape_margin == 0.02
+    assert robots[0].arm.task.tape_margin == 0.02
     assert result["episodes"] == 3 and result["missed_deadlines"] == 0
     for episode in result["episode_list"]:
         assert episode["error_mm"] < 5
@@ -115,13 +119,13 @@ def test_an_arm_whose_commands_end_comes_to_rest():
     loop = make_loop()
     arm = loop.robot.arm
     loop.episode(12, TASK.tape_margin)
-    before = arm.envs.qpos[0, :6]
+    before = arm.qpos[:6]
     loop.clock.sleep(1 / CONTROL_HZ)
-    assert np.abs(arm.envs.qpos[0, :6] - before).max() * CONTROL_HZ > 0.1  # it was moving
+    assert np.abs(arm.qpos[:6] - before).max() * CONTROL_HZ > 0.1  # it was moving
     loop.clock.sleep(arm.latency_s + 0.1)
-    rest = arm.envs.qpos[0, :6]
+    rest = arm.qpos[:6]
     loop.clock.sleep(1.0)
-    assert np.abs(arm.envs.qpos[0, :6] - rest).max() < np.deg2rad(1.0)
+    assert np.abs(arm.qpos[:6] - rest).max() < np.deg2rad(1.0)
 
 
 def test_a_dry_run_prints_and_sends_nothing(capsys):
@@ -166,8 +170,8 @@ def test_without_a_view_it_does_not_act():
 def test_a_policy_sees_what_it_was_trained_on(size):
     """The middle of a wide picture, and not all of it squeezed."""
     robot = VirtualRobot()
-    painter = Painter(robot.arm.envs.model, size, fast=True)
-    expected = painter.paint(robot.arm.envs.qpos[0], "top", robot.arm.look).astype(float)
+    painter = Renderer(robot.arm.model, size, fast=True)
+    expected = painter.render(robot.arm.qpos, "top", robot.arm.look).astype(float)
     painter.close()
     assert np.abs(resize(robot.picture().image, size) - expected).mean() < 2  # squeezed, the square one is off by 4
 
@@ -181,7 +185,7 @@ def test_something_in_the_way_is_told():
 
 def test_a_simulated_robot_begins_anew_and_is_unplugged(monkeypatch):
     """After a reset, no picture of the episode before. When its process dies, the next read says so."""
-    monkeypatch.setattr(so101_robot, "ANSWER_S", 30.0)  # on a machine that is busy with other tests
+    monkeypatch.setattr(robots_module, "ANSWER_S", 30.0)  # on a machine that is busy with other tests
     expected, robot = VirtualRobot(), SimulatedRobot(TASK)
     try:
         for number in range(4):
@@ -237,7 +241,7 @@ def fake_lerobot(monkeypatch, tmp_path):
     for name in ("lerobot", "lerobot.robots"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "lerobot.robots.so_follower", module)
-    monkeypatch.setattr(so101_robot, "Camera", lambda source: types.SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(robots_module, "Camera", lambda source: types.SimpleNamespace(close=lambda: None))
     return state
 
 
@@ -263,10 +267,10 @@ def test_a_robot_of_lerobot(fake_lerobot):
 def test_refusals(monkeypatch):
     for flags, text in (
         (["--robot", "lerobot"], "give sim, or lerobot:PORT"),
-        (["--policy", "onnx:none.onnx"], "none.onnx: cannot be read"),
+        (["--model", "none.onnx"], "none.onnx: cannot be read"),
         (["--max-speed", "9"], "--max-speed must be in"),
         (["--robot", "lerobot:/dev/none"], "needs LeRobot's environment"),
     ):
-        assert text in refusal(monkeypatch, "run_so101.py", *flags)
+        assert text in error_of(monkeypatch, "so101.drive", *flags)
     with pytest.raises(SO101Error, match="unknown base policy"):
         load_policy("opencv")

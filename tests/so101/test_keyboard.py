@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from so101_dataset import read_dataset, read_info
+from so101 import record, subject
+from so101.dataset import read_dataset, read_info
+from so101.evaluation import RECORD_SEED, evaluate, no_residual
+from so101.policies import load_policy
 from so101_env import (
     ACTION,
     ENVIRONMENT,
@@ -20,8 +23,6 @@ from so101_env import (
     Task,
     sheet_inside,
 )
-from so101_policies import load_policy, load_script
-from so101_runs import RECORD_SEED, evaluate, no_residual
 
 pygame = pytest.importorskip("pygame")
 
@@ -61,12 +62,11 @@ class Person:
 
 
 def test_keys_push_the_sheet_into_the_tape_and_are_recorded(policy, tmp_path, monkeypatch):
-    script = load_script("eval_so101.py")
-    monkeypatch.setattr(script, "load_policy", lambda spec, server: policy)
-    monkeypatch.setattr(script, "no_residual", Person())
-    flags = ["--base-policy", "keyboard", "--episodes", "3", "--record", str(tmp_path / "demos")]
-    monkeypatch.setattr(sys, "argv", ["eval_so101.py", *flags])
-    assert script.main() == 0
+    monkeypatch.setattr(subject, "load_policy", lambda spec, server: policy)
+    monkeypatch.setattr(subject, "no_residual", Person())
+    flags = ["--base-policy", "keyboard", "--episodes", "3", "--dataset", str(tmp_path / "demos")]
+    monkeypatch.setattr(sys, "argv", ["record.py", *flags])
+    assert record.main() == 0
     keys = (STATE, ACTION, ENVIRONMENT)
     demos = read_dataset(tmp_path / "demos", read_info(tmp_path / "demos", keys), keys)
     assert len(demos) == 3 and all(30 < len(demo[ACTION]) < MAX_EPISODE_STEPS for demo in demos)

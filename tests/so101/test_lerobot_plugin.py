@@ -38,8 +38,8 @@ assert batch["observation.images.top"].shape == (2, 3, 64, 64) and batch["observ
 assert envs.call("_max_episode_steps")[0] == 400 and "tape" in envs.call("task_description")[0]
 
 robot = make_robot_from_config(RobotConfig.get_choice_class("so101_residual_sim")(id="sim"))
-import so101_robot
-so101_robot.ANSWER_S = 30.0
+import so101.robot
+so101.robot.ANSWER_S = 30.0
 robot.connect()
 before = robot.get_observation()
 assert set(before) == set(robot.observation_features) and before["top"].shape == (240, 320, 3)
@@ -58,7 +58,7 @@ print("discovered, evaluated, driven")
 LEADER = """
 import dataclasses, math, time
 from lerobot.teleoperators import Teleoperator, TeleoperatorConfig
-from so101_control import JOINTS
+from so101_sim.control import JOINTS
 
 @TeleoperatorConfig.register_subclass("swinging_leader")
 @dataclasses.dataclass
@@ -99,7 +99,7 @@ def test_the_plugin_in_lerobots_environment(tmp_path):
     script.write_text(f"if __name__ == '__main__':\n    exec({CODE!r})\n")
     done = subprocess.run([PYTHON, str(script)], capture_output=True, text=True, timeout=280, cwd=tmp_path)
     if done.returncode == 77:
-        pytest.skip("the plug-in is not installed there, see lerobot_env_so101_residual/pyproject.toml")
+        pytest.skip("the plug-in is not installed there, see extras/lerobot_plugin/pyproject.toml")
     assert done.returncode == 0 and "discovered, evaluated, driven" in done.stdout, done.stderr[-3000:]
 
 

@@ -4,17 +4,23 @@ import dataclasses
 import json
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from conftest import ROOT, refusal, run_script
+from conftest import ROOT, error_of, run_script
 from gymnasium.vector import AutoresetMode
-from onnx import TensorProto, helper
 
-from so101_env import ACT_DIM, SO101Error, SO101ResidualVectorEnv, base_observation
-from so101_onnx import OnnxPolicy, export_onnx
-from so101_policies import load_checkpoint, load_policy
-from so101_runs import evaluate, no_residual
+from so101.checkpoints import load_checkpoint, load_script
+from so101.evaluation import evaluate, no_residual
+from so101.networks import Derived, sheet_to_tip
+from so101.onnx import OnnxPolicy, export_onnx
+from so101.policies import load_policy
+from so101_env import SO101ResidualVectorEnv, base_observation
+from so101_sim.control import ACT_DIM
+from so101_sim.errors import SO101Error
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
 
 MODEL = str(ROOT / "assets" / "pretrained.pt")
 SEEDS = [1_510_000_000 + i for i in range(30)]
@@ -56,22 +62,25 @@ def test_its_metadata_say_what_a_user_must_know(exported):
     assert len(units) == 25 and units["gripper.vel"] == "rad/s" and units["tip.z"] == "m" and units["sheet.qw"] == "1"
     assert metadata["scale_rad"] == pytest.approx(0.7 * 0.02) and metadata["base_policy"] == "zero"
     assert metadata["task"] == saved["args"]["task"] and metadata["global_step"] == saved["global_step"]
-    assert b"so101_onnx.py" not in exported.read_bytes()  # nor paths of the machine that wrote it
+    assert b"so101/onnx.py" not in exported.read_bytes()  # nor paths of the machine that wrote it
     assert metadata["script"] == "ppo_residual_so101.py" and set(metadata["git"]) == {"commit", "dirty"}
 
 
 def foreign(path, batch="N", width=25, actions=ACT_DIM, outputs=1):
     """A policy as another tool might write it: one linear layer, no metadata."""
     weights = np.random.default_rng(1).normal(0, 0.1, (width, actions)).astype(np.float32)
-    nodes = [helper.make_node("MatMul", ["obs", "w"], [f"out{i}"]) for i in range(outputs)]
-    graph = helper.make_graph(
+    nodes = [onnx.helper.make_node("MatMul", ["obs", "w"], [f"out{i}"]) for i in range(outputs)]
+    graph = onnx.helper.make_graph(
         nodes,
         "policy",
-        [helper.make_tensor_value_info("obs", TensorProto.FLOAT, [batch, width])],
-        [helper.make_tensor_value_info(f"out{i}", TensorProto.FLOAT, [batch, actions]) for i in range(outputs)],
-        [helper.make_tensor("w", TensorProto.FLOAT, weights.shape, weights.ravel())],
+        [onnx.helper.make_tensor_value_info("obs", onnx.TensorProto.FLOAT, [batch, width])],
+        [
+            onnx.helper.make_tensor_value_info(f"out{i}", onnx.TensorProto.FLOAT, [batch, actions])
+            for i in range(outputs)
+        ],
+        [onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, weights.shape, weights.ravel())],
     )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9), path)
     return weights
 
 
@@ -94,7 +103,7 @@ def test_what_is_no_policy_is_refused(tmp_path, exported, monkeypatch):
         with pytest.raises(SO101Error, match=text):
             OnnxPolicy(str(path))
     path.write_bytes(exported.read_bytes()[:5000])
-    with pytest.raises(SO101Error, match="no ONNX file that can be used"):
+    with pytest.raises(SO101Error, match="is not a usable ONNX file"):
         OnnxPolicy(str(path))
     with pytest.raises(SO101Error, match="cannot be read"):
         OnnxPolicy(str(tmp_path / "none.onnx"))
@@ -108,16 +117,14 @@ def test_what_is_no_policy_is_refused(tmp_path, exported, monkeypatch):
         onnx.save(model, path)
         with pytest.raises(SO101Error, match=text):
             OnnxPolicy(str(path))
-    assert "must end in .onnx" in refusal(monkeypatch, "eval_so101.py", "--export", "policy.pt")
+    assert "must end in .onnx" in error_of(monkeypatch, "eval_so101.py", "--export", "policy.pt")
 
 
 def test_an_export_that_would_not_be_the_same_is_not_written(tmp_path, monkeypatch):
     """A feature that uses an array of its module, which the tracer loses."""
-    import so101_env
-
     shift = np.array([1.0, 2.0], np.float32)
-    wrong = (lambda obs: so101_env.sheet_to_tip_feature(obs) + shift, (1, -1))
-    monkeypatch.setitem(so101_env.DERIVED, "sheet_to_tip", wrong)
+    wrong = Derived(lambda obs: sheet_to_tip(obs) + shift, (1, -1))
+    monkeypatch.setattr(load_script("ppo_residual_so101.py"), "SHEET_TO_TIP", wrong)
     path = tmp_path / "p.onnx"
     with pytest.raises(SO101Error, match="make the array within the function|cannot be"):
         export_onnx(MODEL, path)

@@ -1,13 +1,14 @@
 """Where the sheet lies, from rendered pictures under visual randomisation, and what is refused."""
 
-import cv2
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
+from so101.evaluation import evaluate, no_residual
+from so101.opencv import NotSeen, OpenCVPolicy, SheetLocator
 from so101_env import SO101ResidualVectorEnv, base_observation
-from so101_runs import evaluate, no_residual
-from so101_vision import NotSeen, OpenCVPolicy, SheetLocator
+
+cv2 = pytest.importorskip("cv2")
 
 SIZE = (240, 320)
 SEED = 1_500_000_000  # of episodes that nothing else uses

@@ -3,19 +3,23 @@
 import json
 import re
 import sys
-from pathlib import Path
 
 import mujoco
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, press_force_n, refusal, run_script, train
+from conftest import ROOT, SMALL, error_of, press_force_n, run_script, train
 from gymnasium.vector import AutoresetMode
 
 import ppo_residual_so101 as ppo
-from so101_env import ACT_DIM, TAPE_CENTER_M, BasePolicyError, SO101Error, SO101ResidualVectorEnv, base_observation
-from so101_policies import BasePolicy, JacobianPolicy, StackedPolicy, load_checkpoint, load_policy
-from so101_runs import VALIDATION_SEED, evaluate, no_residual
+from so101.base import BasePolicy, StackedPolicy
+from so101.checkpoints import load_checkpoint
+from so101.evaluation import VALIDATION_SEED, evaluate, no_residual
+from so101.policies import load_policy
+from so101.pusher import JacobianPolicy
+from so101_env import TAPE_CENTER_M, BasePolicyError, SO101ResidualVectorEnv, base_observation
+from so101_sim.control import ACT_DIM
+from so101_sim.errors import SO101Error
 
 SEEDS = list(range(1_700_000_000, 1_700_000_100))  # of no training and no evaluation
 
@@ -69,7 +73,7 @@ def test_pusher_drags_the_sheet_with_a_light_press(firmware_p):
         obs = envs.step(np.zeros((20, ACT_DIM)))[0]
         moving = np.linalg.norm(obs[:, 12:14] - before, axis=1) > 0.0005
         for i in np.flatnonzero(moving):
-            envs.batch.get_data(i, data)
+            envs.arms.batch.get_data(i, data)
             mujoco.mj_forward(envs.model, data)
             sensed.append(press_force_n(envs.model, data))
         if envs._done.all():
@@ -145,9 +149,9 @@ def test_another_base_is_refused(tmp_path, monkeypatch):
         ("ppo_residual_so101.py", "--resume", half),
     ):
         base.write_bytes(second.read_bytes())
-        assert "weights" in refusal(monkeypatch, script, flag, str(path))
+        assert "weights" in error_of(monkeypatch, script, flag, str(path))
         base.unlink()
-        assert str(base) in refusal(monkeypatch, script, flag, str(path))
+        assert str(base) in error_of(monkeypatch, script, flag, str(path))
 
 
 def test_base_success_and_residual_per_joint_are_reported(tmp_path):
@@ -157,7 +161,7 @@ def test_base_success_and_residual_per_joint_are_reported(tmp_path):
     args = ppo.Args(base=ppo.Base("jacobian"))
     envs = ppo.make_envs(args, 3, evaluation=True)
     alone = np.mean([e["success"] for e in evaluate(no_residual, envs, seeds)])
-    assert {line["base_success_rate"] for line in lines} == {alone}
+    assert {line["reference_success_rate"] for line in lines} == {alone}
     # by hand, for one joint: how far each of the two moved the targets
     act = load_checkpoint(run / "final_model.pt").agent("").act
     residual, base = [], []
@@ -190,11 +194,11 @@ def test_a_base_policy_that_fails_stops_the_run(answer, message):
 
 def test_training_on_a_base_policy_that_fails_names_it(tmp_path, monkeypatch):
     monkeypatch.setattr(JacobianPolicy, "act", lambda self, obs, mask: np.full((len(mask), ACT_DIM), np.nan))
-    line = refusal(monkeypatch, "ppo_residual_so101.py", "--base-policy", "jacobian", "--log-dir", str(tmp_path))
+    line = error_of(monkeypatch, "ppo_residual_so101.py", "--base-policy", "jacobian", "--log-dir", str(tmp_path))
     assert "--base-policy jacobian" in line and "JacobianPolicy" in line and str(tmp_path) in line
     for flags in (["--observe-base"], []):  # before the first rollout, and outside of training
         name = "ppo_residual_so101.py" if flags else "eval_so101.py"
-        assert "JacobianPolicy" in refusal(monkeypatch, name, "--base-policy", "jacobian", *flags)
+        assert "JacobianPolicy" in error_of(monkeypatch, name, "--base-policy", "jacobian", *flags)
 
 
 def test_observed_base_action_is_the_one_that_acts():
@@ -218,7 +222,7 @@ def test_observed_base_action_is_the_one_that_acts():
 
 
 OWN = """
-from so101_policies import BasePolicy
+from so101.base import BasePolicy
 
 class Own(BasePolicy):
     def __init__(self, speed_rad="0.01"):
@@ -268,8 +272,8 @@ def test_what_is_no_policy_is_refused_at_the_start(own_module):
         (f"{own_module}:Stranger", "BasePolicy"),
         (f"{own_module}:Absent", "BasePolicy"),
         ("no_such_module_here:Own", "no module no_such_module_here"),
-        ("magic", "known are zero, jacobian"),
-        ("bc:", "known are"),
+        ("magic", "known: zero, jacobian"),
+        ("bc:", "known:"),
         ("checkpoint:nowhere.pt", "nowhere.pt: no such file"),
         ("bc:nowhere.pt", "nowhere.pt: no such file"),
     ):
@@ -330,9 +334,9 @@ def test_images_are_rendered_only_of_who_looks_and_when(monkeypatch):
         envs.step(np.zeros((3, ACT_DIM)))
 
 
-def test_readme_example_of_a_base_policy(tmp_path, monkeypatch):
-    """The class that the README prints, as it is printed, and the command below it."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+def test_documented_example_of_a_base_policy(tmp_path, monkeypatch):
+    """The class that docs/base_policies.md prints, as it is printed, and the command below it."""
+    readme = (ROOT / "docs" / "base_policies.md").read_text()
     code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "(BasePolicy)" in block)
     (tmp_path / "my_policy.py").write_text(code)
     (command,) = re.findall(r"--base-policy (my_policy:\S+)", readme)

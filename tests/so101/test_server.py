@@ -4,7 +4,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -13,12 +12,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, refusal, run_script, train
-from fake_server import HORIZON, FakeServer
+from conftest import ROOT, SMALL, assert_same, error_of, run_script, train
 from gymnasium.vector import AutoresetMode
 
-from so101_env import JOINTS, SO101Error, SO101ResidualVectorEnv, base_observation, load_model
-from so101_policies import Server, load_policy
+from so101.policies import load_policy
+from so101.server import Server
+from so101_env import RESIDUAL, SO101ResidualVectorEnv, base_observation, load_model
+from so101_sim.control import JOINTS
+from so101_sim.errors import SO101Error
+
+fake_server = pytest.importorskip("fake_server")  # needs pyzmq and msgpack
+HORIZON, FakeServer = fake_server.HORIZON, fake_server.FakeServer
 
 DIALECTS = ("n1.5", "n1.6", "main")
 DEG = Server(units="deg", image_size=(24, 32), server_timeout=0.5)
@@ -104,19 +108,19 @@ def test_a_correction_lasts_until_the_base_looks_again():
 
 
 FAULTS = {
-    "error": "get_action: the server says \"'video'\"",
-    "empty error": "get_action: an error without a text",
-    "no pair": "get_action: answers with dict instead of [action, info]",
+    "error": "get_action: the server reports \"'video'\"",
+    "empty error": "get_action: the server reports an error without a message",
+    "no pair": "get_action: the answer is a dict instead of [action, info]",
     "no gripper": "get_action: the answer lacks gripper, it has single_arm",
     "shape": "single_arm has shape (1, 16, 4) instead of (1, 8 or more, 5)",
     "short": "single_arm has shape (1, 3, 5) instead of (1, 8 or more, 5)",
     "nan": "single_arm has numbers that are not finite",
-    "text": "single_arm is no array of numbers",
-    "units": "they are not in deg; see --units",
+    "text": "single_arm is not an array of numbers",
+    "units": "they are not in deg; check --units",
     "slow": "get_action: no answer within 0.5 s; wait longer with --server-timeout",
-    "garbage": "get_action: answers with what is no message of a policy server",
-    "array bomb": "get_action: answers with what is no message of a policy server",
-    "pickled array": "get_action: answers with what is no message of a policy server",
+    "garbage": "get_action: the answer is not a message of a policy server",
+    "array bomb": "get_action: the answer is not a message of a policy server",
+    "pickled array": "get_action: the answer is not a message of a policy server",
     "dies": "get_action: the server has gone away; nothing answers there",
 }
 
@@ -137,20 +141,20 @@ def test_a_server_that_fails_says_why_and_moves_no_arm(fault):
 
 
 REFUSED = [
-    (dict(fault="pickle"), {}, "speaks the pickles of GR00T N1"),
-    (dict(config={}), {}, "does not say which cameras"),
-    (dict(config={"video": {"keys": []}}), {}, "in a way that no known release of GR00T does"),
+    (dict(fault="pickle"), {}, "answers with a pickle, as GR00T N1 does"),
+    (dict(config={}), {}, "does not report the cameras, states and actions"),
+    (dict(config={"video": {"keys": []}}), {}, "describes its policy in a format that is not one of GR00T"),
     (dict(token="secret"), {}, "Unauthorized: Invalid API token; set its token in the environment variable"),
     (dict(cameras=("front", "wrist")), {}, "say which camera front is, as in --cameras front=top wrist=wrist"),
     (
         {},
         dict(cameras=("side=top",)),
-        "--cameras side: its policy does not look through that, but through top and wrist",
+        "--cameras side: its policy does not see this camera; it sees top and wrist",
     ),
     ({}, dict(cameras=("top=roof",)), "--cameras roof: the scene has no such camera, it has top and wrist"),
     ({}, dict(chunk_steps=HORIZON + 1), f"--chunk-steps 17: its policy predicts {HORIZON} steps"),
-    ({}, dict(units=None), "say --units deg"),
-    (dict(deltas=(-9, 0)), {}, "looks at the steps [-9, 0]"),
+    ({}, dict(units=None), "pass --units deg"),
+    (dict(deltas=(-9, 0)), {}, "sees the steps [-9, 0]"),
 ]
 
 
@@ -164,7 +168,7 @@ def test_a_server_that_cannot_be_used_is_refused_at_the_start(server, options, m
 def test_a_server_that_announces_another_dialect_than_it_speaks():
     """Arrays in a form that it does not know arrive as maps: its policy's own words say so, and no arm moves."""
     with FakeServer("main") as other, FakeServer("n1.6", config=other.config) as server:
-        with pytest.raises(SO101Error, match="get_action: the server says .*AttributeError"):
+        with pytest.raises(SO101Error, match="get_action: the server reports .*AttributeError"):
             load_policy(server.spec, DEG)
 
 
@@ -250,7 +254,7 @@ def test_a_run_whose_server_dies_goes_on_as_if_it_had_not(tmp_path, monkeypatch)
         logs = tmp_path / f"logs{share}"
         with FakeServer(fault="dies", after=int(share * asked)) as server:
             flags = ["--base-policy", server.spec, "--log-dir", str(logs), *SERVER_FLAGS]
-            message = refusal(monkeypatch, script, *flags)
+            message = error_of(monkeypatch, script, *flags)
         assert message.startswith(f"--base-policy {server.spec}: ") and "has gone away" in message
         resume = message.split()[-1]
         assert resume.endswith("interrupted_model.pt") and f"--resume {resume}" in message
@@ -260,11 +264,13 @@ def test_a_run_whose_server_dies_goes_on_as_if_it_had_not(tmp_path, monkeypatch)
         assert resumed != broken
         for name in ("final_model.pt", "best_model/best_model.pt"):
             one, two = (torch.load(run / name, weights_only=True) for run in (whole, resumed))
-            assert one["global_step"] == two["global_step"] and one["finalists"] == two["finalists"]
+            assert one["global_step"] == two["global_step"] and one["recorder"] == two["recorder"]
             for key in one["agent"]:
                 assert torch.equal(one["agent"][key], two["agent"][key]), (share, name, key)
-            assert all(torch.equal(one["envs"][key], two["envs"][key]) for key in ("batch", "_obs", "_command"))
-            memories = [each["envs"]["base_memory"] for each in (one, two)]
+            states = [each["ranks"][0]["envs"] for each in (one, two)]
+            assert_same(states[0]["arms"], states[1]["arms"])
+            assert torch.equal(states[0]["_obs"], states[1]["_obs"])
+            memories = [state["base_memory"] for state in states]
             assert all(torch.equal(memories[0][key], memories[1][key]) for key in ("step", "targets"))
 
 
@@ -284,7 +290,7 @@ def test_evaluation_and_stacking_find_the_server_again(tmp_path, monkeypatch):
         stacked.base.reset, stacked.base.memory = lambda mask: None, {"step": np.arange(2)}
         stacked.reset(both)
         for _ in range(2):
-            own.append(stacked.act(obs.with_residual(np.full((2, 6), 0.1)), both))
+            own.append(stacked.act(obs.replace({RESIDUAL: np.full((2, 6), 0.1)}), both))
         np.testing.assert_allclose(asked, [np.full((2, 6), 0.1), 0.1 + own[0]])
         stacked.memory = {name: array.copy() for name, array in stacked.memory.items()}
         assert np.array_equal(stacked.residual, own[1]) and np.array_equal(stacked.base.memory["step"], np.arange(2))
@@ -297,11 +303,9 @@ def test_evaluation_and_stacking_find_the_server_again(tmp_path, monkeypatch):
         done = run_script("eval_so101.py", *flags, "--base-policy", server.spec)
     assert done.returncode == 2 and "put the old one back" in done.stderr and done.stderr.count("\n") == 1
     done = run_script("eval_so101.py", *flags, "--base-policy", "jacobian")
-    assert done.returncode == 2 and "--base-policy jacobian: the checkpoint of --model has its own" in done.stderr
+    assert done.returncode == 2 and "--base-policy jacobian: the model has its own" in done.stderr
     for given in (["--units", "norm"], ["--chunk-steps", "4"], ["--cameras", "top"]):
-        assert f"{given[0]}: the checkpoint of --model has its own" in refusal(
-            monkeypatch, "eval_so101.py", *flags, *given
-        )
+        assert f"{given[0]}: the model has its own" in error_of(monkeypatch, "eval_so101.py", *flags, *given)
 
 
 TINY_POLICY = """
@@ -373,8 +377,8 @@ def test_serve_lerobot(tmp_path, monkeypatch, module, name, options, horizon, st
     subprocess.run(made, check=True, capture_output=True)
     port, answers = 47000 + os.getpid() % 1000, []
     for _ in range(2):  # the second time after a restart
-        command = [python, str(ROOT / "serve_lerobot.py"), "--policy", str(tmp_path / "policy"), "--port", str(port)]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        command = [python, "-m", "so101.serve", "--model", str(tmp_path / "policy"), "--port", str(port)]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         try:
             assert "cameras top" in next(line for line in server.stdout if "steps a chunk" in line)
             envs = make_envs(f"server:127.0.0.1:{port}", Server(units="rad", image_size=(32,)))
@@ -396,15 +400,12 @@ def test_serve_lerobot(tmp_path, monkeypatch, module, name, options, horizon, st
     assert answers[0][0] == answers[1][0] and np.array_equal(answers[0][1], answers[1][1])
     assert len(np.unique(answers[0][1])) > len(JOINTS)
     shutil.rmtree(tmp_path / "policy")
-    refused = subprocess.run(command, capture_output=True, text=True)
+    refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert refused.returncode == 2 and "no config.json there" in refused.stderr.splitlines()[-1]
 
 
 def test_serve_lerobot_needs_no_lerobot_to_say_so(tmp_path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_text("{}")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "serve_lerobot.py"), "--policy", str(tmp_path), "--port", "47999"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = run_script("so101.serve", "--model", str(tmp_path), "--port", "47999")
     assert done.returncode == 2 and "run this in LeRobot's environment, see requirements-lerobot.txt" in done.stderr

@@ -227,15 +227,15 @@ def test_model_and_data_are_mujocos():
 
 
 def test_frames_for_people():
-    """Red pixels are the puck; the free camera sees it from the side, smaller."""
-    for options, shape in (({}, (480, 640, 3)), ({"width": 320, "height": 200, "camera_name": "top"}, (200, 320, 3))):
+    """Red pixels are the puck, from the side by default."""
+    for options in ({"width": 160, "height": 120}, {"width": 320, "height": 200, "camera_name": "top"}):
         env = SmallEnv(render_mode="rgb_array", **options)
         env.reset(seed=0)
         frame = env.render()
         env.close()
         r, g, b = (frame[..., channel].astype(int) for channel in range(3))
-        assert frame.shape == shape and frame.dtype == np.uint8
-        assert 50 < ((r > 120) & (g < 80) & (b < 80)).sum() < 0.1 * r.size
+        assert frame.shape == (options["height"], options["width"], 3) and frame.dtype == np.uint8
+        assert 20 < ((r > 120) & (g < 80) & (b < 80)).sum() < 0.1 * r.size
     assert SmallEnv().render() is None
     envs = SmallVectorEnv(2, render_mode="rgb_array", width=64, height=48)
     envs.reset(seed=0)
