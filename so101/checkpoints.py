@@ -140,8 +140,9 @@ def load_weights(module: nn.Module, state_dict: dict[str, torch.Tensor], path: s
         module.load_state_dict(state_dict)
     except RuntimeError as error:
         what = " ".join(str(error).split())[:200]
-        text = f"{path}: its weights do not fit {type(module).__name__} of {type(module).__module__}.py ({what})"
-        raise SO101Error(text) from error
+        kind = type(module)
+        script = f"{kind.__name__} of {kind.__module__.replace('.', '/')}.py"
+        raise SO101Error(f"{path}: its weights do not fit {script} ({what})") from error
 
 
 class Checkpoint(NamedTuple):

@@ -31,7 +31,7 @@ from so101.cli import check_flags, command_of, parse, run_script
 from so101.dataset import read_dataset, read_info, unit_of
 from so101.files import save_tensors, write_json
 from so101.networks import Features
-from so101.recorder import describe_run, new_run_dir
+from so101.run_dirs import describe_run, new_run_dir
 from so101_env import ACT_DIM, ACTION, ENVIRONMENT, STATE, BaseObservation, SO101Error
 from so101_sim.control import to_rad
 

@@ -29,7 +29,7 @@ from so101.checkpoints import CHECKPOINT, check_base, load_checkpoint, load_file
 from so101.extras import import_extra
 from so101.files import write_atomic
 from so101.policies import load_policy
-from so101.recorder import describe_run
+from so101.run_dirs import describe_run
 from so101_env import ACT_DIM, OBS, OBS_DIM, BaseObservation, SO101Error, SO101ResidualVectorEnv, Task
 
 METADATA, FORMAT = "so101", "so101 onnx 1"

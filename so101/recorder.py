@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
-import os
-import platform
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
@@ -31,9 +26,9 @@ from so101.distributed import RankError, World
 from so101.evaluation import VALIDATION_SEED, episode_mean, evaluate, no_residual, residual_to_base
 from so101.files import copy_file, save_tensors, write_atomic, write_json
 from so101.films import write_video
+from so101.run_dirs import ROOT, describe_run, new_run_dir, reason_for_new_dir, run_dir_of, stem_of
 from so101_env import BasePolicyError, SO101Error, SO101ResidualVectorEnv
 
-ROOT = Path(__file__).resolve().parent.parent
 RECENT = 100  # training episodes that the curves under rollout/ average over
 # tags of values that have another name in TensorBoard; all others keep theirs
 ROLLOUT_TAGS = {
@@ -386,12 +381,12 @@ class Recorder:
 
     def _model_name(self, step: int) -> str:
         """File name of the model after so many steps."""
-        return f"{_stem(self.script)}_{step}_steps.pt"
+        return f"{stem_of(self.script)}_{step}_steps.pt"
 
     def _find_finalists(self, finalists: list[dict[str, Any]]) -> None:
         """The best models of the resumed run, whose files must lie in its directory; prints which are missing."""
         for each in finalists:
-            path = _run_dir_of(self.run.resume) / "best_model" / self._model_name(each["step"])
+            path = run_dir_of(self.run.resume) / "best_model" / self._model_name(each["step"])
             if path.is_file():
                 self.finalists.append(each)
                 self.weights[each["step"]] = load_file(path, self.kind)["agent"]
@@ -404,8 +399,8 @@ class Recorder:
         name, log_dir = self.run.run_name, Path(self.run.log_dir)
         self.continued = False
         if self.run.resume:
-            old = _run_dir_of(self.run.resume)
-            reason = _why_not(old, self.global_step) or ("--run-name" if name else "")
+            old = run_dir_of(self.run.resume)
+            reason = reason_for_new_dir(old, self.global_step) or ("--run-name" if name else "")
             reason = reason or ("--log-dir" if log_dir != Path(Run.log_dir) else "")
             self.continued = not reason
             if self.continued:
@@ -414,23 +409,21 @@ class Recorder:
             name = name or old.name
             if not reason.startswith("--"):
                 self._say(f"{reason}; the resumed run gets a directory of its own")
-        name = name or f"{_stem(self.script)}_{time.strftime('%Y%m%d-%H%M%S')}_s{self.args.seed}"
+        name = name or f"{stem_of(self.script)}_{time.strftime('%Y%m%d-%H%M%S')}_s{self.args.seed}"
         run_dir = new_run_dir(log_dir, name, *subdirectories)
         if self.run.resume:  # the best one last
             for each in reversed(self.finalists):
                 model = self._model_name(each["step"])
                 for target in (model, "best_model.pt"):
-                    copy_file(_run_dir_of(self.run.resume) / "best_model" / model, run_dir / "best_model" / target)
+                    copy_file(run_dir_of(self.run.resume) / "best_model" / model, run_dir / "best_model" / target)
         return run_dir
 
     def _open_logs(self) -> None:
         """Open TensorBoard's event file, and write the configuration."""
         total = self.args.total_timesteps
         steps = f"from step {self.first_step} to {total}" if self.first_step else f"training for {total} steps"
-        num_envs, ranks = (
-            self.envs.num_envs * self.world.size,
-            f", {self.world.size} ranks" if self.world.size > 1 else "",
-        )
+        num_envs = self.envs.num_envs * self.world.size
+        ranks = f", {self.world.size} ranks" if self.world.size > 1 else ""
         base = f", base policy {self.args.base.base_policy}" if hasattr(self.args, "base") else ""
         self._say(f"{steps} in {num_envs} environments{ranks}{base}, seed {self.args.seed}")
         self._say(f"{'continuing in' if self.continued else 'everything goes to'} {self.run_dir}")
@@ -445,9 +438,8 @@ class Recorder:
 
         evaluations = self.run_dir / "eval_results" / "evaluations.jsonl"
         if self.continued and evaluations.is_file():  # what was evaluated after the checkpoint is evaluated again
-            lines = [
-                line for line in evaluations.read_text().splitlines() if json.loads(line)["step"] <= self.first_step
-            ]
+            lines = evaluations.read_text().splitlines()
+            lines = [line for line in lines if json.loads(line)["step"] <= self.first_step]
             write_atomic(evaluations, lambda temporary: temporary.write_text("".join(line + "\n" for line in lines)))
             self.result = json.loads(lines[-1]) if lines else None
         purge = self.first_step + 1 if self.continued else None
@@ -544,82 +536,6 @@ class Recorder:
         }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# run directories
-
-
-def new_run_dir(log_dir: Path, name: str, *subdirectories: str) -> Path:
-    """A new directory for a run. Raises SO101Error if log_dir cannot be written."""
-    for attempt in range(100):
-        run_dir = log_dir / (name + (f"_{attempt}" if attempt else ""))
-        try:
-            run_dir.mkdir(parents=True)
-            for each in subdirectories:
-                (run_dir / each).mkdir()
-            return run_dir
-        except FileExistsError:
-            if not log_dir.is_dir():
-                break
-        except OSError as error:
-            text = f"--log-dir {log_dir}: cannot be written ({error.strerror}); name another directory"
-            raise SO101Error(text) from error
-    raise SO101Error(f"--log-dir {log_dir}: is not a directory; name another one")
-
-
-def _run_dir_of(path: str) -> Path:
-    """The directory of the run that a checkpoint belongs to."""
-    parent = Path(path).parent
-    return parent.parent if parent.name in ("checkpoints", "best_model") else parent
-
-
-def _why_not(run_dir: Path, step: int) -> str:
-    """Why a run cannot go on in its own directory from a checkpoint of this step; "" if it can."""
-    if not (run_dir / "config.json").is_file():
-        return f"{run_dir} is not the directory of a run"
-    if (run_dir / "final_model.pt").exists():
-        return f"the run in {run_dir} is finished"
-    later = [path for path in run_dir.glob("checkpoints/*_steps.pt") if _step_of(path) > step]
-    if later or ((run_dir / "interrupted_model.pt").is_file() and _step_of(run_dir / "interrupted_model.pt") > step):
-        return f"the run in {run_dir} went further than step {step}"
-    return ""
-
-
-def _step_of(path: Path) -> int:
-    """Environment steps of a model file."""
-    with contextlib.suppress(ValueError):
-        return int(path.stem.removesuffix("_steps").rpartition("_")[2])
-    return torch.load(path, map_location="cpu", weights_only=True)["global_step"]
-
-
-def _stem(script: str) -> str:
-    """A script's name in the names of runs and models: ppo_residual, ppo_rgb, distill."""
-    return Path(script).stem.removesuffix("_so101")
-
-
 def _ranking(evaluation: dict[str, Any]) -> list[float]:
     """Sort key of evaluations: the best one has the highest."""
     return [evaluation[key] for key in (*BEST_BY, "step")]
-
-
-def describe_run(script: str, args: Any) -> dict[str, Any]:
-    """The content of config.json: script, arguments, commit, versions, machine."""
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
-        except FileNotFoundError:  # no git on this machine: the commit is unknown
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = status = None
-    if git("ls-files", "--error-unmatch", "so101_env.py"):  # else it is installed, perhaps within another repository
-        # reports of sweeps are not changes of the code
-        status = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmark/results")
-        commit = git("rev-parse", "HEAD")
-    return {
-        "script": script,
-        "args": dataclasses.asdict(args),
-        "git": {"commit": commit, "dirty": None if status is None else bool(status)},
-        "versions": {name: metadata.version(name) for name in ("torch", "mujoco", "gymnasium", "numpy")},
-        "machine": {"platform": platform.platform(), "python": sys.version.split()[0], "cpus": os.cpu_count()},
-    }

@@ -1,6 +1,7 @@
 """What people change first, each as a patch of a copy of the project: how little it takes, and that all of it works."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -130,6 +131,16 @@ def apply(patch: Patch, source: Path, target: Path) -> None:
     target.write_text(text)
 
 
+def hunks_of(diff: str) -> Patch:
+    """The hunks of a unified diff of one file."""
+    patch = []
+    for hunk in re.split(r"^@@.*\n", diff, flags=re.MULTILINE):
+        lines = [line for line in hunk.splitlines(keepends=True) if not line.startswith(("--- ", "+++ ", "diff "))]
+        old, new = ("".join(line[1:] or "\n" for line in lines if line[0] != other) for other in "+-")
+        patch += [(old, new)] if lines else []
+    return patch
+
+
 def run(directory: Path, *words: str, **env: str) -> str:
     """Run a command in a directory to its end and return what it printed. Other copies of the project are not found."""
     variables = environment(PATH=PYTHON_PATH, **{"PYTHONPATH": None, **env})
@@ -239,10 +250,9 @@ def test_one_more_logged_number_is_one_line(clone):
 def test_early_stopping_is_three_lines(clone):
     """A rollout is learned from once instead of eight times, because the divergence exceeds the tiny limit."""
     apply(EARLY_STOPPING, clone / "ppo_residual_so101.py", clone / "my_ppo.py")
-    steps = []
-    for script in ("ppo_residual_so101.py", "my_ppo.py"):
-        model = train_and_evaluate(clone, script)
-        steps.append({int(state["step"]) for state in load(model)["optimizer"]["state"].values()})
+    run(clone, "python", "ppo_residual_so101.py", *TINY.split(), "--run-name", "original")
+    models = clone / "logs" / "original" / "final_model.pt", train_and_evaluate(clone, "my_ppo.py")
+    steps = [{int(state["step"]) for state in load(model)["optimizer"]["state"].values()} for model in models]
     assert steps == [{3 * 8 * 2}, {3 * 2}]  # rollouts, passes, minibatches
 
 
@@ -272,6 +282,21 @@ def test_own_variant_of_the_task(clone):
     episodes = json.loads((clone / "result.json").read_text())["episode_list"]
     assert all(1.2 < episode["initial_yaw_error_rad"] < 1.9 for episode in episodes)
     assert any(episode["success"] and episode["final_yaw_error_rad"] > 1 for episode in episodes)
+
+
+@pytest.mark.slow
+def test_own_task_of_the_documentation(clone):
+    """The diff in docs/own_task.md turns a copy of the trainer into one for examples/push_cube_env.py."""
+    diffs = re.findall(r"^```diff\n(.*?)^```", (ROOT / "docs" / "own_task.md").read_text(), re.MULTILINE | re.DOTALL)
+    patch = [hunk for diff in diffs for hunk in hunks_of(diff)]
+    assert patch
+    apply(patch, clone / "ppo_residual_so101.py", clone / "my_cube.py")
+    assert "push_cube_env" in (clone / "my_cube.py").read_text()
+    model = train_and_evaluate(clone, "my_cube.py")
+    assert load(model)["script"] == "my_cube.py"
+    film = clone / "film.mp4"
+    run(clone, "python", "eval_so101.py", "--model", str(model), "--episodes", "1", "--video", str(film))
+    assert film.stat().st_size > 1000
 
 
 @pytest.mark.slow

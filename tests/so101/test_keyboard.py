@@ -19,6 +19,7 @@ from so101_env import (
     STATE,
     TAPE_CENTER_M,
     BasePolicyError,
+    SO101Error,
     SO101ResidualVectorEnv,
     Task,
     sheet_inside,
@@ -105,7 +106,7 @@ def test_what_is_no_arm_for_one_person_is_refused(policy, monkeypatch):
     with pytest.raises(BasePolicyError, match="1 environment at a time, not in 2; to train on it, record it"):
         SO101ResidualVectorEnv(2, policy)
     monkeypatch.setitem(sys.modules, "pygame", None)
-    with pytest.raises(BasePolicyError, match="pip install pygame"):
+    with pytest.raises(SO101Error, match=r'base policy keyboard needs pygame: pip install -e "\.\[teleop\]"'):
         load_policy("keyboard")
 
 

@@ -401,7 +401,7 @@ def test_serve_lerobot(tmp_path, monkeypatch, module, name, options, horizon, st
     assert len(np.unique(answers[0][1])) > len(JOINTS)
     shutil.rmtree(tmp_path / "policy")
     refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert refused.returncode == 2 and "no config.json there" in refused.stderr.splitlines()[-1]
+    assert refused.returncode == 2 and "has no config.json" in refused.stderr.splitlines()[-1]
 
 
 def test_serve_lerobot_needs_no_lerobot_to_say_so(tmp_path):

@@ -1,0 +1,91 @@
+"""Directories of training runs: where a run goes, and what config.json says about it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from so101_sim.errors import SO101Error
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def new_run_dir(log_dir: Path, name: str, *subdirectories: str) -> Path:
+    """A new directory for a run. Raises SO101Error if log_dir cannot be written."""
+    for attempt in range(100):
+        run_dir = log_dir / (name + (f"_{attempt}" if attempt else ""))
+        try:
+            run_dir.mkdir(parents=True)
+            for each in subdirectories:
+                (run_dir / each).mkdir()
+            return run_dir
+        except FileExistsError:
+            if not log_dir.is_dir():
+                break
+        except OSError as error:
+            text = f"--log-dir {log_dir}: cannot be written ({error.strerror}); name another directory"
+            raise SO101Error(text) from error
+    raise SO101Error(f"--log-dir {log_dir}: is not a directory; name another one")
+
+
+def run_dir_of(path: str) -> Path:
+    """The directory of the run that a checkpoint belongs to."""
+    parent = Path(path).parent
+    return parent.parent if parent.name in ("checkpoints", "best_model") else parent
+
+
+def reason_for_new_dir(run_dir: Path, step: int) -> str:
+    """Why a run cannot go on in its own directory from a checkpoint of this step; "" if it can."""
+    if not (run_dir / "config.json").is_file():
+        return f"{run_dir} is not the directory of a run"
+    if (run_dir / "final_model.pt").exists():
+        return f"the run in {run_dir} is finished"
+    later = [path for path in run_dir.glob("checkpoints/*_steps.pt") if step_of(path) > step]
+    if later or ((run_dir / "interrupted_model.pt").is_file() and step_of(run_dir / "interrupted_model.pt") > step):
+        return f"the run in {run_dir} went further than step {step}"
+    return ""
+
+
+def step_of(path: Path) -> int:
+    """Environment steps of a model file."""
+    with contextlib.suppress(ValueError):
+        return int(path.stem.removesuffix("_steps").rpartition("_")[2])
+    return torch.load(path, map_location="cpu", weights_only=True)["global_step"]
+
+
+def stem_of(script: str) -> str:
+    """A script's name in the names of runs and models: ppo_residual, ppo_rgb, distill."""
+    return Path(script).stem.removesuffix("_so101")
+
+
+def describe_run(script: str, args: Any) -> dict[str, Any]:
+    """The content of config.json: script, arguments, commit, versions, machine."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        except FileNotFoundError:  # no git on this machine: the commit is unknown
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = status = None
+    if git("ls-files", "--error-unmatch", "so101_env.py"):  # else it is installed, perhaps within another repository
+        # reports of sweeps are not changes of the code
+        status = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmark/results")
+        commit = git("rev-parse", "HEAD")
+    return {
+        "script": script,
+        "args": dataclasses.asdict(args),
+        "git": {"commit": commit, "dirty": None if status is None else bool(status)},
+        "versions": {name: metadata.version(name) for name in ("torch", "mujoco", "gymnasium", "numpy")},
+        "machine": {"platform": platform.platform(), "python": sys.version.split()[0], "cpus": os.cpu_count()},
+    }
