@@ -33,7 +33,9 @@ from so101.networks import CONTACT, EXPECTED_YAW, SHEET_TO_TIP, Features
 from so101.policies import load_policy
 from so101.recorder import Recorder, Run
 from so101.server import Server
-from so101_env import ACT_DIM, BASE_DELTA, MAX_EPISODE_STEPS, SO101Error, SO101ResidualVectorEnv, Task
+from so101_env import BASE_DELTA, MAX_EPISODE_STEPS, SO101ResidualVectorEnv, Task
+from so101_sim.control import ACT_DIM
+from so101_sim.errors import SO101Error
 
 SCRIPT = Path(__file__).name
 LOG_2PI = float(np.log(2 * np.pi))
@@ -141,8 +143,6 @@ def check_args(args: Args) -> None:
             f"--minibatch-size {args.ppo.minibatch_size} exceeds a rollout of num_envs * num_steps = {samples} "
             "samples: lower it or raise --num-steps"
         )
-    if args.task.full_randomization and not args.task.randomize:
-        raise SO101Error("--full-randomization contradicts --no-randomize: drop one of them")
     if args.base.observe_base and args.base.base_policy == "zero":
         raise SO101Error("--observe-base needs a base policy: name one with --base-policy")
 

@@ -104,10 +104,11 @@ class Task:
     }  # fmt: skip
 
     def randomization(self) -> DomainRandomization:
-        """The ranges that randomize and full_randomization stand for."""
-        if not self.randomize:
-            return DomainRandomization.nominal()
-        return DomainRandomization.full() if self.full_randomization else DomainRandomization()
+        """The ranges that randomize and full_randomization stand for. Raises SO101Error if they contradict."""
+        if self.full_randomization and not self.randomize:
+            raise SO101Error("--full-randomization contradicts --no-randomize: drop one of them")
+        ranges = DomainRandomization
+        return ranges.full() if self.full_randomization else ranges() if self.randomize else ranges.nominal()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -425,8 +426,7 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
         shaping_gamma: discount of the potential-based shaping, the learner's own; None: no shaping.
         observe: "state"; or "pixels": the observation is a dict of what a real arm has, pixels_CAMERA (N, H, W, 3)
             uint8 for each camera, and state (N, 15) float32, the parts of MEASURED.
-        observe_base: append the base policy's joint deltas (6, rad) to the observation, which then has 31 numbers, or
-            to state.
+        observe_base: append the base policy's joint deltas (6, rad) to the observation, or to its state.
         visuals: ranges of visual randomisation; None: those of PaperVisuals if the task asks for it.
         num_threads: physics threads; None uses every core, at most one per environment. No result depends on it.
         options: cameras, image_size, render_mode, width, height, camera_name and autoreset_mode of ArmVectorEnv, and

@@ -88,6 +88,9 @@ OWN_REWARD_IN_PLACE: Patch = [
 ]
 # another task: the sheet starts turned by a quarter, one more number is observed, success is to be near and level
 TASK = """
+from so101_env import OBSERVATION
+from so101_sim.vector import Part
+
 
 class MyEnv(SO101ResidualVectorEnv):
     parts = OBSERVATION | {"quarter_turns": Part(("quarter_turns",), 0.0, 1.0, -1)}
@@ -104,7 +107,6 @@ class MyEnv(SO101ResidualVectorEnv):
 """
 OWN_TASK: Patch = [
     ("LOG_2PI = float(np.log(2 * np.pi))\n", "LOG_2PI = float(np.log(2 * np.pi))\n" + TASK),
-    ("from so101_env import ACT_DIM,", "from so101_env import OBSERVATION, Part\nfrom so101_env import ACT_DIM,"),
     ("parts = SO101ResidualVectorEnv.parts |", "parts = MyEnv.parts |"),
     ("    return SO101ResidualVectorEnv(\n        num_envs,", "    return MyEnv(\n        num_envs,"),
 ]
