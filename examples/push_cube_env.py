@@ -20,8 +20,8 @@ SUCCESS_M, SUCCESS_STEPS = 0.015, 5  # success: this close to the spot in so man
 START_M = (0.05, 0.10)  # distance of the cube from the spot at the start, in any direction
 PAN_AXIS_M, REACH_M = np.array([0.0388353, 0.0]), 0.39  # no finger gets behind a cube farther from the pan axis
 PAIRS, FRICTION = ("cube_table", "fixed_finger_cube", "moving_finger_cube"), 0.2  # randomised by this fraction
-# gripper down and closed, the fingers side by side; their tips are over the spot, 12 mm above the table
-HOME_RAD = np.array([-0.012, 0.402, -0.125, 1.296, 1.617, -0.1])
+# gripper down and closed, both fingers in the arm's plane of symmetry, their tips over the spot and 12 mm up
+HOME_RAD = np.array([0.0, 0.372, -0.079, 1.242, 0.047, -0.1])
 PUSH_M, PUSH_HEIGHT_M = 0.042, 0.019  # the tip pushes from this far behind the cube's centre, and at this height
 SHAPING_PER_M = 100.0  # potential per m that tip and cube still have to go
 
@@ -33,7 +33,6 @@ OBSERVATION = {
     "tip": Part(("tip.x", "tip.y", "tip.z"), SPOT_M, (0.1, 0.1, 0.02), XYZ_MIRROR),  # m, midway between the fingertips
     "cube": Part(("cube.x", "cube.y", "cube.z"), SPOT_M, (0.1, 0.1, 0.02), XYZ_MIRROR),  # m
     "spot_minus_cube": Part(("spot_minus_cube.x", "spot_minus_cube.y"), 0.0, 0.1, (1, -1)),  # m
-    "turn": Part(("turn.cos", "turn.sin"), 0.0, 1.0, (1, -1)),  # 4 times the yaw: a cube has four equal sides
     # where the tip is around the cube: distance, m, and angle, 0 if the cube is between tip and spot
     "around": Part(("around.distance", "around.cos", "around.sin"), (PUSH_M, 0, 0), (0.02, 1, 1), (1, 1, -1)),
 }
@@ -47,7 +46,8 @@ class Task:
     """joint delta in rad per control step of an action of 1"""
     randomize: bool = True
     """randomise the friction of table and fingers in every episode"""
-    RANGES = {"step_rad": (1e-6, 1.0)}  # without a type, so that it is no flag
+
+    RANGES = {"step_rad": (1e-6, 1.0)}  # no type hint: not a field, so not a flag
 
 
 class PushCubeVectorEnv(ArmVectorEnv):
@@ -55,7 +55,7 @@ class PushCubeVectorEnv(ArmVectorEnv):
 
     parts, metrics, base_policy = OBSERVATION, ("distance_m",), None
     goal_xy_m, goal_half_m = SPOT_M[:2], (SUCCESS_M, SUCCESS_M)
-    _STATE = (*ArmVectorEnv._STATE, "_streak", "_return", "_size", "_phi")
+    _STATE = (*ArmVectorEnv._STATE, "_streak", "_return", "_norms", "_phi")
 
     def __init__(
         self, num_envs=8, base_policy=None, task=None, max_episode_steps=MAX_EPISODE_STEPS, shaping_gamma=None,
@@ -71,8 +71,8 @@ class PushCubeVectorEnv(ArmVectorEnv):
         super().__init__(arms, max_episode_steps, **options)
         self._tips = [model.geom(name).id for name in ("fixed_finger_col", "moving_finger_col")]
         self._pairs = [model.pair(name).id for name in PAIRS]  # by name: the compiler sorts them
-        # of the episode: consecutive steps at the spot, return, sum of the actions' norms; and the present potential
-        self._streak, self._return, self._size, self._phi = np.zeros((4, num_envs))
+        # consecutive steps at the spot, return and sum of action norms of the episode so far; potential of the state
+        self._streak, self._return, self._norms, self._phi = np.zeros((4, num_envs))
 
     def draw_qpos(self, rng):
         """Start positions (13,): the cube at a random place around the spot, turned by a random angle."""
@@ -87,20 +87,20 @@ class PushCubeVectorEnv(ArmVectorEnv):
 
     def scene(self):
         """The true state now, (N, ...) each: the parts of the observation, and how far tip and cube have to go."""
-        arms, cube, (w, _, _, z) = self.arms, self.arms.qpos[:, 6:9], self.arms.qpos[:, 9:].T
-        tip, turn = arms.geom_xpos_m[:, self._tips].mean(1), 8 * np.arctan2(z, w)
+        arms, cube = self.arms, self.arms.qpos[:, 6:9]
+        tip = arms.geom_xpos_m[:, self._tips].mean(1)
         away, behind = (each[:, 0] + 1j * each[:, 1] for each in (tip - cube, cube - SPOT_M))  # as complex numbers
         distance, angle = np.abs(away), np.angle(away * behind.conj())
         around = [distance - PUSH_M, PUSH_M * angle, np.maximum(tip[:, 2] - PUSH_HEIGHT_M, 0.0)]
         return {
             "joint_pos": arms.joints_rad, "joint_vel": arms.joint_vel, "tip": tip, "cube": cube,
-            "spot_minus_cube": (SPOT_M - cube)[:, :2], "turn": np.column_stack([np.cos(turn), np.sin(turn)]),
+            "spot_minus_cube": (SPOT_M - cube)[:, :2],
             "around": np.column_stack([distance, np.cos(angle), np.sin(angle)]),
             "way_m": np.abs(around).sum(0), "distance_m": np.linalg.norm(cube - SPOT_M, axis=1),
         }  # fmt: skip
 
     def observe(self, mask, scene):
-        """Observations (N, 25)."""
+        """Observations (N, 23)."""
         return np.column_stack([scene[part] for part in OBSERVATION])
 
     def joint_targets(self, action, active):
@@ -125,7 +125,7 @@ class PushCubeVectorEnv(ArmVectorEnv):
         success, failure = active & (self._streak >= SUCCESS_STEPS), active & (broken | far)
         terms, terminated = self.reward_terms(scene, success, failure), success | failure
         self._return += sum(terms.values()) * active
-        self._size += np.linalg.norm(action, axis=1) * active
+        self._norms += np.linalg.norm(action, axis=1) * active
         before, self._phi = self._phi, self.potential(scene)
         if self.shaping_gamma is not None:  # zero at terminal states: only then is the optimal policy unchanged
             terms["shaping"] = self.shaping_gamma * self._phi * ~terminated - before
@@ -141,10 +141,10 @@ class PushCubeVectorEnv(ArmVectorEnv):
     def describe(self, scene):
         """The info that describes the state and the episode so far."""
         summary = {"return": self._return.copy(), "length": self.steps}
-        summary |= {"residual_magnitude": self._size / np.maximum(self._steps, 1)}
+        summary |= {"residual_magnitude": self._norms / np.maximum(self._steps, 1)}
         return {"distance_m": scene["distance_m"], "episode_summary": summary}
 
     def begin(self, ids, scene):
         """Forget the last episodes of the environments ids."""
-        self._streak[ids] = self._return[ids] = self._size[ids] = 0.0
+        self._streak[ids] = self._return[ids] = self._norms[ids] = 0.0
         self._phi[ids] = self.potential(scene)[ids]

@@ -8,17 +8,21 @@ from gymnasium.vector import AutoresetMode
 from examples.push_cube_env import HOME_RAD, SPOT_M, SUCCESS_STEPS, PushCubeVectorEnv, Task
 from so101_sim.control import ACT_DIM
 from so101_sim.errors import SO101Error
-from so101_sim.vector import ArmEnv
+from so101_sim.vector import ArmEnv, slices
 
 
 class PushCubeEnv(ArmEnv):
     vector_env = PushCubeVectorEnv
 
 
-def start(x_m: float, y_m: float, n: int = 1, **options) -> PushCubeVectorEnv:
-    """Environments with their cubes at rest at one place."""
-    envs = PushCubeVectorEnv(n, autoreset_mode=AutoresetMode.DISABLED, **options)
-    envs.reset(seed=0, options={"qpos": np.tile([*HOME_RAD, x_m, y_m, SPOT_M[2], 1.0, 0.0, 0.0, 0.0], (n, 1))})
+WHERE = slices(PushCubeVectorEnv.parts)
+RAISED_RAD = HOME_RAD + [0.0, -0.4, 0.0, 0.0, 0.0, 0.0]  # the fingers 10 cm above the table
+
+
+def start(x_m: float, y_m: float, joints_rad: np.ndarray = HOME_RAD) -> PushCubeVectorEnv:
+    """One environment with arm and cube at rest."""
+    envs = PushCubeVectorEnv(1, autoreset_mode=AutoresetMode.DISABLED)
+    envs.reset(seed=0, options={"qpos": np.array([[*joints_rad, x_m, y_m, SPOT_M[2], 1.0, 0.0, 0.0, 0.0]])})
     return envs
 
 
@@ -30,24 +34,18 @@ def test_gymnasium_check_env():
 def test_an_arm_that_rests_moves_nothing_and_never_succeeds():
     envs = PushCubeVectorEnv(20, max_episode_steps=100, shaping_gamma=0.98, autoreset_mode=AutoresetMode.DISABLED)
     first, info = envs.reset(seed=0)
-    assert len(np.unique(first[:, envs_slice("cube")][:, 0])) == 20 and not info["is_success"].any()
+    assert len(np.unique(first[:, WHERE["cube"]][:, 0])) == 20 and not info["is_success"].any()
     for _ in range(100):
         obs, reward, terminated, truncated, info = envs.step(np.zeros((20, ACT_DIM)))
         assert not terminated.any()
         np.testing.assert_allclose(reward, sum(info["reward_terms"].values()), atol=1e-12)
     assert truncated.all() and info["episode_summary"]["length"].tolist() == [100] * 20
     assert np.abs(obs[:, :6] - first[:, :6]).max() < 3e-3
-    assert np.abs((obs - first)[:, envs_slice("cube")]).max() < 1e-3
-
-
-def envs_slice(part: str) -> slice:
-    from so101_sim.vector import slices
-
-    return slices(PushCubeVectorEnv.parts)[part]
+    assert np.abs((obs - first)[:, WHERE["cube"]]).max() < 1e-3
 
 
 def test_success_takes_consecutive_steps_at_the_spot():
-    envs = start(SPOT_M[0] + 0.005, SPOT_M[1] - 0.005)
+    envs = start(SPOT_M[0] + 0.005, SPOT_M[1] - 0.005, RAISED_RAD)
     for _ in range(SUCCESS_STEPS - 1):
         assert not envs.step(np.zeros((1, ACT_DIM)))[2].any()
     _, _, terminated, _, info = envs.step(np.zeros((1, ACT_DIM)))
@@ -62,14 +60,26 @@ def test_a_cube_out_of_reach_is_a_costly_failure():
 
 
 def test_the_arm_pushes_the_cube():
-    """Shoulder and elbow sweep the closed gripper against a cube to the left of it."""
+    """The shoulder turns, and the fingers push a cube that lies to their left."""
     envs = start(SPOT_M[0], 0.05)
-    action = np.zeros((1, ACT_DIM))
-    action[0, 1], action[0, 0] = 0.15, 1.0
-    before = envs.qpos[0, 6:8].copy()
     for _ in range(40):
-        envs.step(action)
-    assert np.linalg.norm(envs.qpos[0, 6:8] - before) > 0.01
+        envs.step(np.array([[-1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]))
+    moved = envs.qpos[0, 6:9] - [SPOT_M[0], 0.05, SPOT_M[2]]
+    assert moved[1] > 0.02 and abs(moved[2]) < 1e-3
+
+
+def test_observation_against_mujoco():
+    envs = start(SPOT_M[0], 0.05)
+    for _ in range(40):
+        obs = envs.step(np.array([[-1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]))[0][0]
+    data = envs.arms.batch.get_data(0)
+    cube, tips = data.qpos[6:9], [data.geom(name).xpos for name in ("fixed_finger_col", "moving_finger_col")]
+    parts = {name: obs[where] for name, where in WHERE.items()}
+    np.testing.assert_allclose(parts["joint_pos"], data.qpos[:6], atol=1e-6)
+    np.testing.assert_allclose(parts["joint_vel"], data.qvel[:6], atol=1e-6)
+    np.testing.assert_allclose(parts["cube"], cube, atol=1e-6)
+    np.testing.assert_allclose(parts["spot_minus_cube"], (SPOT_M - cube)[:2], atol=1e-6)
+    np.testing.assert_allclose(parts["tip"], np.mean(tips, axis=0), atol=1e-6)
 
 
 def test_friction_is_randomised_unless_it_is_switched_off():

@@ -133,14 +133,19 @@ def apply(patch: Patch, source: Path, target: Path) -> None:
     target.write_text(text)
 
 
-def hunks_of(diff: str) -> Patch:
-    """The hunks of a unified diff of one file."""
-    patch = []
-    for hunk in re.split(r"^@@.*\n", diff, flags=re.MULTILINE):
-        lines = [line for line in hunk.splitlines(keepends=True) if not line.startswith(("--- ", "+++ ", "diff "))]
-        old, new = ("".join(line[1:] or "\n" for line in lines if line[0] != other) for other in "+-")
-        patch += [(old, new)] if lines else []
-    return patch
+def replacements_of(diff: str) -> Patch:
+    """The changes of a diff of one file, with or without @@ lines and context."""
+    changes: list[list[str]] = [[]]
+    for line in diff.splitlines(keepends=True):
+        if line.startswith("@@") or (line[0] == "-" and changes[-1] and changes[-1][-1][0] == "+"):
+            changes.append([])
+        if not line.startswith(("@@", "--- ", "+++ ", "diff ")):
+            changes[-1].append(line)
+    return [
+        ("".join(line[1:] for line in change if line[0] != "+"), "".join(line[1:] for line in change if line[0] != "-"))
+        for change in changes
+        if change
+    ]
 
 
 def run(directory: Path, *words: str, **env: str) -> str:
@@ -290,15 +295,15 @@ def test_own_variant_of_the_task(clone):
 def test_own_task_of_the_documentation(clone):
     """The diff in docs/own_task.md turns a copy of the trainer into one for examples/push_cube_env.py."""
     diffs = re.findall(r"^```diff\n(.*?)^```", (ROOT / "docs" / "own_task.md").read_text(), re.MULTILINE | re.DOTALL)
-    patch = [hunk for diff in diffs for hunk in hunks_of(diff)]
+    patch = [change for diff in diffs for change in replacements_of(diff)]
     assert patch
-    apply(patch, clone / "ppo_residual_so101.py", clone / "my_cube.py")
-    assert "push_cube_env" in (clone / "my_cube.py").read_text()
-    model = train_and_evaluate(clone, "my_cube.py")
-    assert load(model)["script"] == "my_cube.py"
-    film = clone / "film.mp4"
-    run(clone, "python", "eval_so101.py", "--model", str(model), "--episodes", "1", "--video", str(film))
-    assert film.stat().st_size > 1000
+    apply(patch, clone / "ppo_residual_so101.py", clone / "ppo_push_cube.py")
+    model = train_and_evaluate(clone, "ppo_push_cube.py")
+    assert load(model)["script"] == "ppo_push_cube.py"
+    assert "initial_distance_m" in json.loads((clone / "result.json").read_text())["episode_list"][0]
+    outputs = ("--video", "cube.mp4", "--plot", "cube.png")
+    run(clone, "python", "eval_so101.py", "--model", str(model), "--episodes", "2", "--video-episodes", "1", *outputs)
+    assert all((clone / name).stat().st_size > 1000 for name in ("cube.mp4", "cube.png"))
 
 
 @pytest.mark.slow

@@ -192,6 +192,7 @@ def test_artefacts(run):
     assert (run / "final_model.pt").stat().st_size < 1e6
 
 
+@pytest.mark.slow
 def test_every_resume_equals_the_uninterrupted_run_whatever_the_threads(run, teacher, tmp_path):
     """Its pictures are drawn again, with the noise that they had."""
     again = distil(tmp_path, "--model", teacher, "--num-threads", "1", *TINY)
@@ -203,6 +204,7 @@ def test_every_resume_equals_the_uninterrupted_run_whatever_the_threads(run, tea
     assert_same(load(resumed / "final_model.pt")["agent"], load(run / "final_model.pt")["agent"])
 
 
+@pytest.mark.slow
 def test_a_student_is_evaluated_beside_its_teacher_filmed_and_recorded(run, tmp_path):
     flags = ["--model", str(run / "final_model.pt"), "--episodes", "2"]
     result, film, demos = tmp_path / "result.json", tmp_path / "film.gif", tmp_path / "demos"
@@ -232,6 +234,7 @@ def test_a_student_is_evaluated_beside_its_teacher_filmed_and_recorded(run, tmp_
     assert done.returncode == 0 and (demos / "meta" / "info.json").is_file(), done.stderr
 
 
+@pytest.mark.slow
 def test_a_student_can_be_corrected(run, tmp_path):
     """As a base policy it does what it does alone, to the bit, until a residual is learned; and the run resumes."""
     spec = f"checkpoint:{run / 'final_model.pt'}"
@@ -325,6 +328,7 @@ class Flaky(JacobianPolicy):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [60, 370])
 def test_a_base_policy_that_fails_loses_nothing(calls, tmp_path, monkeypatch):
     """Whether in a rollout or, later, in an evaluation: what is resumed equals the run in which it did not fail."""

@@ -112,6 +112,7 @@ def test_first_update_against_the_formulas(small):
     assert metrics["position_error_m"] == pytest.approx(np.linalg.norm(off[:, :2], axis=1).mean(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_every_resume_equals_the_uninterrupted_run_whatever_the_threads(run, tmp_path):
     again = train(tmp_path, "--num-threads", "1", *TINY, script=SCRIPT)
     keys = ("agent", "optimizer", "ranks", "global_step", "recorder")
@@ -127,6 +128,7 @@ def test_every_resume_equals_the_uninterrupted_run_whatever_the_threads(run, tmp
     )
 
 
+@pytest.mark.slow
 def test_an_agent_that_sees_is_evaluated_filmed_and_can_be_corrected(run, tmp_path):
     """As a base policy it does what it does as an agent."""
     model, result = str(run / "final_model.pt"), tmp_path / "result.json"

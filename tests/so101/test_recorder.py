@@ -146,7 +146,9 @@ def test_what_is_printed_fits_80_columns_and_works_from_here(tmp_path):
     assert evaluated.returncode == 0 and "logs/mine/best_model/best_model.pt" in evaluated.stdout, evaluated.stderr
 
 
-@pytest.mark.parametrize("budget", [1, 7, 1003])
+@pytest.mark.parametrize(
+    "budget", [pytest.param(1, marks=pytest.mark.slow), 7, pytest.param(1003, marks=pytest.mark.slow)]
+)
 def test_any_budget_runs_and_is_not_exceeded(tmp_path, budget):
     run_dir = train(tmp_path, "--total-timesteps", str(budget), "--eval-episodes", "2")
     steps = json.loads((run_dir / "training_summary.json").read_text())["total_timesteps"]
@@ -164,6 +166,7 @@ def test_same_seed_same_weights_whatever_the_threads(small_run, tmp_path):
 # -- stopping and going on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base_policy", ["zero", "jacobian"])
 def test_every_resume_equals_the_uninterrupted_run(small_run, tmp_path, base_policy):
     """From every checkpoint there is, the best model and those of an evaluation's own step included."""
@@ -205,7 +208,9 @@ def interrupt(log_dir: Path, flags: list[str], when: Callable[[Path], bool], sig
     return run, stdout
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGINT, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGTERM, signal.SIGHUP))]
+)
 def test_interrupted_run_resumes_exactly(tmp_path, signum):
     flags = SMALL.replace("--total-timesteps 3000", "--total-timesteps 9000").split()
     run, stdout = interrupt(tmp_path / "a", flags, lambda run: any((run / "checkpoints").glob("*.pt")), signum)
@@ -217,6 +222,7 @@ def test_interrupted_run_resumes_exactly(tmp_path, signum):
     assert_equal_best_models(resumed, straight)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_in_its_directory(tmp_path):
     """Where it stopped: one series of curves and evaluations, and the same name; elsewhere it says why not."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -252,6 +258,7 @@ def test_a_lone_checkpoint_can_be_resumed(small_run, tmp_path):
         assert_same(states[0][key], states[1][key], key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file, step", [("config.json", 0), ("eval_results/evaluations.jsonl", 6400)])
 def test_a_run_interrupted_in_its_first_evaluation_or_last_rollout(tmp_path, file, step):
     """The evaluation at step 0, and the only rollout with the evaluation after it, take seconds each."""
@@ -271,6 +278,7 @@ def test_a_run_interrupted_in_its_first_evaluation_or_last_rollout(tmp_path, fil
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last_word, trained", [(b"/", False), (b"success", True)])
 def test_a_closed_terminal_stops_the_run_where_it_can_be_resumed(tmp_path, last_word, trained):
     """As `2>&1 | head -c 1` does."""
@@ -325,6 +333,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path):
     assert not demos.exists() and not result.exists()
 
 
+@pytest.mark.slow
 def test_kill_leaves_only_loadable_checkpoints(tmp_path):
     flags = "--total-timesteps 100000 --num-envs 2 --num-steps 32 --minibatch-size 32 --checkpoint-every 64 "
     flags += "--update-epochs 1 --eval-every 0"
@@ -346,6 +355,7 @@ def test_kill_leaves_only_loadable_checkpoints(tmp_path):
 # -- films
 
 
+@pytest.mark.slow
 def test_capture_video_films_every_evaluation(tmp_path):
     import imageio.v3 as iio
 

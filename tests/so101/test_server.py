@@ -244,6 +244,7 @@ def test_a_restarted_server_must_be_the_same(change):
 SERVER_FLAGS = ["--units", "deg", "--image-size", "16", "--server-timeout", "1", "--num-threads", "1", *SMALL.split()]
 
 
+@pytest.mark.slow
 def test_a_run_whose_server_dies_goes_on_as_if_it_had_not(tmp_path, monkeypatch):
     """In a rollout, and in an evaluation: weights, the best model included, are those of a run without the fault."""
     script = "ppo_residual_so101.py"

@@ -1,0 +1,1 @@
+"""Example tasks that are built on so101_sim."""
