@@ -224,7 +224,7 @@ class SimulatedRobot(Robot):
 
     def _ask(self, word: str, value: Any = None, timeout_s: float | None = None) -> Any:
         """Send a request and return its answer."""
-        timeout_s = timeout_s or ANSWER_S
+        timeout_s = max(timeout_s or 0.0, ANSWER_S)
         try:
             self.pipe.send((word, value))
             if not self.pipe.poll(timeout_s):
