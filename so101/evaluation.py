@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 
 from so101_sim.control import ACT_DIM, JOINTS
 from so101_sim.geometry import wrap_angle
@@ -125,6 +124,8 @@ def residual_to_base(episodes: list[dict[str, Any]]) -> dict[str, float]:
 
 def wilson(successes: int, count: int) -> list[float]:
     """95 % Wilson interval of a success rate."""
+    from scipy.stats import binomtest  # half a second to import, which training does not need
+
     interval = binomtest(successes, count).proportion_ci(0.95, method="wilson")
     return [float(interval.low), float(interval.high)]
 
