@@ -29,6 +29,7 @@ from so101.evaluation import BLOCK, TEST_SEED, evaluate, no_residual, residual_t
 from so101.files import write_json
 from so101.films import HOLD_S, plot, write_video
 from so101.subject import Loaded, Subject, parse_subject
+from so101.trust import Trust
 from so101_env import SO101Error
 from so101_sim.vector import ArmVectorEnv
 from so101_sim.viewer import Viewer, check_display
@@ -82,11 +83,11 @@ def check_args(args: EvalArgs) -> None:
             raise SO101Error(f"--render-mode human: {error}") from error
 
 
-def export(model: str, path: str) -> None:
+def export(model: str, path: str, trust: Trust) -> None:
     """Write a checkpoint as an ONNX file."""
     from so101.onnx import CHECKED_OBSERVATIONS, export_onnx
 
-    made = export_onnx(model, Path(path))
+    made = export_onnx(model, Path(path), trust)
     print(f"{model} ({made['global_step']} steps, base policy {made['base_policy']}) exported to {path}")
     print(f"largest difference on {CHECKED_OBSERVATIONS} observations: {made['difference']:.1g}")
     print(f"evaluate: {command_of('eval_so101.py')} --model {path}")
@@ -156,7 +157,7 @@ def main() -> int:
     args, loaded, task = parse_subject(EvalArgs, __doc__)
     torch.set_num_threads(1)
     if args.export:
-        export(args.subject.model, args.export)
+        export(args.subject.model, args.export, args.subject.server.trust)
         return 0
     envs = loaded.make_envs(min(args.episodes, BATCH), task)
     if args.video:
@@ -178,12 +179,7 @@ def main() -> int:
         columns[loaded.other + spec] = base
         if corrects or loaded.make_others:
             films = {loaded.other: alone[: args.video_episodes], **films}
-    print(describe(loaded, args, task, len(episodes)))
-    print_table(columns)
     ratios = residual_to_base(episodes) if loaded.kind == "agent" else {}
-    if ratios:
-        print("residual to base, per joint  " + "  ".join(f"{joint} {ratio:.2f}" for joint, ratio in ratios.items()))
-
     if args.json:
         listed = [{k: v for k, v in episode.items() if not isinstance(v, np.ndarray)} for episode in episodes]
         result = {
@@ -200,6 +196,10 @@ def main() -> int:
             "episode_list": listed,
         }
         write_json(Path(args.json), result)
+    print(describe(loaded, args, task, len(episodes)))
+    print_table(columns)
+    if ratios:
+        print("residual to base, per joint  " + "  ".join(f"{joint} {ratio:.2f}" for joint, ratio in ratios.items()))
     if args.plot:
         plot(envs, episodes, args.subject.model or f"base policy {loaded.base_policy}", Path(args.plot))
     if args.video:

@@ -91,7 +91,7 @@ NAME=lerobot_act_50k SEEDS="2 3 4 5 6" RUNS="$RUNS/50k" bash benchmark/ppo_resid
 NAME=lerobot_act_200k SEEDS="2 3" RUNS="$RUNS/200k" bash benchmark/ppo_residual_so101.sh "${residual[@]}" \
   --total-timesteps 200000 --eval-every 50000
 
-record "$RUNS/corrected_demos" --model "$(echo "$RUNS"/200k/seed_2/*/final_model.pt)"
+record "$RUNS/corrected_demos" --model "$(echo "$RUNS"/200k/seed_2/*/final_model.pt)" --allow "${base[1]}"
 train_act "$RUNS/corrected_demos" "$RUNS/corrected_act"
 serve "$RUNS/corrected_act"
 evaluate "$RUNS/corrected_act_alone.json"

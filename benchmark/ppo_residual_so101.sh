@@ -28,8 +28,13 @@ export BASE RUNS=${RUNS:-logs/benchmark/$NAME} OUT=${OUT-benchmark/results/$NAME
 mkdir -p "$RUNS"
 
 run_seed() {
-  local seed=$1 dir=$RUNS/seed_$1 run command=(python "$SCRIPT")
+  local seed=$1 dir=$RUNS/seed_$1 run command=(python "$SCRIPT") word before=""
+  local allow=(--allow "$(basename "$SCRIPT")") # the evaluation may use the script and the base policy of this command
   shift
+  for word in "$@"; do
+    [ "$before" != --base-policy ] || allow+=("$word")
+    before=$word
+  done
   [[ $SCRIPT != so101/* ]] || command=(python -m "so101.$(basename "$SCRIPT" .py)")
   if [ ! -e "$dir/best_model.json" ]; then # the last file to be written
     rm -rf "$dir"
@@ -38,9 +43,9 @@ run_seed() {
       "${command[@]}" --seed "$seed" --log-dir "$dir" --num-threads 1 "$@" &&
         run=$(dirname "$dir"/*/final_model.pt) &&
         python eval_so101.py --model "$run/final_model.pt" --episodes "$EPISODES" "$BASE" --num-threads 1 \
-          --json "$dir/final_model.json" &&
+          --json "$dir/final_model.json" "${allow[@]}" &&
         python eval_so101.py --model "$run/best_model/best_model.pt" --episodes "$EPISODES" --no-base --num-threads 1 \
-          --json "$dir/best_model.json"
+          --json "$dir/best_model.json" "${allow[@]}"
     } > "$dir/log.txt" 2>&1; then
       echo "$NAME: seed $seed FAILED, see $dir/log.txt"
       tail -n 1 "$dir/log.txt"
@@ -60,5 +65,5 @@ if ! tr -s ' ' '\n' <<< "$SEEDS" | xargs -P "$JOBS" -I{} bash -c 'run_seed "$@"'
   exit 1
 fi
 if [ -n "$OUT" ]; then
-  python benchmark/report.py --runs "$RUNS" --out "$OUT" --name "$NAME"
+  python benchmark/report.py --runs "$RUNS" --out "$OUT" --name "$NAME" --allow "$(basename "$SCRIPT")"
 fi

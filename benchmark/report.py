@@ -8,6 +8,7 @@ benchmark/ppo_residual_so101.sh makes the runs, and calls this script.
 import dataclasses
 import json
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from so101.checkpoints import load_script
 from so101.cli import flag_of, flat_settings, parse, run_script
 from so101.files import write_json
+from so101.trust import Trust
 from so101_env import SO101Error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +45,8 @@ class Args:
     """name of the sweep, for titles (default: the last part of --runs)"""
     against: tuple[str, ...] = ()
     """directories of other sweeps to plot on the same axes"""
+    allow: tuple[str, ...] = ()
+    """your own training script, which is loaded for its defaults, as in --allow my_ppo.py"""
 
 
 def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -124,7 +128,7 @@ def success_by_distance(seeds: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 def settings(seed: dict[str, Any]) -> dict[str, Any]:
     """The arguments that all seeds of a sweep have in common."""
-    own = ("seed", "log_dir", "run_name", "num_threads")
+    own = ("seed", "log_dir", "run_name", "num_threads", "allow", "allow_remote", "send_token")
     return {key: value for key, value in flat_settings(seed["config"]["args"]).items() if key not in own}
 
 
@@ -167,11 +171,11 @@ def plot(sweeps: dict[str, list[dict[str, Any]]], path: Path) -> None:
     plt.close(figure)
 
 
-def describe(script: str, args: dict[str, Any]) -> str:
+def describe(script: types.ModuleType, args: dict[str, Any]) -> str:
     """The command line of a training script for these arguments, without those that have their default value."""
-    own = (ROOT / "so101" / script).is_file()
-    words = [f"python -m so101.{Path(script).stem}" if own else f"python {script}"]
-    for name, default in flat_settings(dataclasses.asdict(load_script(script).Args())).items():
+    path = Path(script.__file__)
+    words = [f"python -m so101.{path.stem}" if path.parent == ROOT / "so101" else f"python {path.name}"]
+    for name, default in flat_settings(dataclasses.asdict(script.Args())).items():
         default, value = list(default) if isinstance(default, tuple) else default, args.get(name, default)
         if value == default:
             continue
@@ -182,7 +186,7 @@ def describe(script: str, args: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def summarize(seeds: list[dict[str, Any]], name: str) -> dict[str, Any]:
+def summarize(seeds: list[dict[str, Any]], name: str, trust: Trust) -> dict[str, Any]:
     """The content of results.json: the sweep as a whole, and a row for each seed."""
     rows = []
     for seed in seeds:
@@ -198,7 +202,8 @@ def summarize(seeds: list[dict[str, Any]], name: str) -> dict[str, Any]:
         row |= {"wall_time_s": seed["summary"]["wall_time_s"], "cpu_time_s": seed["summary"]["cpu_time_s"]}
         rows.append(row)
     final = np.array([row["final_success"] for row in rows])
-    command = describe(seeds[0]["config"]["script"], settings(seeds[0]))
+    config = seeds[0]["config"]
+    command = describe(load_script(config["script"], "config.json", trust), settings(seeds[0]))
     commits = sorted({f"{s['config']['git']['commit']}{'+' * bool(s['config']['git']['dirty'])}" for s in seeds})
     return {
         "name": name,
@@ -289,7 +294,7 @@ def main() -> int:
     name, out = args.name or Path(args.runs).name, Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
-    results = summarize(seeds, name)
+    results = summarize(seeds, name, Trust(args.allow))
     write_json(out / "results.json", results)
     (out / "results.md").write_text(markdown(results))
     plot({name: seeds} | {Path(each).name: read_sweep(each) for each in args.against}, out / "learning_curves.png")

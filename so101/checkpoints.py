@@ -1,4 +1,4 @@
-"""Policy files: their formats, and loading them through the script that wrote them."""
+"""Policy files: their formats, and loading them through the script that wrote them. See docs/security.md."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import dataclasses
 import hashlib
 import importlib
 import importlib.util
+import io
+import math
 import re
 import sys
 import types
 import typing
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,27 +21,31 @@ import torch
 import torch.nn as nn
 
 from so101.base import BasePolicy
-from so101_sim.errors import SO101Error
+from so101.files import has_checksum
+from so101.trust import OWN_SCRIPTS, Trust
+from so101_sim.errors import SO101Error, check_ranges
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # what every file of a kind holds; `script` reads `args` into its own Args
 SCHEMAS: dict[str, dict[str, Any]] = {
-    "so101 checkpoint 9": {
+    "so101 checkpoint 10": {
         "script": str, "args": dict, "agent": dict, "optimizer": dict, "ranks": list, "num_envs": int,
         "global_step": int, "base_fingerprint": str, "recorder": dict,
     },
-    "so101 clone 4": {"script": str, "args": dict, "agent": dict},
-    "so101 student 3": {
+    "so101 clone 5": {"script": str, "args": dict, "agent": dict},
+    "so101 student 4": {
         "script": str, "args": dict, "task": dict, "base": dict, "base_fingerprint": str, "teacher_fingerprint": str,
         "global_step": int, "agent": dict, "training": (dict, type(None)), "recorder": dict,
     },
 }  # fmt: skip
 CHECKPOINT, CLONE, STUDENT = SCHEMAS
+ADAM_KEYS = {"step", "exp_avg", "exp_avg_sq"}
+MAX_COUNT = 10**12  # of steps and environments in a file
 
 
 def load_file(path: str | Path, *kinds: str) -> dict[str, Any]:
-    """Read a policy file; check its checksums, its keys, and that its weights are finite.
+    """Read a policy file; check its checksum, its keys and types, and that its numbers are finite.
 
     Args:
         path: the file.
@@ -53,43 +58,92 @@ def load_file(path: str | Path, *kinds: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise SO101Error(f"{path}: no such file")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not check the checksums
-        saved = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile and torch raise many types for a damaged file
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise SO101Error(f"{path}: cannot be read ({error.strerror})") from error
+    whole = has_checksum(content)
+    try:
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a damaged file, and for one that would run code
         text = f"{path}: not a readable {noun}, perhaps truncated ({type(error).__name__}); take another one"
         raise SO101Error(text) from error
-    if damaged:
-        raise SO101Error(f"{path}: damaged, the checksum of {damaged} is wrong; take another {noun}")
     if not isinstance(saved, dict) or saved.get("format") not in kinds:
         found = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
         known = " or ".join(map(repr, kinds))
         raise SO101Error(f"{path}: not a {noun} of this version, which reads {known}; the file says {found!r}")
-    kind = saved["format"]
-    for key, expected in SCHEMAS[kind].items():
-        if not isinstance(saved.get(key, ...), expected):
-            raise SO101Error(f"{path}: {key} is missing or of a wrong type; take another {noun}")
-    for name, tensor in saved["agent"].items():
-        if not isinstance(tensor, torch.Tensor) or not torch.isfinite(tensor).all():
-            raise SO101Error(f"{path}: weight {name} is not finite; take another {noun}")
+    if not whole:
+        raise SO101Error(f"{path}: damaged, its checksum is wrong or missing; take another {noun}")
+    try:
+        _check_content(saved, SCHEMAS[saved["format"]])
+    except ValueError as error:
+        raise SO101Error(f"{path}: {error}; take another {noun}") from error
     return saved
 
 
-def load_script(name: str, path: str | Path = "") -> types.ModuleType:
-    """The script called name as a module, from beside so101_env.py, the working directory, or so101/.
+def _check_content(saved: dict[Any, Any], schema: dict[str, Any]) -> None:
+    """Raise ValueError for keys and types other than the schema's, and for numbers that are not finite."""
+    if unknown := [key for key in saved if key not in schema and key != "format"]:
+        raise ValueError(f"{unknown[0]!r} is unknown")
+    for key, expected in schema.items():
+        value = saved.get(key, ...)
+        if not isinstance(value, expected) or isinstance(value, bool):
+            raise ValueError(f"{key} is missing or of a wrong type")
+        if isinstance(value, int) and not 0 <= value <= MAX_COUNT:
+            raise ValueError(f"{key} is {value}")
+        _check_finite(value, key)
+    for name, tensor in saved["agent"].items():
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float32:
+            raise ValueError(f"weight {name} is not a tensor of floats")
 
-    path is the file that names it, for the message. Raises SO101Error if there is no such script.
+
+def _check_finite(value: Any, name: str) -> None:
+    """Raise ValueError for a number within a nested value that is not finite, or for a type that no file has."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if key != "base_memory":  # a policy may remember that it knows nothing: NaN
+                _check_finite(item, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            _check_finite(item, f"{name}[{i}]")
+    elif isinstance(value, torch.Tensor):
+        if value.layout != torch.strided or value.is_quantized or not torch.isfinite(value).all():
+            raise ValueError(f"{name} is not finite")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is not finite")
+    elif not isinstance(value, (str, int, type(None))):
+        raise ValueError(f"{name} is a {type(value).__name__}")
+
+
+def load_script(name: str, path: str | Path = "", trust: Trust | None = None) -> types.ModuleType:
+    """The script called name as a module: the one that runs, or one beside so101_env.py, in so101/ or where we are.
+
+    Args:
+        name: file name of the script.
+        path: the policy file that names it, if one does. Then it must be a script of this project, run, or be allowed.
+        trust: the permissions for that.
+
+    Raises:
+        SO101Error: there is no such script, or it is not allowed.
     """
     where = f"{path}: written by {name}, which" if path else f"script {name}:"
-    places = [ROOT, Path.cwd(), ROOT / "so101"]
+    if not re.fullmatch(r"[A-Za-z_]\w*\.py", name):
+        raise SO101Error(f"{where} is not the name of a script")
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    if main and Path(main).name == name:
+        return sys.modules["__main__"]
+    if path:
+        (trust or Trust()).check_script(name, path)
+    own_places, cwd = [ROOT, ROOT / "so101"], Path.cwd()
+    places = own_places if name in OWN_SCRIPTS else [ROOT, cwd, ROOT / "so101"]
     script = next((place / name for place in places if (place / name).is_file()), None)
-    if not re.fullmatch(r"[A-Za-z_]\w*\.py", name) or script is None:
+    if script is None:
         raise SO101Error(f"{where} is not beside so101_env.py, in the working directory or in so101/; put it back")
     script, own = script.resolve(), script.parent == ROOT / "so101"
     module_name = f"so101.{script.stem}" if own else script.stem
-    for module in (sys.modules["__main__"], sys.modules.get(module_name)):  # it runs, or has been loaded
-        if getattr(module, "__file__", None) and Path(module.__file__).resolve() == script:
-            return module
+    module = sys.modules.get(module_name)
+    if getattr(module, "__file__", None) and Path(module.__file__).resolve() == script:
+        return module  # it has been loaded
     if own:
         return importlib.import_module(module_name)
     spec = importlib.util.spec_from_file_location(module_name, script)
@@ -119,8 +173,13 @@ def restore_settings(cls: type, values: Any, path: str | Path) -> Any:
             value = restore_settings(hint, value, path)
         elif not _is_a(value, hint):
             raise SO101Error(f"{path}: its setting {name} is {value!r}, which {script} cannot use")
-        restored[name] = value
-    return cls(**restored)
+        restored[name] = float(value) if hint is float else value
+    settings = cls(**restored)
+    try:
+        check_ranges(settings, getattr(cls, "RANGES", {}))
+    except SO101Error as error:
+        raise SO101Error(f"{path}: its setting {error}") from error
+    return settings
 
 
 def _is_a(value: Any, hint: Any) -> bool:
@@ -169,22 +228,38 @@ def check_base(saved: dict[str, Any], spec: str, base_policy: BasePolicy | None,
         )
 
 
-def load_checkpoint(path: str | Path, saved: dict[str, Any] | None = None) -> Checkpoint:
-    """Read a checkpoint through the script that wrote it; saved is the content of path if it has been read.
+def load_checkpoint(path: str | Path, saved: dict[str, Any] | None = None, trust: Trust | None = None) -> Checkpoint:
+    """Read a checkpoint through the script that wrote it.
 
-    Raises SO101Error, naming what is wrong with it.
+    Args:
+        path: the checkpoint.
+        saved: its content, if it has been read.
+        trust: the permissions of the person who runs the command.
+
+    Raises:
+        SO101Error: names what is wrong with it, or what it names without permission.
     """
     saved = saved or load_file(path, CHECKPOINT)
-    script = load_script(saved["script"], path)
+    script = load_script(saved["script"], path, trust)
     for name in ("Args", "Agent", "make_envs", "check_args"):
         if not hasattr(script, name):
             raise SO101Error(f"{path}: written by {saved['script']}, which has no {name}; use the script that wrote it")
-    return Checkpoint(saved, script, restore_args(script.Args, script.check_args, saved["args"], path))
+    return Checkpoint(saved, script, restore_args(script.Args, script.check_args, saved["args"], path, trust))
 
 
-def restore_args(cls: type, check_args: Callable[[Any], None], values: Any, path: str | Path) -> Any:
-    """A script's arguments from the plain values in a file, checked. Raises SO101Error, naming the file."""
-    args = restore_settings(cls, values, path)
+def restore_args(
+    cls: type, check_args: Callable[[Any], None], values: Any, path: str | Path, trust: Trust | None = None
+) -> Any:
+    """A script's arguments from the plain values in a file, checked; the permissions are those of the person.
+
+    Raises SO101Error, naming the file.
+    """
+    args, trust = restore_settings(cls, values, path), trust or Trust()
+    if hasattr(args, "base"):
+        spec, server = trust.spec(args.base.base_policy, path), dataclasses.replace(args.base.server, trust=trust)
+        args.base = dataclasses.replace(args.base, base_policy=spec, server=server)
+    if hasattr(args, "trust"):
+        args.trust = trust
     try:
         check_args(args)
     except SO101Error as error:
@@ -205,13 +280,29 @@ def restoring(path: str | Path) -> Iterator[None]:
     """Report whatever goes wrong while a run's state is restored from path as SO101Error."""
     try:
         yield
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise SO101Error(f"{path}: cannot be continued ({error}); resume another checkpoint") from error
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Load an optimiser's state. Raises ValueError if its shapes are not those of the parameters."""
-    optimizer.load_state_dict(state_dict)
+    """Load the moments and learning rates of Adam or AdamW; all other settings are those of the optimiser.
+
+    Raises ValueError if they are not those of the parameters.
+    """
+    own, saved = optimizer.state_dict(), state_dict["param_groups"]
+    if len(saved) != len(own["param_groups"]):
+        raise ValueError("the optimiser has other groups of parameters")
+    for group, given in zip(own["param_groups"], saved):
+        if type(given["lr"]) is not float or not 0 <= given["lr"] <= 10:
+            raise ValueError(f"the optimiser's learning rate is {given['lr']}")
+        group["lr"] = given["lr"]
+    optimizer.load_state_dict({"state": state_dict["state"], "param_groups": own["param_groups"]})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if optimizer.state and optimizer.state.keys() != {each for each in parameters if each.requires_grad}:
+        raise ValueError("the optimiser's state is not that of these parameters")
     for parameter, state in optimizer.state.items():
-        if any(state[key].shape != parameter.shape for key in ("exp_avg", "exp_avg_sq")):
+        moments, step = [state[key] for key in ("exp_avg", "exp_avg_sq")], state["step"]
+        if any(moment.shape != parameter.shape for moment in moments) or step.shape or state.keys() - ADAM_KEYS:
             raise ValueError("the optimiser's state has other shapes")
+        if (moments[1] < 0).any() or not 0 <= step <= MAX_COUNT or step != step.round():
+            raise ValueError("the optimiser's state is impossible")

@@ -18,6 +18,7 @@ import tyro
 from so101.checkpoints import load_file, restore_args
 from so101.distributed import RankError, is_launched, is_main
 from so101.files import DISK_ERRORS, disk_error
+from so101.trust import trust_of
 from so101_env import SO101ResidualVectorEnv, camera_names
 from so101_sim.errors import SO101Error, check_ranges
 
@@ -52,6 +53,9 @@ USUAL_NAMES = {
 def run_script(main: Callable[[], int]) -> int:
     """Run a script's main; returns its exit code. A user error or a full disk is one line and exit code 2."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # started with its descriptor closed
+            setattr(sys, name, open(os.devnull, "w"))
     try:
         code = main()
         sys.stdout.flush()  # here, where a closed pipe is caught
@@ -67,8 +71,12 @@ def run_script(main: Callable[[], int]) -> int:
         message = disk_error(error.filename or "a file", error)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except Stop as stop:
+        return 128 + stop.signum
     if is_main() or isinstance(message, RankError):
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        text = "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(message))  # one line, as it is
+        with contextlib.suppress(OSError):  # nobody can read it
+            print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr, flush=True)
     return 2
 
 
@@ -77,6 +85,46 @@ def silence_output() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.dup2(null, sys.stderr.fileno())
+
+
+class Stop(BaseException):
+    """A signal has asked the script to stop; `signum` says which."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
+
+
+class Stoppable:
+    """A `with` block that Ctrl+C, SIGTERM and a closed terminal end by raising Stop.
+
+    After `finishing` was called the first signal is only kept in `signum`, so that what has been done is still written.
+    A second signal raises Stop in any case.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.signum, self._finishing = 0, False
+
+    def __enter__(self) -> Stoppable:
+        self._handlers = {each: signal.signal(each, self._on_signal) for each in self.SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+
+    def finishing(self) -> None:
+        """From now on, what has been done is written."""
+        self._finishing = True
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        first, self.signum = not self.signum, signum
+        if signum == signal.SIGHUP:
+            silence_output()
+        if not (first and self._finishing):
+            raise Stop(signum)
 
 
 def command_of(script: str) -> str:
@@ -134,6 +182,7 @@ def _field_names(settings: Any) -> list[str]:
 # lets the learning rate fall more slowly.
 RESUMABLE = {
     "resume", "log_dir", "run_name", "num_threads", "total_timesteps", "track", "wandb_project_name", "capture_video",
+    "allow", "allow_remote", "send_token",
 }  # fmt: skip
 
 
@@ -160,14 +209,14 @@ def parse_run(
     saved = load_file(path, kind)
     if saved["script"] != script:
         raise SO101Error(f"--resume {path}: written by {saved['script']}; resume it with that script")
-    then = restore_args(cls, check_args, saved["args"], path)
+    named = args.base.base_policy if hasattr(args, "base") else None
+    then = restore_args(cls, check_args, saved["args"], path, trust_of(args).also(named))
     own = {field.name: field.default for field in dataclasses.fields(then.run) if field.name in RESUMABLE}
     then.run = dataclasses.replace(then.run, **own)
     args = parse(cls, description, default=then)
     before, after = flat_settings(dataclasses.asdict(then)), flat_settings(dataclasses.asdict(args))
     for name, new in after.items():
-        moved = name == "base_policy" and all(str(each[name]).startswith("server:") for each in (before, after))
-        if new != before[name] and name not in RESUMABLE and not moved:  # a server may listen elsewhere now
+        if new != before[name] and name not in RESUMABLE:
             raise SO101Error(f"{flag_of(name)} {new}: {path} was trained with {before[name]}; drop the flag")
     if args.total_timesteps < saved["global_step"]:
         raise SO101Error(f"--total-timesteps {args.total_timesteps}: {path} has {saved['global_step']} steps already")

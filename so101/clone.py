@@ -26,7 +26,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from so101.base import BasePolicy, flat_observation, follow_chunks, new_chunks
-from so101.checkpoints import CLONE, hash_weights, load_weights, restore_settings
+from so101.checkpoints import CLONE, hash_weights, load_weights, restore_args
 from so101.cli import check_flags, command_of, parse, run_script
 from so101.dataset import read_dataset, read_info, unit_of
 from so101.files import save_tensors, write_json
@@ -100,7 +100,7 @@ class Clone(nn.Module):
         for layer, gain in ((0, np.sqrt(2)), (2, np.sqrt(2)), (5, 0.01)):
             nn.init.orthogonal_(self.actor[layer].weight, gain)
             nn.init.zeros_(self.actor[layer].bias)
-        self.register_buffer("motion_scale_rad", torch.ones(ACT_DIM))
+        self.motion_scale_rad = nn.Parameter(torch.ones(ACT_DIM), requires_grad=False)  # measured, not learned
 
     def get_motion(self, x: torch.Tensor) -> torch.Tensor:
         """Motions (B, chunk, 6) in units of motion_scale_rad, for features (B, views, F)."""
@@ -125,10 +125,11 @@ class ClonePolicy(BasePolicy):
     """
 
     def __init__(self, saved: dict[str, Any], path: str):
-        args = restore_settings(Args, saved["args"], path)
-        check_args(args)
+        args = restore_args(Args, check_args, saved["args"], path)
         self.clone = Clone(args.hidden_size, args.chunk_size)
         load_weights(self.clone, saved["agent"], path)
+        if not (self.clone.motion_scale_rad > 0).all():
+            raise SO101Error(f"{path}: motion_scale_rad must be positive; take another clone")
         self.fingerprint, self.memory = hash_weights(saved["agent"]), {}
 
     def reset(self, mask: np.ndarray) -> None:
@@ -203,7 +204,7 @@ def main() -> int:
 
     writer, start = SummaryWriter(str(run_dir / "tensorboard")), time.perf_counter()
     valid_loss = float("nan")
-    for step in (bar := tqdm(range(1, args.train_steps + 1), unit="step", dynamic_ncols=True)):
+    for step in (bar := tqdm(range(1, args.train_steps + 1), unit="step", dynamic_ncols=True, disable=None)):
         rows = torch.randint(len(obs), (args.batch_size,), generator=generator)
         loss = (clone.get_motion(x[rows]) - target[rows]).square().mean()
         optimizer.zero_grad()

@@ -35,6 +35,7 @@ from so101.checkpoints import (
     check_base,
     hash_weights,
     load_weights,
+    restore_args,
     restore_optimizer,
     restore_settings,
     restoring,
@@ -47,6 +48,7 @@ from so101.networks import MEASURED_DIM, POSE_SCALE, SheetFinder, scaled_pose
 from so101.policies import CheckpointPolicy, load_policy
 from so101.recorder import Recorder, Run
 from so101.server import Server
+from so101.trust import Trust
 from so101_env import (
     ACT_DIM,
     COMMAND,
@@ -122,6 +124,7 @@ class Args:
     """environment steps in all; never exceeded. All pictures are kept in memory: 28 kB a step"""
     networks: Networks = dataclasses.field(default_factory=Networks)
     dagger: DAgger = dataclasses.field(default_factory=DAgger)
+    trust: Trust = dataclasses.field(default_factory=Trust)
     run: Run = dataclasses.field(default_factory=lambda: Run(eval_episodes=32))
 
 
@@ -224,11 +227,14 @@ class StudentPolicy(StackedPolicy):
         return base + residual
 
 
-def load_student(saved: dict[str, Any], path: str) -> StudentPolicy:
-    """The student in the content of path, read by load_file. Raises SO101Error if it does not fit."""
-    args, base = restore_settings(Args, saved["args"], path), restore_settings(Base, saved["base"], path)
-    check_args(args)
-    student, base_policy = Student(args.networks), load_policy(base.base_policy, base.server)
+def load_student(saved: dict[str, Any], path: str, trust: Trust) -> StudentPolicy:
+    """The student in the content of path, read by load_file.
+
+    Raises SO101Error if it does not fit, or its base policy is not allowed.
+    """
+    args, base = restore_args(Args, check_args, saved["args"], path), restore_settings(Base, saved["base"], path)
+    server = dataclasses.replace(base.server, trust=trust)
+    student, base_policy = Student(args.networks), load_policy(trust.spec(base.base_policy, path), server)
     check_base(saved, base.base_policy, base_policy, path)
     load_weights(student, saved["agent"], path)
     policy = StudentPolicy(student, base_policy, args.networks, restore_settings(Task, saved["task"], path))
@@ -236,12 +242,15 @@ def load_student(saved: dict[str, Any], path: str) -> StudentPolicy:
     return policy
 
 
-def load_teacher(saved: dict[str, Any], path: str) -> CheckpointPolicy:
-    """The teacher of the student in the content of path, read by load_file. Raises SO101Error if it is missing."""
+def load_teacher(saved: dict[str, Any], path: str, trust: Trust) -> CheckpointPolicy:
+    """The teacher of the student in the content of path, read by load_file.
+
+    Raises SO101Error if it is missing, or what it needs is not allowed.
+    """
     teacher = restore_settings(Args, saved["args"], path).model
     if not Path(teacher).is_file():
         raise SO101Error(f"{path}: its teacher, {teacher}, is missing; evaluate without it: --no-base")
-    policy = CheckpointPolicy(teacher)
+    policy = CheckpointPolicy(teacher, trust=trust)
     if policy.fingerprint != saved["teacher_fingerprint"]:
         raise SO101Error(f"{path}: its teacher, {teacher}, has other weights now; evaluate without it: --no-base")
     return policy
@@ -313,7 +322,9 @@ class Samples:
             if count > len(array):
                 raise SO101Error(f"samples: {count} are more than {len(array)} steps")
             array[:count] = saved
-        for start in tqdm(range(0, count, 256), "rendering the samples", unit="batch", dynamic_ncols=True, leave=False):
+        for start in tqdm(
+            range(0, count, 256), "rendering the samples", unit="batch", dynamic_ncols=True, disable=None, leave=False
+        ):
             part = slice(start, min(start + 256, count))
             facts = (self.rows[name][part] for name in ("look_seed", "steps"))
             qpos, look_seed, steps = self.rows["qpos"][part], *facts
@@ -420,7 +431,7 @@ def main() -> int:
     args, saved = parse_run(Args, __doc__, SCRIPT, STUDENT, check_args, one_rank=True)
     if saved and saved["training"] is None:
         raise SO101Error(f"--resume {args.run.resume}: is finished; there is nothing to continue")
-    teacher = CheckpointPolicy(args.model)
+    teacher = CheckpointPolicy(args.model, trust=args.trust)
     generator = World().seed(args.seed)  # of minibatches; after the teacher, whose networks draw random weights, too
     pool = ThreadPoolExecutor(SHARDS, initializer=torch.set_num_threads, initargs=(1,))
     task = dataclasses.replace(teacher.args.task, visual_randomization=args.visual_randomization)
@@ -448,7 +459,7 @@ def main() -> int:
             teacher_success = float(training["teacher_success"])
     else:
         envs.reset(seed=training_seeds(args.seed, num_envs))
-        teacher_success = success_of(CheckpointPolicy(args.model), args, task)
+        teacher_success = success_of(CheckpointPolicy(args.model, trust=args.trust), args, task)
 
     def checkpoint() -> dict[str, Any]:
         """What a resumed run needs: the mirror of the lines above; of a finished run, what acting needs."""

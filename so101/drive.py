@@ -369,7 +369,7 @@ def main() -> int:
         load_model(task.tape_margin), task.firmware_p, BACKLASH_RAD, LATENCY_S, max_speed_rad_s=args.max_speed
     )
     loop, episodes = Loop(robot, policy, controller, Clock(), args.dry_run), []
-    bar = tqdm(total=args.episodes, unit="episode", dynamic_ncols=True, delay=1e-3, disable=args.episodes == 1)
+    bar = tqdm(total=args.episodes, unit="episode", dynamic_ncols=True, delay=1e-3, disable=args.episodes == 1 or None)
     try:
         for number in range(args.episodes):
             controller.reset()

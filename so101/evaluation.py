@@ -28,6 +28,7 @@ def evaluate(
     seeds: list[int],
     trace: bool = False,
     qpos: np.ndarray | None = None,
+    done: list[dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """One episode per seed, batched; envs have DISABLED autoreset.
 
@@ -36,6 +37,7 @@ def evaluate(
         trace: keep every state as "qpos" (length + 1, nq), including the start, every observation "obs" (length, D),
             the joint targets commanded then, "command" (length, 6), rad, and "look_seed", see camera_images.
         qpos: (num_envs, nq) start positions instead of drawn ones.
+        done: a list to add the episodes to. If anything is raised, it has those that were complete.
 
     Returns:
         A dict per seed, in order: seed, success, return, length, residual_magnitude, failure ("", "non_finite" or
@@ -44,7 +46,7 @@ def evaluate(
         pose also estimate_error_m and estimate_error_rad, means over the steps with an estimate, and estimates, the
         number of these steps. Fewer than the seeds if a person who is the base policy quits.
     """
-    episodes: list[dict[str, Any]] = []
+    episodes: list[dict[str, Any]] = [] if done is None else done
     for start in range(0, len(seeds), envs.num_envs):
         chunk = seeds[start : start + envs.num_envs]
         mask = np.arange(envs.num_envs) < len(chunk)
@@ -56,48 +58,51 @@ def evaluate(
         deltas = np.zeros((2, envs.num_envs, ACT_DIM))  # sums of the joint deltas of base and residual, rad
         misses = np.zeros((3, envs.num_envs))  # sums of the estimate's errors, m and rad; number of estimates
         look_seed = envs.look_seed
-        while running.any():
-            if envs.base_policy is not None and envs.base_policy.quit:
-                return episodes
-            action, before = act(obs), envs.qpos
-            if trace:
-                observations.append(envs.full_observation)
-            obs, _, terminated, truncated, infos = envs.step(action)
-            if trace:
-                states.append(envs.qpos)
-                commands.append(envs.command)
-            if envs.base_policy is not None:
-                residual_delta = envs.task.alpha * envs.task.act_scale * np.clip(action, -1, 1)
-                deltas += np.abs([infos["base_delta_rad"], residual_delta])
-            if (estimate := getattr(envs.base_policy, "estimate", None)) is not None:
-                seen, (x, y, yaw) = running & np.isfinite(estimate).all(1), before[:, [6, 7, 9]].T
-                off = np.hypot(estimate[:, 0] - x, estimate[:, 1] - y), wrap_angle(estimate[:, 2] - yaw)
-                misses[:, seen] += np.abs([*off, np.ones(len(seen))])[:, seen]
-            for i in np.flatnonzero(running & (terminated | truncated)):
-                running[i] = False
-                summary = {key: values[i] for key, values in infos["episode_summary"].items()}
-                results[i] = {
-                    "seed": chunk[i],
-                    "success": bool(infos["is_success"][i]),
-                    "return": float(summary["return"]),
-                    "length": int(summary["length"]),
-                    "residual_magnitude": float(summary["residual_magnitude"]),
-                    "failure": next((k for k in ("non_finite", "out_of_reach") if infos[k][i]), ""),
-                    **{name: float(values[i]) for name, values in initial.items()},
-                    **{f"final_{name}": float(infos[name][i]) for name in envs.metrics},
-                }
-                if envs.base_policy is not None:
-                    means = deltas[:, i] / results[i]["length"]
-                    results[i] |= {"base_delta_rad": means[0].tolist(), "residual_delta_rad": means[1].tolist()}
-                if estimate is not None:
-                    names, count = ("estimate_error_m", "estimate_error_rad"), max(misses[2, i], 1.0)
-                    results[i] |= {name: float(sums[i] / count) for name, sums in zip(names, misses)}
-                    results[i]["estimates"] = int(misses[2, i])
+        try:
+            while running.any():
+                if envs.base_policy is not None and envs.base_policy.quit:
+                    return episodes
+                action, before = act(obs), envs.qpos
                 if trace:
-                    trajectories = {"qpos": states, "obs": observations, "command": commands}
-                    results[i] |= {key: np.array([row[i] for row in rows]) for key, rows in trajectories.items()}
-                    results[i]["look_seed"] = int(look_seed[i])
-        episodes += results
+                    observations.append(envs.full_observation)
+                obs, _, terminated, truncated, infos = envs.step(action)
+                if trace:
+                    states.append(envs.qpos)
+                    commands.append(envs.command)
+                if envs.base_policy is not None:
+                    residual_delta = envs.task.alpha * envs.task.act_scale * np.clip(action, -1, 1)
+                    deltas += np.abs([infos["base_delta_rad"], residual_delta])
+                if (estimate := getattr(envs.base_policy, "estimate", None)) is not None:
+                    seen, (x, y, yaw) = running & np.isfinite(estimate).all(1), before[:, [6, 7, 9]].T
+                    off = np.hypot(estimate[:, 0] - x, estimate[:, 1] - y), wrap_angle(estimate[:, 2] - yaw)
+                    misses[:, seen] += np.abs([*off, np.ones(len(seen))])[:, seen]
+                for i in np.flatnonzero(running & (terminated | truncated)):
+                    running[i] = False
+                    summary = {key: values[i] for key, values in infos["episode_summary"].items()}
+                    result = {
+                        "seed": chunk[i],
+                        "success": bool(infos["is_success"][i]),
+                        "return": float(summary["return"]),
+                        "length": int(summary["length"]),
+                        "residual_magnitude": float(summary["residual_magnitude"]),
+                        "failure": next((k for k in ("non_finite", "out_of_reach") if infos[k][i]), ""),
+                        **{name: float(values[i]) for name, values in initial.items()},
+                        **{f"final_{name}": float(infos[name][i]) for name in envs.metrics},
+                    }
+                    if envs.base_policy is not None:
+                        means = deltas[:, i] / result["length"]
+                        result |= {"base_delta_rad": means[0].tolist(), "residual_delta_rad": means[1].tolist()}
+                    if estimate is not None:
+                        names, count = ("estimate_error_m", "estimate_error_rad"), max(misses[2, i], 1.0)
+                        result |= {name: float(sums[i] / count) for name, sums in zip(names, misses)}
+                        result["estimates"] = int(misses[2, i])
+                    if trace:
+                        trajectories = {"qpos": states, "obs": observations, "command": commands}
+                        result |= {key: np.array([row[i] for row in rows]) for key, rows in trajectories.items()}
+                        result["look_seed"] = int(look_seed[i])
+                    results[i] = result  # only now: it may be interrupted
+        finally:
+            episodes += [result for result in results if result]
     return episodes
 
 

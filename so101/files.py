@@ -1,8 +1,9 @@
-"""Atomic writes, and values in the form in which checkpoints keep them."""
+"""Atomic writes, checksums, and values in the form in which checkpoints keep them."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -17,19 +18,27 @@ import torch
 
 from so101_sim.errors import SO101Error
 
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EISDIR}
+DISK_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EISDIR,
+    errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ESTALE,
+}  # fmt: skip
 
 
-def disk_error(path: str | Path, error: OSError) -> SO101Error:
+class DiskError(SO101Error):
+    """A file cannot be written."""
+
+
+def disk_error(path: str | Path, error: OSError) -> DiskError:
     """The error message for a file that cannot be written."""
     reason = error.strerror or str(error).splitlines()[0]  # FFmpeg's own message has many lines
-    return SO101Error(f"{path}: cannot be written ({reason}); free the disk, or name another place")
+    full = "free the disk, or " if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None) else ""
+    return DiskError(f"{path}: cannot be written ({reason}); {full}name another place")
 
 
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a new file beside path, flush it, and rename it: path is either complete or unchanged.
 
-    Raises SO101Error for a disk that is full or cannot be written.
+    Raises DiskError if it is full or cannot be written.
     """
     path = Path(os.path.realpath(path))  # a symbolic link stays one
     try:
@@ -52,11 +61,25 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+CHECKSUM_BYTES = 64  # SHA-256 in hexadecimal digits
+
+
+def checksum(content: bytes) -> bytes:
+    """The checksum that ends a policy file: of everything before it."""
+    return hashlib.sha256(content).hexdigest().encode()
+
+
+def has_checksum(content: bytes) -> bool:
+    """Whether a file's content ends in the checksum of everything before it."""
+    return checksum(content[:-CHECKSUM_BYTES]) == content[-CHECKSUM_BYTES:]
+
+
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
-    """Save tensors and plain values."""
+    """Save tensors and plain values in torch's format, a zip archive, whose comment is the file's checksum."""
     buffer = io.BytesIO()  # torch's own writer does not report a full disk
     torch.save(content, buffer)
-    write_atomic(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
+    archive = buffer.getvalue()[:-2] + CHECKSUM_BYTES.to_bytes(2, "little")  # the last field: length of the comment
+    write_atomic(path, lambda temporary: temporary.write_bytes(archive + checksum(archive)))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

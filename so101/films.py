@@ -75,7 +75,9 @@ def write_video(
         if gif:  # one palette for all frames, without dithering: what does not move is then stored once
             palette = Image.fromarray(np.vstack([frame(n, 0) for n in range(len(rows))])).quantize(256)
         with imageio.get_writer(temporary, **options) as writer:
-            for each in tqdm(steps, f"filming {path.name}", unit="frame", dynamic_ncols=True, leave=False):
+            for each in tqdm(
+                steps, f"filming {path.name}", unit="frame", dynamic_ncols=True, disable=None, leave=False
+            ):
                 image = Image.fromarray(frame(*each))
                 if gif:
                     image = image.quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB")

@@ -5,9 +5,9 @@ and mirror average are part of the graph. Its input is observations (N, 25), or 
 its output is residuals (N, 6) in [-1, 1]. The file's metadata contain everything else that its user must know, as JSON
 under "so101". Reading needs onnxruntime (extra "arm"); writing also needs onnx and onnxscript (extra "export").
 
-`onnx:PATH` as base policy is an `OnnxPolicy`. Files of other tools work, too: one input (N, 25) or (1, 25), and one
-output with 6 numbers. Without this project's metadata, they are taken for a residual of the default task on base policy
-zero.
+`onnx:PATH` as base policy is an `OnnxPolicy`. Files of other tools work, too: one input (N, 25), where N may be a fixed
+number, and one output with 6 numbers. Without this project's metadata, they are taken for a residual of the default
+task on base policy zero. A file with these metadata ends in its checksum, and is refused if it does not fit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,29 @@ import torch
 import torch.nn as nn
 
 from so101.base import StackedPolicy, flat_observation
-from so101.checkpoints import CHECKPOINT, check_base, load_checkpoint, load_file, restore_settings
+from so101.checkpoints import CHECKPOINT, MAX_COUNT, check_base, load_checkpoint, load_file, restore_settings
 from so101.extras import import_extra
-from so101.files import write_atomic
+from so101.files import CHECKSUM_BYTES, checksum, has_checksum, write_atomic
 from so101.policies import load_policy
 from so101.run_dirs import describe_run
-from so101_env import ACT_DIM, OBS, OBS_DIM, BaseObservation, SO101Error, SO101ResidualVectorEnv, Task
+from so101.server import Server
+from so101.trust import Trust
+from so101_env import (
+    ACT_DIM,
+    BASE_DELTA,
+    OBS,
+    OBS_DIM,
+    OBSERVATION,
+    BaseObservation,
+    SO101Error,
+    SO101ResidualVectorEnv,
+    Task,
+)
+from so101_sim.scene import CONTROL_HZ
+from so101_sim.vector import Part
 
-METADATA, FORMAT = "so101", "so101 onnx 1"
+METADATA, FORMAT = "so101", "so101 onnx 2"
+CHECKSUM = "so101_sha256"  # the last metadata entry: protobuf appends its bytes to those of the file without it
 UNITS = {"pos": "rad", "vel": "rad/s", "base_delta": "rad", "qw": "1", "qx": "1", "qy": "1", "qz": "1"}
 CHECKED_OBSERVATIONS, TOLERANCE = 1000, 1e-5
 
@@ -47,30 +64,43 @@ class OnnxPolicy(StackedPolicy):
     Raises SO101Error for a file that is not such a policy, or without onnxruntime.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, trust: Trust | None = None):
+        trust = trust or Trust()
         self.path, content = path, _read(path)
-        self.session = _session(content, path)
+        if any(word.encode() in content for word in (FORMAT, CHECKSUM)) and not has_checksum(content):
+            raise SO101Error(f"{path}: damaged, its checksum is wrong or missing; export it again")
+        self.session, data = _session(content, path)
         self.metadata = _metadata(self.session, path)
-        base = load_policy(self.metadata["base_policy"])
+        spec = trust.spec(self.metadata["base_policy"], path)
+        base = load_policy(spec, Server(trust=trust))
         super().__init__(base)
-        check_base(self.metadata, self.metadata["base_policy"], base, path)
+        check_base(self.metadata, spec, base, path)
         self.task = restore_settings(Task, self.metadata["task"], path)
         self.observe_base, self.steps = self.metadata["observe_base"], self.metadata["global_step"]
         self.scale_rad = self.task.alpha * self.task.act_scale
         (source,), (sink,) = self.session.get_inputs(), self.session.get_outputs()
-        self.input, self.alone = source.name, source.shape[0] == 1
         width = OBS_DIM + ACT_DIM * self.observe_base
         if len(source.shape) != 2 or source.shape[1] != width or source.type != "tensor(float)":
             raise SO101Error(f"{path}: takes {source.shape} {source.type}, not observations (N, {width}) in float32")
         if len(sink.shape) != 2 or sink.shape[1] != ACT_DIM:
             raise SO101Error(f"{path}: returns {sink.shape}, not residuals (N, {ACT_DIM})")
-        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.input, self.batch = source.name, source.shape[0] if isinstance(source.shape[0], int) else None
+        self.fingerprint = hashlib.sha256(content + data).hexdigest()
+        self.residuals(np.zeros((2, width), np.float32))  # fails early if the graph does not run
 
     def residuals(self, obs: np.ndarray) -> np.ndarray:
-        """Residuals (n, 6) in [-1, 1] for observations (n, 25 or 31)."""
-        rows = np.split(obs, len(obs)) if self.alone else [obs]
-        action = np.concatenate([self.session.run(None, {self.input: row.astype(np.float32)})[0] for row in rows])
-        return np.clip(action, -1.0, 1.0)
+        """Residuals (n, 6) in [-1, 1] for observations (n, 25 or 31). Raises SO101Error if the graph does not run."""
+        count, batch = len(obs), self.batch or len(obs)
+        padded = np.zeros((-(-count // batch) * batch, obs.shape[1]), np.float32)  # whole batches
+        padded[:count] = obs
+        try:
+            parts = [self.session.run(None, {self.input: rows})[0] for rows in padded.reshape(-1, batch, obs.shape[1])]
+        except Exception as error:  # onnxruntime raises its own class for every kind of fault
+            raise SO101Error(f"{self.path}: cannot be run ({' '.join(str(error).split())[:120]})") from error
+        action = np.concatenate(parts)
+        if action.shape != (len(padded), ACT_DIM):
+            raise SO101Error(f"{self.path}: returns {action.shape} for observations {padded.shape}")
+        return np.clip(action[:count], -1.0, 1.0)
 
     def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
         """Joint deltas in rad (N, 6): those of its own base policy plus its residual."""
@@ -91,17 +121,33 @@ def _read(path: str) -> bytes:
         raise SO101Error(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _session(content: bytes, path: str | Path) -> Any:
-    """An onnxruntime session with one thread: bit-identical results on all machines with the same processor."""
+def _session(content: bytes, path: str | Path) -> tuple[Any, bytes]:
+    """An onnxruntime session, and the content of the files beside path in which the graph keeps its weights.
+
+    One thread: bit-identical results on all machines with the same processor.
+    """
     onnxruntime = import_extra("onnxruntime", "arm", str(path))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    try:
-        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises its own class for every kind of damage
-        reason = " ".join(str(error).split())[:120]
-        raise SO101Error(f"{path}: is not a usable ONNX file ({reason}); export it again") from error
+    # the table says which files the graph may read: none at first; without an entry, onnxruntime would read any
+    table = {"": b"-"}
+    while True:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        lengths = [len(data) for data in table.values()]
+        options.add_external_initializers_from_files_in_memory(list(table), list(table.values()), lengths)
+        try:
+            session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            return session, b"".join(list(table.values())[1:])
+        except Exception as error:  # onnxruntime raises its own class for every kind of damage
+            missing = re.search(r"External file: (.+) not found", str(error))
+            beside = missing and Path(path).parent / missing[1]
+            if missing and missing[1] not in table and Path(missing[1]).name == missing[1] and beside.is_file():
+                table[missing[1]] = _read(str(beside))
+                continue
+            reason = " ".join(str(error).split())[:120]
+            if missing:
+                reason = f"its weights are in {missing[1]}, which is not beside it"
+            raise SO101Error(f"{path}: is not a usable ONNX file ({reason}); export it again") from error
 
 
 def _metadata(session: Any, path: str | Path) -> dict[str, Any]:
@@ -109,20 +155,46 @@ def _metadata(session: Any, path: str | Path) -> dict[str, Any]:
     inputs, outputs = ([each.name for each in each_kind] for each_kind in (session.get_inputs(), session.get_outputs()))
     if len(inputs) != 1 or len(outputs) != 1:
         raise SO101Error(f"{path}: has inputs {inputs} and outputs {outputs}; a policy has one of each")
-    text = session.get_modelmeta().custom_metadata_map.get(METADATA)
+    try:
+        text = session.get_modelmeta().custom_metadata_map.get(METADATA)
+    except UnicodeDecodeError as error:
+        raise SO101Error(f"{path}: its metadata are not text; export it again") from error
     if text is None:
         task = dataclasses.asdict(Task())
         return {"base_policy": "zero", "base_fingerprint": "", "task": task, "observe_base": False, "global_step": None}
     try:
         metadata = json.loads(text)
         found = metadata["format"]
-        for key in ("base_policy", "base_fingerprint", "task", "observe_base", "global_step"):
-            metadata[key]
     except (ValueError, KeyError, TypeError) as error:
         raise SO101Error(f"{path}: its metadata are damaged ({error!r}); export it again") from error
     if found != FORMAT:
         raise SO101Error(f"{path}: has format {found!r}, and this version reads {FORMAT!r}; export it again")
+    kinds = {
+        "base_policy": str, "base_fingerprint": str, "task": dict, "observe_base": bool, "global_step": int,
+        "scale_rad": float, "script": str, "git": dict, "versions": dict,
+    }  # fmt: skip
+    for key, kind in kinds.items():
+        if type(metadata.get(key)) is not kind:
+            raise SO101Error(f"{path}: {key} of its metadata is missing or of a wrong type; export it again")
+    task = restore_settings(Task, metadata["task"], path)
+    parts = [*OBSERVATION.values(), *([BASE_DELTA] if metadata["observe_base"] else [])]
+    for key, value in _interface(parts, task).items():
+        if metadata.get(key) != value:
+            raise SO101Error(f"{path}: {key} of its metadata is not that of this version; export it again")
+    if not 0 <= metadata["global_step"] <= MAX_COUNT:
+        raise SO101Error(f"{path}: global_step of its metadata is {metadata['global_step']}; export it again")
     return metadata
+
+
+def _interface(parts: Iterable[Part], task: Any) -> dict[str, Any]:
+    """The part of the metadata that describes input and output, for the parts of the observation and the task."""
+    names = [name for part in parts for name in part.names]
+    return {
+        "observation": [{"name": name, "unit": UNITS.get(name.rpartition(".")[2], "m")} for name in names],
+        "action": "residuals in [-1, 1]; multiplied by scale_rad they are added to the last commanded joint targets",
+        "scale_rad": task.alpha * task.act_scale,
+        "control_hz": CONTROL_HZ,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,7 +214,7 @@ class _Actor(nn.Module):
         return self.agent.get_gaussian(x)[0].clamp(-1, 1)
 
 
-def export_onnx(model: str, path: Path) -> dict[str, Any]:
+def export_onnx(model: str, path: Path, trust: Trust | None = None) -> dict[str, Any]:
     """Write a checkpoint's policy as an ONNX file. Takes about ten seconds.
 
     Before the file is put in place, its outputs are compared with the checkpoint's on CHECKED_OBSERVATIONS observations
@@ -151,6 +223,7 @@ def export_onnx(model: str, path: Path) -> dict[str, Any]:
     Args:
         model: path of the checkpoint.
         path: the ONNX file.
+        trust: the permissions of the person who runs the command.
 
     Returns:
         The metadata of the file, and the largest "difference" of an action from the checkpoint's.
@@ -162,25 +235,21 @@ def export_onnx(model: str, path: Path) -> dict[str, Any]:
     onnx = import_extra("onnx", "export", "--export")
     import_extra("onnxscript", "export", "--export")  # without it torch fails later, with a longer message
     saved = load_file(model, CHECKPOINT)
-    checkpoint = load_checkpoint(model, saved)
+    checkpoint = load_checkpoint(model, saved, trust)
     args, agent = checkpoint.args, checkpoint.agent(model).eval()
     if getattr(agent, "cameras", ()):
         raise SO101Error(f"--export {path}: {model} is a camera policy, which cannot be exported yet")
     envs = checkpoint.script.make_envs(args, 50, evaluation=False)
     try:
         observations = _observations(envs, agent)
-        parts = envs.parts
+        parts = envs.parts.values()
     finally:
         envs.close()
     content = _trace(agent, observations.shape[1], path)
-    names = [name for part in parts.values() for name in part.names]
     run = describe_run(saved["script"], args)
     metadata = {
         "format": FORMAT,
-        "observation": [{"name": name, "unit": UNITS.get(name.rpartition(".")[2], "m")} for name in names],
-        "action": "residuals in [-1, 1]; multiplied by scale_rad they are added to the last commanded joint targets",
-        "scale_rad": args.task.alpha * args.task.act_scale,
-        "control_hz": envs.metadata["render_fps"],
+        **_interface(parts, args.task),
         "base_policy": args.base.base_policy,
         "base_fingerprint": saved["base_fingerprint"],
         "observe_base": args.base.observe_base,
@@ -194,8 +263,12 @@ def export_onnx(model: str, path: Path) -> dict[str, Any]:
     _strip(model_proto.graph)
     onnx.helper.set_model_props(model_proto, {METADATA: json.dumps(metadata)})
     content = model_proto.SerializeToString()
+    entry = onnx.ModelProto()
+    onnx.helper.set_model_props(entry, {CHECKSUM: "0" * CHECKSUM_BYTES})
+    content += entry.SerializeToString()[:-CHECKSUM_BYTES]  # a message's bytes after another's are added to it
+    content += checksum(content)
 
-    session = _session(content, path)
+    session, _ = _session(content, path)
     action = session.run(None, {session.get_inputs()[0].name: observations})[0]
     difference = float(np.abs(action - agent.act(observations)).max())
     if not difference <= TOLERANCE:

@@ -19,7 +19,6 @@ from scipy.optimize import least_squares
 
 from so101.base import BasePolicy, StackedPolicy, add_cameras, with_sheet
 from so101.extras import import_extra
-from so101.policies import load_policy
 from so101_env import (
     ACT_DIM,
     SHEET_HALF_M,
@@ -441,7 +440,7 @@ class OpenCVPolicy(StackedPolicy):
     MAX_UNSEEN_STEPS without a view, the arm rests; `trouble` is then the reason.
 
     Args:
-        base: the policy, or its spec string.
+        base: the policy; None rests.
         tape_margin: m between sheet and tape on the table; None: that of the policy's task.
 
     Raises:
@@ -450,8 +449,8 @@ class OpenCVPolicy(StackedPolicy):
 
     own_cameras, own_size = (CAMERA,), (240, 320)
 
-    def __init__(self, base: BasePolicy | str | None, tape_margin: float | None = None):
-        super().__init__(load_policy(base) if isinstance(base, str) else base)
+    def __init__(self, base: BasePolicy | None, tape_margin: float | None = None):
+        super().__init__(base)
         self.cameras, self.image_size = add_cameras(self.base, self.own_cameras, self.own_size, "opencv")
         self.task = getattr(self.base, "task", Task())
         self.locator = SheetLocator(self.task.tape_margin if tape_margin is None else tape_margin)

@@ -22,6 +22,7 @@ from so101.checkpoints import (
 )
 from so101.pusher import JacobianPolicy
 from so101.server import Server, ServerPolicy
+from so101.trust import Trust
 from so101_env import MEASURED, OBS, BaseObservation, BasePolicyError
 from so101_sim.control import ACT_DIM
 from so101_sim.vector import IMAGES
@@ -35,8 +36,8 @@ SPECS = (
 class CheckpointPolicy(StackedPolicy):
     """A frozen policy of a training script, with its own base policy."""
 
-    def __init__(self, path: str, saved: dict[str, Any] | None = None):
-        checkpoint = load_checkpoint(path, saved)
+    def __init__(self, path: str, saved: dict[str, Any] | None = None, trust: Trust | None = None):
+        checkpoint = load_checkpoint(path, saved, trust)
         self.args = args = checkpoint.args
         self.task = args.task
         super().__init__(load_policy(args.base.base_policy, args.base.server))
@@ -71,11 +72,17 @@ class CheckpointPolicy(StackedPolicy):
 
 
 def load_policy(spec: str, server: Server | None = None) -> BasePolicy | None:
-    """Base policy of a spec string, see SPECS; None for zero. `server` holds the options of server:HOST:PORT.
+    """Base policy of a spec string, see SPECS; None for zero.
 
-    Raises SO101Error: an unknown spec, a file that cannot be used, a class that is not a BasePolicy.
+    Args:
+        spec: from the person who runs the command, or from a file and then checked by `Trust.spec`.
+        server: options of server:HOST:PORT; its `trust` holds for the files that the spec names.
+
+    Raises:
+        SO101Error: an unknown spec, a file that cannot be used, a class that is not a BasePolicy.
     """
-    kind, _, rest = spec.partition(":")
+    server, (kind, _, rest) = server or Server(), spec.partition(":")
+    trust = server.trust
     if spec == "zero":
         return None
     if spec == "jacobian":
@@ -85,23 +92,23 @@ def load_policy(spec: str, server: Server | None = None) -> BasePolicy | None:
     if kind == "checkpoint" and rest:
         saved = load_file(rest, CHECKPOINT, STUDENT)
         if saved["format"] == STUDENT:
-            return load_script(saved["script"], rest).load_student(saved, rest)
-        return CheckpointPolicy(rest, saved)
+            return load_script(saved["script"], rest, trust).load_student(saved, rest, trust)
+        return CheckpointPolicy(rest, saved, trust)
     if kind == "bc" and rest:
         saved = load_file(rest, CLONE)
-        return load_script(saved["script"], rest).ClonePolicy(saved, rest)
+        return load_script(saved["script"], rest, trust).ClonePolicy(saved, rest)
     if kind == "server":
-        return ServerPolicy(rest, server or Server())
+        return ServerPolicy(rest, server)
     if kind == "onnx" and rest:
-        return _own_policy("so101.onnx", "OnnxPolicy", rest)
+        return _own_policy("so101.onnx", "OnnxPolicy", rest, trust)
     if kind == "opencv" and rest:
-        return _own_policy("so101.opencv", "OpenCVPolicy", rest)
+        return _own_policy("so101.opencv", "OpenCVPolicy", load_policy(rest, server))
     if rest and kind not in ("checkpoint", "onnx", "bc", "opencv"):
         return _own_policy(kind, *rest.split(":", 1))
     raise BasePolicyError(f"unknown base policy {spec!r}; known: {SPECS}")
 
 
-def _own_policy(module_name: str, class_name: str, *argument: str) -> BasePolicy:
+def _own_policy(module_name: str, class_name: str, *arguments: Any) -> BasePolicy:
     """An instance of a class, given by module and name, from the module search path or the working directory."""
     where = f"base policy {module_name}:{class_name}"
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
@@ -115,4 +122,4 @@ def _own_policy(module_name: str, class_name: str, *argument: str) -> BasePolicy
     cls = getattr(module, class_name, None)
     if not isinstance(cls, type) or not issubclass(cls, BasePolicy) or cls.act is BasePolicy.act:
         raise BasePolicyError(f"{where}: must be a class in {module.__file__} that derives from BasePolicy, with act")
-    return cls(*argument)
+    return cls(*arguments)

@@ -102,6 +102,8 @@ class JacobianPolicy(TipPolicy):
     PATIENCE_STEPS, NEAR_M = 120, 0.04  # a drag that lasts this long, and is this near, is stuck
     PULL_OUT_M, PULL_OUT_STEPS = np.array([0.05, 0.0]), 60  # where to, and at most how long
 
+    fingerprint = "pusher 1"  # changes when it acts differently: a residual fits only the pusher it was trained on
+
     def __init__(self) -> None:
         super().__init__()
         self.memory: dict[str, np.ndarray] = {}

@@ -5,6 +5,7 @@
 
 Recorded episodes have seeds of their own: a policy that is trained on them has not seen the held-out episodes of
 eval_so101.py. With --cameras the dataset has videos, and leaves out the sheet's pose, which a real arm does not know.
+Ctrl+C ends the recording, and the complete episodes are written.
 """
 
 if __name__ == "__main__":  # Ctrl+C during the imports ends the program without a traceback
@@ -22,7 +23,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from so101.cli import check_flags, check_output, command_of, parse, run_script
+from so101.cli import Stop, Stoppable, check_flags, check_output, command_of, parse, run_script
+from so101.dataset import DatasetError, write_dataset
 from so101.evaluation import RECORD_SEED, evaluate, summarize
 from so101.extras import import_extra
 from so101.subject import Subject, parse_subject
@@ -62,8 +64,6 @@ def check_args(args: RecordArgs) -> None:
 
 def write(args: RecordArgs, envs: ArmVectorEnv, episodes: list[dict[str, Any]]) -> None:
     """Write traced episodes, and the pictures of the cameras, as a dataset."""
-    from so101.dataset import write_dataset
-
     server, length = args.subject.server, sum(len(episode["command"]) for episode in episodes)
     cameras = server.camera_map()
     privileged = args.environment_state or not cameras
@@ -78,7 +78,7 @@ def write(args: RecordArgs, envs: ArmVectorEnv, episodes: list[dict[str, Any]]) 
             for episode in episodes
             for step, qpos in enumerate(episode["qpos"][:-1])
         )
-        for qpos, *look in tqdm(states, f"camera {name}", length, unit="frame", dynamic_ncols=True):
+        for qpos, *look in tqdm(states, f"camera {name}", length, unit="frame", dynamic_ncols=True, disable=None):
             yield envs.camera_images(qpos, camera, server.size, *look)[0]
 
     frames = {name: pictures(name, camera) for name, camera in cameras.items()}
@@ -111,15 +111,39 @@ def main() -> int:
         return action + args.action_noise * noise.standard_normal(action.shape) if args.action_noise else action
 
     seeds = [RECORD_SEED + args.seed + i for i in range(args.episodes)]
-    episodes = evaluate(act, envs, seeds, trace=True)
-    if not episodes:
-        raise SO101Error(f"{loaded.base_policy}: ended before its first episode did; nothing is written")
-    low, high = (summary := summarize(episodes))["success_ci95"]
-    print(f"{len(episodes)} episodes, success {summary['success_rate']:.2f} [{low:.2f}, {high:.2f}]")
-    kept = [episode for episode in episodes if episode["success"] or not args.only_successes]
-    write(args, envs, kept)
-    envs.close()
-    return 0
+    episodes: list[dict[str, Any]] = []
+    ended: BaseException | None = None  # what ended the recording early; the complete episodes are written nevertheless
+    with Stoppable() as signals:
+        try:
+            evaluate(act, envs, seeds, trace=True, done=episodes)
+            signals.finishing()
+        except (Stop, Exception) as error:
+            signals.finishing()
+            ended = error
+        kept = [episode for episode in episodes if episode["success"] or not args.only_successes]
+        if not kept and ended:
+            raise ended
+        if not episodes:
+            raise SO101Error(f"{loaded.base_policy}: ended before its first episode did; nothing is written")
+        if ended:
+            print(f"stopped; writing {len(kept)} complete episodes; Ctrl+C again discards them", flush=True)
+        while True:
+            try:
+                write(args, envs, kept)
+                break
+            except DatasetError as error:  # a full disk must not cost a person's demonstrations
+                if not (isinstance(error.__cause__, OSError) and sys.stdin and sys.stdin.isatty()):
+                    raise
+                input(f"{error}, then press Enter to try again (Ctrl+C discards the episodes) ")
+        if not ended:
+            low, high = (summary := summarize(episodes))["success_ci95"]
+            print(f"success {summary['success_rate']:.2f} [{low:.2f}, {high:.2f}] in {len(episodes)} episodes")
+        envs.close()
+    if isinstance(ended, SO101Error):
+        raise SO101Error(f"{ended}; the {len(kept)} complete episodes are in {args.dataset}") from ended
+    if ended:
+        raise ended
+    return 128 + signals.signum if signals.signum else 0
 
 
 if __name__ == "__main__":

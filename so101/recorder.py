@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
+import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
@@ -24,9 +27,10 @@ from so101.checkpoints import load_file, load_weights, restoring
 from so101.cli import check_rendering, command_of, flat_settings, silence_output
 from so101.distributed import RankError, World
 from so101.evaluation import VALIDATION_SEED, episode_mean, evaluate, no_residual, residual_to_base
-from so101.files import copy_file, save_tensors, write_atomic, write_json
+from so101.files import DiskError, copy_file, disk_error, save_tensors, write_atomic, write_json
 from so101.films import write_video
 from so101.run_dirs import ROOT, describe_run, new_run_dir, reason_for_new_dir, run_dir_of, stem_of
+from so101.trust import OWN_SCRIPTS, allow_flags, trust_of
 from so101_env import BasePolicyError, SO101Error, SO101ResidualVectorEnv
 
 RECENT = 100  # training episodes that the curves under rollout/ average over
@@ -187,11 +191,19 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.bar.close()
-        if self.world.is_main:
-            self.writer.close()
         self.envs.close()
         self.eval_envs.close()
+        try:
+            self.bar.close()
+        except OSError:
+            self._on_closed_output()
+        try:
+            if self.world.is_main:
+                self.writer.close()
+        except OSError as lost:  # an error that the writer's own thread has kept
+            error = error or disk_error(self.run_dir, lost)
+        if isinstance(error, DiskError):
+            raise SO101Error(f"{error}; {self._rescue()}") from error
         if isinstance(error, SO101Error):
             text = f"{self._base_flag()}: {error}" if isinstance(error, BasePolicyError) else str(error)
             if not self.world.is_main:
@@ -199,13 +211,33 @@ class Recorder:
             if self.before is not None:
                 path = self.run_dir / "interrupted_model.pt"
                 save_tensors(path, self.before)
-                text += f"; resume {self.before['global_step']} steps with --resume {path}"
+                text += f"; resume {self.before['global_step']} steps with --resume {path}{self._allow_flags()}"
             raise SO101Error(text) from error
         if isinstance(error, FloatingPointError):
             raise RankError(
                 f"NaN or Inf in the {error} after {self.global_step} steps; the checkpoints in {self.run_dir} are from "
                 "before; try a lower --learning-rate"
             ) from error
+
+    def _rescue(self) -> str:
+        """Save the run's state although its disk or directory has failed, if that is possible; what came of it."""
+        if self.world.size > 1:
+            return "the newest checkpoint can be resumed"
+        path = self.run_dir / "interrupted_model.pt"
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            save_tensors(path, self._content())
+        except (OSError, DiskError):
+            return "the run's state could not be saved"
+        return f"resume {self.global_step} steps with --resume {path}{self._allow_flags()}"
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Report a disk or directory that fails meanwhile as DiskError."""
+        try:
+            yield
+        except OSError as error:
+            raise disk_error(os.fsdecode(error.filename or self.run_dir), error) from error
 
     def stopped(self) -> bool:
         """Whether a signal requested a stop on any rank: the same answer on all of them."""
@@ -231,8 +263,9 @@ class Recorder:
             scalars |= {f"rollout/{ROLLOUT_TAGS.get(key, key)}": value for key, value in means.items()}
             if "success" in means:
                 scalars["Success/training"] = means["success"]
-            for tag, value in scalars.items():
-                self.writer.add_scalar(tag, value, global_step)
+            with self._writing():
+                for tag, value in scalars.items():
+                    self.writer.add_scalar(tag, value, global_step)
             self._show(steps=global_step - before)
         every = self.run.eval_every
         self.evaluation_due = bool(every) and global_step // every > before // every
@@ -254,13 +287,14 @@ class Recorder:
         film = self.run_dir / "eval_results" / f"step_{step}.mp4" if self.run.capture_video else None
         self._show("evaluating")
         self.result = {"step": step, **self._evaluate(film)}
-        for name, value in self.result.items():
-            tag = name if "/" in name else f"eval/{EVAL_TAGS.get(name, name)}"
-            if name not in ("step", "reference_success_rate"):
-                self.writer.add_scalar(tag, value, step)
-        self.writer.add_scalar("Success/evaluation", self.result["success_rate"], step)
-        with open(self.run_dir / "eval_results" / "evaluations.jsonl", "a") as file:
-            file.write(json.dumps(self.result) + "\n")
+        with self._writing():
+            for name, value in self.result.items():
+                tag = name if "/" in name else f"eval/{EVAL_TAGS.get(name, name)}"
+                if name not in ("step", "reference_success_rate"):
+                    self.writer.add_scalar(tag, value, step)
+            self.writer.add_scalar("Success/evaluation", self.result["success_rate"], step)
+            with open(self.run_dir / "eval_results" / "evaluations.jsonl", "a") as file:
+                file.write(json.dumps(self.result) + "\n")
         if self.run.track and film:
             import wandb
 
@@ -295,13 +329,14 @@ class Recorder:
             best_model = self.run_dir / "best_model" / self._model_name(best["step"])
             copy_file(best_model, self.run_dir / "best_model" / "best_model.pt")
             self.eval_time_s += time.perf_counter() - start
-            self._log_best()
+            with self._writing():
+                self._log_best()
         self._show()
-        self.bar.close()
         model = self.run_dir / ("interrupted_model.pt" if stop else "final_model.pt")
         save_tensors(model, content)
         summary = self._summary(best, model)
         write_json(self.run_dir / "training_summary.json", summary)
+        self.bar.close()
         self._print_end(summary, best, model)
         return 128 + self.signum if stop else 0
 
@@ -340,13 +375,14 @@ class Recorder:
             speed += f", {summary['base_time_s'] / summary['wall_time_s']:.0%} of the time for the base policy"
         self._say(f"{self.global_step} steps in {summary['wall_time_s']:.1f} s ({speed}), saved in {self.run_dir}")
         if self.signum:
-            self._say(f"resume:   {self._own_command()} --resume {model}")
+            self._say(f"resume:   {self._own_command()} --resume {model}{self._allow_flags()}")
             return
         if best:
             text = f"success: best model (step {best['step']}, {best['episodes']} episodes) {best['success_rate']:.2f}"
             text += f", last {self.result['success_rate']:.2f}" if self.result else ""
             self._say(f"{text}, {self.reference} {self.reference_success:.2f}")
-        self._say(f"evaluate: {command_of('eval_so101.py')} --model {summary['best_checkpoint']}")
+        allow = self._allow_flags(self.script)
+        self._say(f"evaluate: {command_of('eval_so101.py')} --model {summary['best_checkpoint']}{allow}")
 
     def _base_flag(self) -> str:
         """The flag that names the base policy of the training environments."""
@@ -355,6 +391,11 @@ class Recorder:
             if hasattr(self.args, "base")
             else f"--model {self.args.model}"
         )
+
+    def _allow_flags(self, script: str = OWN_SCRIPTS[0]) -> str:
+        """The flag that lets a command use the script that wrote this run's files, and its base policy."""
+        spec = self.args.base.base_policy if hasattr(self.args, "base") else "zero"
+        return allow_flags(script, [*trust_of(self.args).allow, spec])
 
     def _own_command(self) -> str:
         name = Path(self.script)
@@ -438,10 +479,10 @@ class Recorder:
 
         evaluations = self.run_dir / "eval_results" / "evaluations.jsonl"
         if self.continued and evaluations.is_file():  # what was evaluated after the checkpoint is evaluated again
-            lines = evaluations.read_text().splitlines()
-            lines = [line for line in lines if json.loads(line)["step"] <= self.first_step]
+            lines = self._evaluations(evaluations)
             write_atomic(evaluations, lambda temporary: temporary.write_text("".join(line + "\n" for line in lines)))
             self.result = json.loads(lines[-1]) if lines else None
+        threading.excepthook = _report_unless_kept
         purge = self.first_step + 1 if self.continued else None
         self.writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge)
         if not self.continued:
@@ -449,6 +490,17 @@ class Recorder:
             table = "".join(f"|{key}|{value}|\n" for key, value in settings.items())
             self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{table}")
         self.writer.add_text("command", shlex.join(["python", *sys.argv]), self.first_step)
+
+    def _evaluations(self, path: Path) -> list[str]:
+        """The lines of evaluations.jsonl up to the resumed step; one that was cut off when the run died is left out."""
+        lines = path.read_text().splitlines()
+        try:
+            steps = [json.loads(line)["step"] for line in lines[:-1]]
+            with contextlib.suppress(ValueError):
+                steps += [json.loads(line)["step"] for line in lines[-1:]]
+            return [line for line, step in zip(lines, steps) if step <= self.first_step]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SO101Error(f"{path}: damaged ({error!r}); move it away") from error
 
     # -- evaluation
 
@@ -534,6 +586,12 @@ class Recorder:
             "best_eval_episodes": best["episodes"] if best else None,
             "best_checkpoint": str(self.run_dir / "best_model" / "best_model.pt" if best else model),
         }
+
+
+def _report_unless_kept(args: threading.ExceptHookArgs) -> None:
+    """Report an error that ended a thread, unless TensorBoard's writer keeps it, to raise it where it is used."""
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(args)
 
 
 def _ranking(evaluation: dict[str, Any]) -> list[float]:

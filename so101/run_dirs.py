@@ -12,8 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from so101.checkpoints import SCHEMAS, load_file
 from so101_sim.errors import SO101Error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +58,7 @@ def step_of(path: Path) -> int:
     """Environment steps of a model file."""
     with contextlib.suppress(ValueError):
         return int(path.stem.removesuffix("_steps").rpartition("_")[2])
-    return torch.load(path, map_location="cpu", weights_only=True)["global_step"]
+    return load_file(path, *SCHEMAS)["global_step"]
 
 
 def stem_of(script: str) -> str:

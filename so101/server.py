@@ -12,6 +12,7 @@ import numpy as np
 
 from so101.base import BasePolicy, follow_chunks, new_chunks
 from so101.extras import import_extra
+from so101.trust import Trust
 from so101_env import (
     ACT_DIM,
     HOME_RAD,
@@ -43,8 +44,7 @@ class Server:
     """instruction for a policy server"""
     server_timeout: float = 15.0
     """seconds to wait for a policy server; the first action may take 60"""
-    allow_remote: bool = False
-    """allow --base-policy server: to name another machine; the connection is not encrypted"""
+    trust: Trust = dataclasses.field(default_factory=Trust)
 
     RANGES: ClassVar[dict[str, tuple[float, float]]] = {"chunk_steps": (1, 1000), "server_timeout": (0.1, 3600)}
 
@@ -81,10 +81,16 @@ class ServerPolicy(BasePolicy):
         self.address, host = address, host.strip("[]")
         if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
             raise BasePolicyError(f"base policy server:{address}: give server:HOST:PORT, as in server:127.0.0.1:5555")
-        if not options.allow_remote and not _is_loopback(host):
+        token, remote = os.environ.get("SO101_API_TOKEN"), not _is_loopback(host)
+        if remote and not options.trust.allow_remote:
             raise BasePolicyError(
                 f"base policy server:{address}: is another machine, and the connection is not encrypted: tunnel it "
                 f"(ssh -L {port}:127.0.0.1:{port} {host}), or pass --allow-remote"
+            )
+        if remote and token and not options.trust.send_token:
+            raise BasePolicyError(
+                f"base policy server:{address}: SO101_API_TOKEN would leave this machine in clear text: tunnel the "
+                "connection, unset the token, or pass --send-token"
             )
         if options.units is None:
             raise BasePolicyError(
@@ -98,9 +104,7 @@ class ServerPolicy(BasePolicy):
 
         self._wire = wire
         try:
-            self.client = wire.PolicyClient(
-                host, int(port), options.server_timeout, api_token=os.environ.get("SO101_API_TOKEN")
-            )
+            self.client = wire.PolicyClient(host, int(port), options.server_timeout, api_token=token)
         except wire.WireError as error:
             raise self._error(error) from error
         try:
@@ -109,9 +113,9 @@ class ServerPolicy(BasePolicy):
             home, video, steps = HOME_RAD[None].astype(np.float32), self.client.modalities["video"], self.past + [0]
             grey = np.full((1, len(steps), *self.image_size, 3), 128, np.uint8)
             probe = self._question({key: grey for key in video.keys}, np.repeat(home[:, None], len(steps), axis=1))
-            facts = {**dataclasses.asdict(options), "server_timeout": 0, "allow_remote": False}
-            policy = self.client.identify(probe)
-            self.fingerprint = hashlib.sha256(f"{policy} {sorted(facts.items())}".encode()).hexdigest()
+            names = ("cameras", "image_size", "units", "chunk_steps", "instruction")
+            facts = [(name, getattr(options, name)) for name in names]
+            self.fingerprint = hashlib.sha256(f"{self.client.identify(probe)} {facts}".encode()).hexdigest()
         except self._wire.WireError as error:
             self.close()
             raise self._error(error) from error

@@ -17,6 +17,7 @@ from so101.cli import check_flags, flag_of, parse
 from so101.evaluation import no_residual
 from so101.policies import load_policy
 from so101.server import Server
+from so101.trust import Trust
 from so101_env import SO101Error, SO101ResidualVectorEnv, Task
 from so101_sim.scene import ASSETS
 from so101_sim.vector import ArmVectorEnv
@@ -33,7 +34,7 @@ class Subject:
     model: str | None = None
     """checkpoint, student or ONNX file (default, without --base-policy: the model that comes with the project)"""
     base_policy: str | None = None
-    """without --model: the base policy to run; with --model: only the new address of its server:HOST:PORT"""
+    """without --model: the base policy to run; with --model: its own base policy, at a server's present address"""
     tape_margin: float = Task.tape_margin
     """m between sheet and tape, 0.04 standard, 0.02 precise"""
     full_randomization: bool = False
@@ -110,23 +111,32 @@ def _load(subject: Subject, unused: tuple[str, ...]) -> Loaded:
     if Path(subject.model).suffix == ".onnx":
         from so101.onnx import OnnxPolicy
 
-        _check_no_base(subject)
-        onnx = OnnxPolicy(subject.model)
+        onnx = OnnxPolicy(subject.model, _trust(subject))
         base = onnx.metadata["base_policy"]
+        _check_base_flag(subject, base)
         loaded = _base_loaded("agent", base, onnx.base, onnx.task, onnx.steps, subject, onnx.observe_base)
         return dataclasses.replace(loaded, act=onnx.residuals)
     saved = load_file(subject.model, CHECKPOINT, STUDENT)
     return _load_student(saved, subject) if saved["format"] == STUDENT else _load_checkpoint(saved, subject)
 
 
+def _trust(subject: Subject) -> Trust:
+    """The permissions of the command line: --allow, and the base policy that it names."""
+    return subject.server.trust.also(subject.base_policy)
+
+
+def _check_base_flag(subject: Subject, own: str) -> None:
+    """Raise SO101Error if --base-policy is not the base policy of the model, which is `own`."""
+    given = subject.base_policy
+    if given is not None and given != own and not all(spec.startswith("server:") for spec in (given, own)):
+        raise SO101Error(f"--base-policy {given}: the model has its own base policy; drop the flag")
+
+
 def _load_checkpoint(saved: dict[str, Any], subject: Subject) -> Loaded:
     """An agent of a training script, with its base policy."""
-    checkpoint = load_checkpoint(subject.model, saved)
+    checkpoint = load_checkpoint(subject.model, saved, _trust(subject))
     args = checkpoint.args
-    if subject.base_policy is not None:
-        if not all(spec.startswith("server:") for spec in (args.base.base_policy, subject.base_policy)):
-            raise SO101Error(f"--base-policy {subject.base_policy}: the model has its own base policy; drop the flag")
-        args.base.base_policy = subject.base_policy
+    _check_base_flag(subject, args.base.base_policy)
 
     def make_envs(num_envs: int, task: Any) -> ArmVectorEnv:
         args.task = task
@@ -141,22 +151,18 @@ def _load_checkpoint(saved: dict[str, Any], subject: Subject) -> Loaded:
 
 def _load_student(saved: dict[str, Any], subject: Subject) -> Loaded:
     """A student, which is compared with its teacher."""
-    _check_no_base(subject)
-    script = load_script(saved["script"], subject.model)
-    student = script.load_student(saved, subject.model)
+    trust = _trust(subject)
+    script = load_script(saved["script"], subject.model, trust)
+    student = script.load_student(saved, subject.model, trust)
+    _check_base_flag(subject, saved["base"]["base_policy"])
     spec = f"checkpoint:{subject.model}"
     loaded = _base_loaded("student", spec, student, student.task, saved["global_step"], subject)
 
     def make_others(num_envs: int, task: Task) -> ArmVectorEnv:
-        teacher = script.load_teacher(saved, subject.model)
+        teacher = script.load_teacher(saved, subject.model, trust)
         return _base_loaded("teacher", spec, teacher, task, None, subject).make_envs(num_envs, task)
 
     return dataclasses.replace(loaded, make_others=make_others, other="teacher")
-
-
-def _check_no_base(subject: Subject) -> None:
-    if subject.base_policy is not None:
-        raise SO101Error(f"--base-policy {subject.base_policy}: the model has its own base policy; drop the flag")
 
 
 def _base_loaded(

@@ -29,6 +29,6 @@ def check_ranges(settings: Any, ranges: Mapping[str, tuple[float, float]], name:
     """
     for field in dataclasses.fields(settings):
         value, (low, high) = getattr(settings, field.name), ranges.get(field.name, (-np.inf, np.inf))
-        if isinstance(value, (int, float)) and not (low <= value <= high and np.isfinite(value)):
-            bounds = f"in [{low}, {high}]" if np.isfinite([low, high]).all() else "a finite number"
+        if isinstance(value, (int, float)) and not (low <= value <= high and -np.inf < value < np.inf):
+            bounds = f"in [{low}, {high}]" if -np.inf < low <= high < np.inf else "a finite number"
             raise SO101Error(f"{name(field.name)} must be {bounds}, got {value}")

@@ -9,6 +9,7 @@ import torch
 from conftest import error_of, load
 
 from so101.checkpoints import CHECKPOINT, SCHEMAS, load_checkpoint
+from so101.files import save_tensors
 from so101_env import SO101Error
 
 
@@ -90,7 +91,7 @@ DAMAGE_FOR_RESUME = {
 @pytest.mark.parametrize("kind", [*DAMAGE, *DAMAGE_FOR_RESUME])
 def test_damaged_checkpoints_end_with_one_line(small_run, monkeypatch, kind):
     path = small_run / "checkpoints" / "damaged.pt"
-    torch.save((DAMAGE | DAMAGE_FOR_RESUME)[kind](load(small_run / "final_model.pt")), path)
+    save_tensors(path, (DAMAGE | DAMAGE_FOR_RESUME)[kind](load(small_run / "final_model.pt")))
     logs = ["--log-dir", str(small_run / "refused")]
     try:
         line = error_of(monkeypatch, "ppo_residual_so101.py", "--resume", str(path), *logs)

@@ -13,6 +13,7 @@ import torch
 from conftest import error_of, run_script
 
 from so101 import dataset
+from so101.files import save_tensors
 from so101.policies import load_policy
 from so101_env import ACTION, ENVIRONMENT, STATE, SO101ResidualVectorEnv, base_observation, load_model
 from so101_sim.control import to_rad
@@ -310,7 +311,7 @@ def test_clone_keeps_all_that_is_needed_to_rebuild_it(clone, tmp_path, monkeypat
         {**saved, "script": "nowhere.py"},
         {key: value for key, value in saved.items() if key != "script"},
     ):
-        torch.save(damaged, path)
+        save_tensors(path, damaged)
         with pytest.raises(SO101Error, match=str(path) + "|chunk-size"):
             load_policy(f"bc:{path}")
 

@@ -16,6 +16,7 @@ from so101 import distill
 from so101.base import flat_observation, with_sheet
 from so101.distill import Args, DAgger, Dagger, Networks, Samples, Student, measured
 from so101.evaluation import evaluate, no_residual
+from so101.files import save_tensors
 from so101.networks import sheet_to_tip
 from so101.policies import CheckpointPolicy, load_policy
 from so101_env import OBS, TAPE_CENTER_M, SO101ResidualVectorEnv, base_observation, sheet_pose
@@ -285,23 +286,23 @@ def test_students_that_cannot_be_used_end_with_one_line(run, tmp_path, monkeypat
         {**finished, "task": {}},
         {key: value for key, value in finished.items() if key != "base"},
     ):
-        torch.save(damaged, path)
+        save_tensors(path, damaged)
         with pytest.raises(SO101Error, match=str(path)):
             load_policy(f"checkpoint:{path}")
     for key, value in (
         ("samples", {}), ("optimizer", {}), ("envs", {}), ("generator", torch.zeros(3))
     ):  # fmt: skip
-        torch.save({**first, "training": {**first["training"], key: value}}, path)
+        save_tensors(path, {**first, "training": {**first["training"], key: value}})
         line = error_of(monkeypatch, "so101.distill", "--resume", str(path), "--log-dir", str(tmp_path / "logs"))
         assert line.startswith(f"{path}: cannot be continued") and not (tmp_path / "logs").exists()
-    torch.save({**first, "teacher_fingerprint": "other"}, path)
+    save_tensors(path, {**first, "teacher_fingerprint": "other"})
     line = error_of(monkeypatch, "so101.distill", "--resume", str(path), "--log-dir", str(tmp_path / "logs"))
     assert "its teacher has other weights now" in line
     for damaged, words in (
         ({**finished, "args": finished["args"] | {"model": "gone.pt"}}, "its teacher, gone.pt, is missing"),
         ({**finished, "teacher_fingerprint": "other"}, "has other weights now; evaluate without it: --no-base"),
     ):
-        torch.save(damaged, path)
+        save_tensors(path, damaged)
         assert words in error_of(monkeypatch, "eval_so101.py", "--model", str(path))
 
 
