@@ -49,7 +49,7 @@ from so101_sim.scene import CONTROL_HZ
 from so101_sim.vector import Part
 
 METADATA, FORMAT = "so101", "so101 onnx 2"
-CHECKSUM = "so101_sha256"  # the last metadata entry: protobuf appends its bytes to those of the file without it
+CHECKSUM = "so101_sha256"  # key of the last metadata entry
 UNITS = {"pos": "rad", "vel": "rad/s", "base_delta": "rad", "qw": "1", "qx": "1", "qy": "1", "qz": "1"}
 CHECKED_OBSERVATIONS, TOLERANCE = 1000, 1e-5
 
@@ -261,13 +261,7 @@ def export_onnx(model: str, path: Path, trust: Trust | None = None) -> dict[str,
     }
     model_proto = onnx.load_from_string(content)
     _strip(model_proto.graph)
-    onnx.helper.set_model_props(model_proto, {METADATA: json.dumps(metadata)})
-    content = model_proto.SerializeToString()
-    entry = onnx.ModelProto()
-    onnx.helper.set_model_props(entry, {CHECKSUM: "0" * CHECKSUM_BYTES})
-    content += entry.SerializeToString()[:-CHECKSUM_BYTES]  # a message's bytes after another's are added to it
-    content += checksum(content)
-
+    content = serialize(model_proto, metadata)
     session, _ = _session(content, path)
     action = session.run(None, {session.get_inputs()[0].name: observations})[0]
     difference = float(np.abs(action - agent.act(observations)).max())
@@ -275,6 +269,18 @@ def export_onnx(model: str, path: Path, trust: Trust | None = None) -> dict[str,
         raise SO101Error(f"--export {path}: differs from {model} by {difference:.1g}, so it cannot be exported")
     write_atomic(path, lambda temporary: temporary.write_bytes(content))
     return metadata | {"difference": difference}
+
+
+def serialize(model: Any, metadata: dict[str, Any]) -> bytes:
+    """An onnx.ModelProto with this project's metadata, as bytes that end in the checksum of the bytes before."""
+    onnx = import_extra("onnx", "export", "--export")
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {METADATA: json.dumps(metadata)})
+    entry = onnx.ModelProto()
+    onnx.helper.set_model_props(entry, {CHECKSUM: "0" * CHECKSUM_BYTES})
+    # protobuf: the fields of a message whose bytes follow another's are added to it
+    content = model.SerializeToString() + entry.SerializeToString()[:-CHECKSUM_BYTES]
+    return content + checksum(content)
 
 
 def _observations(envs: SO101ResidualVectorEnv, agent: nn.Module) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Policies as ONNX files: the same actions as the checkpoint, other tools' files, what is refused."""
 
+import copy
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -12,7 +14,7 @@ from gymnasium.vector import AutoresetMode
 from so101.checkpoints import load_checkpoint, load_script
 from so101.evaluation import evaluate, no_residual
 from so101.networks import Derived, sheet_to_tip
-from so101.onnx import OnnxPolicy, export_onnx
+from so101.onnx import OnnxPolicy, export_onnx, serialize
 from so101.policies import load_policy
 from so101_env import SO101ResidualVectorEnv, base_observation
 from so101_sim.control import ACT_DIM
@@ -66,8 +68,8 @@ def test_its_metadata_say_what_a_user_must_know(exported):
     assert metadata["script"] == "ppo_residual_so101.py" and set(metadata["git"]) == {"commit", "dirty"}
 
 
-def foreign(path, batch="N", width=25, actions=ACT_DIM, outputs=1):
-    """A policy as another tool might write it: one linear layer, no metadata."""
+def foreign(path, batch="N", width=25, actions=ACT_DIM, outputs=1, **options):
+    """A policy as another tool might write it: one linear layer, no metadata; options of onnx.save."""
     weights = np.random.default_rng(1).normal(0, 0.1, (width, actions)).astype(np.float32)
     nodes = [onnx.helper.make_node("MatMul", ["obs", "w"], [f"out{i}"]) for i in range(outputs)]
     graph = onnx.helper.make_graph(
@@ -78,13 +80,14 @@ def foreign(path, batch="N", width=25, actions=ACT_DIM, outputs=1):
             onnx.helper.make_tensor_value_info(f"out{i}", onnx.TensorProto.FLOAT, [batch, actions])
             for i in range(outputs)
         ],
-        [onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, weights.shape, weights.ravel())],
+        [onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, weights.shape, weights.tobytes(), raw=True)],
     )
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9), path)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, path, **options)
     return weights
 
 
-@pytest.mark.parametrize("batch", ["N", 1])
+@pytest.mark.parametrize("batch", ["N", 1, 2, 4])
 def test_a_file_of_another_tool_is_a_residual_of_the_default_task(tmp_path, batch):
     weights, rng = foreign(tmp_path / "p.onnx", batch), np.random.default_rng(0)
     policy, mask = load_policy(f"onnx:{tmp_path / 'p.onnx'}"), np.array([True, False, True])
@@ -95,6 +98,74 @@ def test_a_file_of_another_tool_is_a_residual_of_the_default_task(tmp_path, batc
     np.testing.assert_allclose(delta, expected, atol=1e-7)
 
 
+def test_weights_beside_the_file_are_read_and_no_other_file_is(tmp_path, monkeypatch):
+    """torch.onnx.export writes policy.onnx and policy.onnx.data by default."""
+    beside = {"save_as_external_data": True, "size_threshold": 0, "location": "p.onnx.data"}
+    weights = foreign(tmp_path / "p.onnx", **beside)
+    obs = np.random.default_rng(0).normal(0, 1, (3, 25)).astype(np.float32)
+    for name in ("p.onnx", "renamed.onnx"):
+        (tmp_path / name).write_bytes((tmp_path / "p.onnx").read_bytes())
+        policy = OnnxPolicy(str(tmp_path / name))
+        np.testing.assert_allclose(policy.residuals(obs), np.clip(obs @ weights, -1, 1), atol=1e-6)
+    data, fingerprint = tmp_path / "p.onnx.data", policy.fingerprint
+    data.write_bytes(data.read_bytes()[:-1] + b"?")
+    assert OnnxPolicy(str(tmp_path / "p.onnx")).fingerprint != fingerprint
+
+    (tmp_path / "deeper").mkdir()
+    monkeypatch.chdir(tmp_path)  # a path in the file must not be taken from the working directory either
+    for location in ("p.onnx.data", "../p.onnx.data", str(data), "absent"):
+        model = onnx.load_from_string((tmp_path / "p.onnx").read_bytes())
+        model.graph.initializer[0].external_data[0].value = location
+        (tmp_path / "deeper" / "p.onnx").write_bytes(model.SerializeToString())
+        with pytest.raises(SO101Error, match="which is not beside it|external data"):
+            OnnxPolicy("deeper/p.onnx")
+
+
+def test_one_flipped_bit_is_noticed(tmp_path):
+    """Anywhere in the included policy: graph, metadata, checksum."""
+    content, rng = (ROOT / "assets" / "arm.onnx").read_bytes(), np.random.default_rng(0)
+    path, ends = tmp_path / "p.onnx", np.arange(len(content) - 90, len(content))
+    for position in [*rng.integers(0, len(content), 60), *ends]:
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << rng.integers(8)
+        path.write_bytes(flipped)
+        with pytest.raises(SO101Error, match=str(path)):
+            OnnxPolicy(str(path))
+
+
+LIES = {
+    ("base_policy",): ["jacobian", "", "helper:Base", 3],
+    ("base_fingerprint",): ["x", None],
+    ("task", "alpha"): [-1, 0, 1.5, "x", float("nan")],
+    ("task", "act_scale"): [0.04, 1e300],
+    ("task", "firmware_p"): [0, 2.5, True],
+    ("observe_base",): [True, 1],
+    ("scale_rad",): [0.0, 0.8, None],
+    ("control_hz",): [60, "30"],
+    ("global_step",): [-1, 10**30, True, 2.0],
+    ("observation", 0, "unit"): ["deg"],
+    ("observation", 0, "name"): ["elbow_flex.pos"],
+    ("action",): ["degrees"],
+    ("task", "magic"): [1],
+}
+
+
+def test_metadata_that_contradict_the_file_are_refused(tmp_path):
+    """With a checksum that fits, as of somebody who has written the file anew."""
+    model, path = onnx.load(ROOT / "assets" / "arm.onnx"), tmp_path / "p.onnx"
+    metadata = json.loads(model.metadata_props[0].value)
+    path.write_bytes(serialize(model, metadata))
+    OnnxPolicy(str(path))
+    for (*where, last), values in LIES.items():
+        for value in values:
+            changed = copy.deepcopy(metadata)
+            inner = functools.reduce(lambda item, key: item[key], where, changed)
+            inner[last] = value
+            path.write_bytes(serialize(model, changed))
+            with pytest.raises(SO101Error, match=str(path)):
+                OnnxPolicy(str(path))
+
+
 def test_what_is_no_policy_is_refused(tmp_path, exported, monkeypatch):
     path = tmp_path / "p.onnx"
     cases = [({"width": 24}, "not observations"), ({"actions": 5}, "not residuals"), ({"outputs": 2}, "one of each")]
@@ -102,7 +173,7 @@ def test_what_is_no_policy_is_refused(tmp_path, exported, monkeypatch):
         foreign(path, **settings)
         with pytest.raises(SO101Error, match=text):
             OnnxPolicy(str(path))
-    path.write_bytes(exported.read_bytes()[:5000])
+    path.write_bytes(b"hello")
     with pytest.raises(SO101Error, match="is not a usable ONNX file"):
         OnnxPolicy(str(path))
     with pytest.raises(SO101Error, match="cannot be read"):
@@ -113,8 +184,7 @@ def test_what_is_no_policy_is_refused(tmp_path, exported, monkeypatch):
         ({"format": "so101 onnx 0"}, "export it again"),
         ({"task": {"alpha": 1.0}}, "lacks the setting"),
     ):
-        onnx.helper.set_model_props(model, {"so101": json.dumps(metadata | change)})
-        onnx.save(model, path)
+        path.write_bytes(serialize(model, metadata | change))
         with pytest.raises(SO101Error, match=text):
             OnnxPolicy(str(path))
     assert "must end in .onnx" in error_of(monkeypatch, "eval_so101.py", "--export", "policy.pt")

@@ -258,10 +258,10 @@ def test_a_class_by_name_is_trained_on_resumed_and_evaluated(own_module, tmp_pat
     spec = f"{own_module}:Own:0.005"
     run = train(tmp_path / "logs", *SMALL.split(), "--base-policy", spec)
     half = min((run / "checkpoints").glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
-    resumed = train(tmp_path / "resumed", "--resume", str(half))
+    resumed = train(tmp_path / "resumed", "--resume", str(half), "--base-policy", spec)
     first, second = (torch.load(r / "final_model.pt", weights_only=True)["agent"] for r in (run, resumed))
     assert all(torch.equal(first[key], second[key]) for key in first)
-    done = run_script("eval_so101.py", "--model", str(run / "final_model.pt"), "--episodes", "2")
+    done = run_script("eval_so101.py", "--model", str(run / "final_model.pt"), "--episodes", "2", "--allow", spec)
     assert done.returncode == 0 and own_module in done.stdout, done.stderr
     assert load_policy(spec).speed_rad == 0.005 and load_policy(f"{own_module}:Own").speed_rad == 0.01
 
