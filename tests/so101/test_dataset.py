@@ -14,7 +14,7 @@ from conftest import error_of, run_script
 
 from so101 import dataset
 from so101.policies import load_policy
-from so101_env import ACTION, ENVIRONMENT, STATE, SO101ResidualVectorEnv, base_observation, load_model
+from so101_env import ACTION, ENVIRONMENT, STATE, SO101ResidualVectorEnv, base_observation
 from so101_sim.control import to_rad
 from so101_sim.errors import SO101Error
 
@@ -239,15 +239,6 @@ def test_replay_repeats_a_recording_and_reads_v21(demos, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     # the sheet lies elsewhere here, and the arm does not feel it much
     assert max(json.loads((tmp_path / "o.json").read_text())["mean_joint_deviation_deg"].values()) < 1.0
-
-
-def test_units_to_radians():
-    low, high = load_model().actuator_ctrlrange.T
-    np.testing.assert_allclose(to_rad(np.array([[-100.0] * 5 + [0.0]]), "norm")[0], low)
-    np.testing.assert_allclose(to_rad(np.array([[100.0] * 6]), "norm")[0], high)
-    # LeRobot keeps the gripper in 0 to 100 even where the joints are in degrees
-    expected = [*np.deg2rad([0.0, 90, -90, 45, 10]), (low[5] + high[5]) / 2]
-    np.testing.assert_allclose(to_rad(np.array([[0.0, 90, -90, 45, 10, 50]]), "deg")[0], expected)
 
 
 def test_clone_acts_like_the_pusher_and_is_deterministic(demos, clone, tmp_path):
