@@ -28,12 +28,11 @@ from tqdm import tqdm
 from so101.base import BasePolicy, flat_observation, follow_chunks, new_chunks
 from so101.checkpoints import CLONE, hash_weights, load_weights, restore_args
 from so101.cli import check_flags, command_of, parse, run_script
-from so101.dataset import read_dataset, read_info, unit_of
+from so101.dataset import joints_rad, read_dataset, read_info
 from so101.files import save_tensors, write_json
 from so101.networks import Features
 from so101.run_dirs import describe_run, new_run_dir
 from so101_env import ACT_DIM, ACTION, ENVIRONMENT, STATE, BaseObservation, SO101Error
-from so101_sim.control import to_rad
 
 SCRIPT = Path(__file__).name
 
@@ -47,7 +46,7 @@ class Args:
     dataset: str
     """directory of a LeRobotDataset with observation.state, observation.environment_state and action"""
     units: str | None = None
-    """unit of the joints, rad, deg or norm, for a dataset that does not contain it"""
+    """unit of the joints, deg, deg-old, norm or rad, for a dataset that does not contain it"""
     seed: int = 1
     """seed of weights and minibatches, and of the choice of validation episodes"""
     train_steps: int = 10_000
@@ -163,10 +162,9 @@ def load_demos(args: Args) -> list[tuple[torch.Tensor, torch.Tensor]]:
     episodes = read_dataset(Path(args.dataset), info, keys)
     if len(episodes) < 2:
         raise SO101Error(f"--dataset {args.dataset}: has one episode, but training and validation need one each")
-    units = [unit_of(info, key, args.units) for key in (STATE, ACTION)]
     demos = []
-    for episode in episodes:
-        state, action = (to_rad(episode[key], unit) for key, unit in zip((STATE, ACTION), units))
+    for number, episode in episodes.items():
+        state, action = joints_rad(info, episode, args.units, f"{args.dataset}: episode {number}")
         obs = np.concatenate([state, episode[ENVIRONMENT]], axis=1)
         steps = np.arange(len(action))[:, None] + np.arange(args.chunk_size)
         motion = action[np.minimum(steps, len(action) - 1)] - state[:, None]

@@ -4,14 +4,16 @@ An episode is a dict of float32 arrays: "observation.state" (T, 6), joint positi
 targets; and optionally "observation.environment_state" (T, 19), the rest of the observation. Camera pictures are stored
 as H.264 videos. Joints are in degrees, the gripper in 0 to 100, as LeRobot records the arm. meta/info.json contains the
 unit of the joints ("unit" of a feature) if the dataset was written here. For other datasets the user gives the unit,
-see so101_sim.control.to_rad.
+see so101_sim.control.to_rad. Joints are found by name. A dataset of another robot is refused, and so is one whose
+frames are not complete or whose files do not fit together.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
+import tempfile
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,7 +24,7 @@ import numpy as np
 from so101.extras import import_extra
 from so101.groot import JOINT_GROUPS
 from so101_env import ACTION, ENVIRONMENT, ENVIRONMENT_NAMES, STATE, STATE_NAMES, TASK_TEXT, SO101Error
-from so101_sim.control import from_rad
+from so101_sim.control import JOINTS, OLD_UNIT, UNITS, from_rad, to_rad
 from so101_sim.scene import CONTROL_HZ
 from so101_sim.vector import IMAGES
 
@@ -40,6 +42,11 @@ FEATURES = {
     "index": {"dtype": "int64", "shape": [1], "names": None},
     "task_index": {"dtype": "int64", "shape": [1], "names": None},
 }
+# LeRobot's robot types of this arm. An SO-100 has the same joints, zeros and directions, so its recordings fit as well.
+# The last is the simulated arm of this project's plug-in.
+ROBOTS = ("so101_follower", "so100_follower", "so_follower", "so101_residual_sim")
+OLD_ROBOTS = ("so101", "so100")  # before LeRobot's change of calibration, with joints named main_shoulder_pan etc.
+TIMESTAMP_TOLERANCE_S = 1e-4  # LeRobot's
 FRAMES_PER_FILE = 500_000  # keeps a file below the format's 100 MB
 # A key frame every other frame, and no references to later frames: training reads single frames at random.
 VIDEO_OPTIONS = ["-crf", "20", "-g", "2", "-bf", "0"]
@@ -71,20 +78,30 @@ def write_dataset(
         SO101Error: pyarrow is not installed.
     """
     _pyarrow()
-    if path.exists():
-        raise DatasetError(f"{path} exists; delete it or name another directory")
+    _check_new(path)
     if not episodes:
         raise DatasetError(f"{path}: there is no episode to write")
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
     try:
-        _write_files(temporary, episodes, cameras or {})
-        os.replace(temporary, path)
+        with tempfile.TemporaryDirectory(prefix=f"{path.name}.tmp", dir=path.parent) as temporary:  # always a new one
+            whole = Path(temporary) / "dataset"  # with the usual permissions; those of `temporary` are private
+            _write_files(whole, episodes, cameras or {})
+            _check_new(path)
+            os.rename(whole, path)
     except OSError as error:
-        reason = error.strerror or str(error).splitlines()[0]  # FFmpeg's own message has many lines
-        raise DatasetError(f"{path}: cannot be written ({reason}); free the disk") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        reason = _reason(error)
+        raise DatasetError(f"{path}: cannot be written ({reason}); free the disk, or name another place") from error
+
+
+def _check_new(path: Path) -> None:
+    """Raise DatasetError if there is anything at path, also a symbolic link that leads nowhere."""
+    if os.path.lexists(path):
+        raise DatasetError(f"{path} exists; delete it or name another directory")
+
+
+def _reason(error: BaseException) -> str:
+    """An error in one short line: libraries' own messages can be empty or have many lines."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return f"{text.splitlines()[0]:.200}"
 
 
 def _write_files(
@@ -145,7 +162,8 @@ def _write_files(
             first = min(-(-start // FRAMES_PER_SAMPLE), len(sample) - 1)
             own_stats = _image_stats(sample[first : max(-(-end // FRAMES_PER_SAMPLE), first + 1)])
             row |= {f"stats/{key}/{name}": value for name, value in own_stats.items()}
-    pq.write_table(pa.Table.from_pylist(rows), root / "meta" / "episodes" / "chunk-000" / "file-000.parquet")
+    episodes_path = root / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), episodes_path, write_page_checksum=True)
 
     # LeRobot reads the tasks with pandas and expects their text as the index, which pandas' own metadata define
     index = {
@@ -156,7 +174,7 @@ def _write_files(
         ],
     }  # fmt: skip
     tasks = pa.table({"task_index": [0], "task": [TASK_TEXT]}).replace_schema_metadata({"pandas": json.dumps(index)})
-    pq.write_table(tasks, root / "meta" / "tasks.parquet")
+    pq.write_table(tasks, root / "meta" / "tasks.parquet", write_page_checksum=True)
     info = {
         "codebase_version": "v3.0",
         "robot_type": "so101_follower",
@@ -231,14 +249,15 @@ def _image_stats(frames: np.ndarray) -> dict[str, list]:
 
 
 def read_info(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    """Read and check meta/info.json of a LeRobotDataset v3.0 or v2.1 at 30 fps.
+    """Read and check meta/info.json of a LeRobotDataset v3.0 or v2.1 of an SO-101 at 30 fps.
 
     Args:
         path: directory of the dataset.
         keys: names of the features that will be read.
 
     Raises:
-        DatasetError: the file is missing or invalid, or the dataset lacks a feature. The message names the problem.
+        DatasetError: the file is missing or invalid, or the dataset lacks a feature, or it is not of an SO-101. The
+            message names the problem.
     """
     info_path = path / "meta" / "info.json"
 
@@ -246,28 +265,58 @@ def read_info(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
         if not condition:
             raise DatasetError(f"{info_path}: {problem}")
 
-    if not info_path.is_file():
-        raise DatasetError(f"{path}: is not a LeRobotDataset, meta/info.json is missing")
     try:
-        info = json.loads(info_path.read_text())
-    except ValueError as error:
-        raise DatasetError(f"{info_path}: is not valid JSON ({error})") from error
+        info = json.loads(info_path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DatasetError(f"{path}: is not a LeRobotDataset, meta/info.json is missing") from error
+    except OSError as error:
+        raise DatasetError(f"{info_path}: cannot be read ({_reason(error)})") from error
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{info_path}: is not valid JSON ({_reason(error)})") from error
     require(isinstance(info, dict), "does not contain a map; is it a LeRobotDataset?")
-    version, fps, features = (info.get(key) for key in ("codebase_version", "fps", "features"))
-    require(version in ("v3.0", "v2.1"), f"has version {version}; known are v3.0 and v2.1")
-    require(fps == CONTROL_HZ and not isinstance(fps, bool), f"has {fps} fps, the simulation runs at {CONTROL_HZ}")
+    version, fps, features, robot = (info.get(key) for key in ("codebase_version", "fps", "features", "robot_type"))
+    require(version in ("v3.0", "v2.1"), f"has version {version!r:.80}; known are v3.0 and v2.1, convert with LeRobot")
+    require(fps == CONTROL_HZ, f"has {fps!r:.80} fps, the simulation runs at {CONTROL_HZ}")  # true is 1
     require(isinstance(features, dict), "features is missing; is it a LeRobotDataset?")
-    require(type(info.get("total_episodes")) is int, "total_episodes is missing or not a number")
+    for key in ("total_episodes", "total_frames"):
+        require(type(info.get(key, 0)) is int, f"{key} is not a whole number")
+    require("total_episodes" in info, "total_episodes is missing")
+    known = f"if it is an SO-101, write {ROBOTS[0]} there"
+    require(robot in (*UNNAMED, *ROBOTS, *OLD_ROBOTS), f"robot_type is {robot!r:.80}; {known}")
     for key in keys:
         feature, width = features.get(key), FEATURES[key]["shape"][0]
         fits = isinstance(feature, dict) and feature.get("shape") == [width]
         require(fits, f"must have the feature {key} with {width} numbers")
-        require(isinstance(feature.get("unit", ""), str), f"the unit of {key} is not a text")
+        names = _names(feature)
+        if key == ENVIRONMENT:
+            require(names == ENVIRONMENT_NAMES, f"{key} has other names than in datasets of this project")
+            continue
+        unit = feature.get("unit")
+        require(unit in (None, *UNITS), f"the unit of {key} is {unit!r:.80}; known are {', '.join(UNITS)}")
+        require(names is not None or robot not in UNNAMED, f"{key} has no names and robot_type is missing; {known}")
+        own = names is None or isinstance(names, list) and sorted(map(_joint, names)) == sorted(JOINTS)
+        require(own, f"{key} has the names {names!r:.160}; the joints of an SO-101 are {', '.join(JOINTS)}")
     return info
 
 
-def read_dataset(path: Path, info: dict[str, Any], keys: tuple[str, ...]) -> list[dict[str, np.ndarray]]:
-    """Read features of a LeRobotDataset.
+UNNAMED = (None, "", "unknown")  # values of robot_type that say nothing
+
+
+def _names(feature: dict[str, Any]) -> Any:
+    """The names of a feature's numbers, which older datasets have as {"motors": names}."""
+    names = feature.get("names")
+    while isinstance(names, dict) and len(names) == 1:
+        (names,) = names.values()
+    return names
+
+
+def _joint(name: Any) -> str:
+    """The joint that a name of LeRobot means: shoulder_pan for shoulder_pan.pos and for main_shoulder_pan."""
+    return str(name).removeprefix("main_").removesuffix(".pos")
+
+
+def read_dataset(path: Path, info: dict[str, Any], keys: tuple[str, ...]) -> dict[int, dict[str, np.ndarray]]:
+    """Read features of a LeRobotDataset. Pages are compared with their checksums if the file has them.
 
     Args:
         path: directory of the dataset.
@@ -275,32 +324,126 @@ def read_dataset(path: Path, info: dict[str, Any], keys: tuple[str, ...]) -> lis
         keys: names of the features.
 
     Returns:
-        A dict of float32 arrays (T, width) for each episode, in order, with joints in the unit of the dataset.
+        By episode_index, in order, a dict of float32 arrays (T, width), with joints in JOINTS order and in the unit of
+        the dataset.
 
     Raises:
-        DatasetError: files cannot be read, or their columns are not as info describes them.
+        DatasetError: files cannot be read, their columns are not as info describes them, frames are missing, repeated
+            or out of order, or data/ does not fit meta/.
         SO101Error: pyarrow is not installed.
     """
-    pa, pq = _pyarrow()
-    files = sorted((path / "data").glob("*/*.parquet"))
+    files = _files(path / "data", "file-" if info["codebase_version"] == "v3.0" else "episode_")
     if not files:
-        raise DatasetError(f"{path}: data/ has no parquet file")
-    columns = [*keys, "episode_index", "frame_index"]
-    try:
-        table = pa.concat_tables(pq.read_table(file, columns=columns) for file in files)
-        number, frame = (table[key].cast(pa.int64()).to_numpy() for key in ("episode_index", "frame_index"))
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise DatasetError(f"{path}: its parquet files cannot be read ({str(error).splitlines()[0]})") from error
-    arrays = {key: _matrix(table[key], FEATURES[key]["shape"][0], f"{path}: {key}") for key in keys}
-    order = np.lexsort([frame, number])
-    episodes = [
-        {key: array[rows] for key, array in arrays.items()}
-        for rows in np.split(order, np.flatnonzero(np.diff(number[order])) + 1)
-    ]
-    if len(order) == 0 or len(episodes) != info["total_episodes"]:
-        found = len(episodes) if len(order) else 0
-        raise DatasetError(f"{path}: has {found} episodes in data/, but {info['total_episodes']} in meta/info.json")
+        raise DatasetError(f"{path}: data/ has no parquet file with a name of LeRobot {info['codebase_version']}")
+    parts: dict[str, list[np.ndarray]] = {}
+    for file in files:  # each is converted by itself: files of one dataset can differ in their types
+        columns = _read_columns(file, [*keys, "episode_index", "frame_index"], ["timestamp", "index"])
+        for name, column in columns.items():
+            where = f"{file}: {name}"
+            array = _matrix(column, FEATURES[name]["shape"][0], where) if name in keys else _numbers(column, where)
+            parts.setdefault(name, []).append(array)
+    if uneven := [name for name, each in parts.items() if len(each) < len(files)]:
+        raise DatasetError(f"{path}: not every file in data/ has the column {uneven[0]}")
+    arrays = {name: np.concatenate(each) for name, each in parts.items()}
+    for key, names in ((key, _names(info["features"][key])) for key in keys if key != ENVIRONMENT):
+        if names is not None:
+            arrays[key] = arrays[key][:, [[*map(_joint, names)].index(joint) for joint in JOINTS]]
+    order = np.argsort(arrays["episode_index"], kind="stable")
+    arrays = {name: array[order] for name, array in arrays.items()}
+    whole = np.isfinite(arrays["episode_index"]) & (arrays["episode_index"] % 1 == 0) & (arrays["episode_index"] >= 0)
+    if not whole.all():
+        raise DatasetError(f"{path}: a frame has the episode_index {arrays['episode_index'][~whole][0]:g}")
+    starts = np.flatnonzero(np.diff(arrays["episode_index"], prepend=-1))
+    split = {name: np.split(array, starts[1:]) for name, array in arrays.items()}
+    episodes = {}
+    for i in range(len(starts)):
+        episode = {name: each[i] for name, each in split.items()}
+        number = int(episode["episode_index"][0])
+        _check_frames(episode, f"{path}: episode {number}")
+        episodes[number] = {key: episode[key] for key in keys}
+    if "index" in arrays and len(np.unique(arrays["index"])) < len(arrays["index"]):
+        raise DatasetError(f"{path}: two frames have the same index; episodes are there twice")
+    _check_counts(path, info, {number: len(episode[keys[0]]) for number, episode in episodes.items()})
     return episodes
+
+
+def _check_frames(episode: dict[str, np.ndarray], name: str) -> None:
+    """Raise DatasetError unless the frames of an episode, in the order of the file, are complete, each there once."""
+    frames = np.arange(len(episode["frame_index"]))
+    expected = {"frame_index": (frames, 0.0)}
+    if "timestamp" in episode:
+        seconds = frames / CONTROL_HZ  # in long recordings the rounding of float32 is larger than the tolerance
+        expected["timestamp"] = (seconds, TIMESTAMP_TOLERANCE_S + np.finfo(np.float32).eps * seconds)
+    if "index" in episode:
+        expected["index"] = (frames + np.nan_to_num(episode["index"][0]), 0.0)
+    for key, (values, tolerance) in expected.items():
+        wrong = np.flatnonzero(~(np.abs(episode[key] - values) <= tolerance))
+        if wrong.size:
+            found, right = episode[key][wrong[0]], values[wrong[0]]
+            text = f"frame {wrong[0]} has the {key} {found:.10g} instead of {right:.10g}"
+            raise DatasetError(f"{name}: {text}; frames are damaged, missing, repeated or out of order")
+
+
+def _check_counts(path: Path, info: dict[str, Any], lengths: dict[int, int]) -> None:
+    """Raise DatasetError unless the lengths of the episodes, by number, are those in meta/."""
+    found = {"total_episodes": len(lengths), "total_frames": sum(lengths.values())}
+    listed = _listed_lengths(path, info["codebase_version"])
+    for number in sorted({*lengths, *listed}) if listed is not None else ():
+        here, there = lengths.get(number, 0), listed.get(number, 0)
+        if here != there:
+            text = f"episode {number:.10g} has {here} frames in data/, but {there:.10g} in meta/episodes"
+            raise DatasetError(f"{path}: {text}; load the dataset again, completely")
+    for key, count in found.items():
+        if count != info.get(key, count):
+            text = f"has {count} {key.removeprefix('total_')} in data/, but {info[key]!r:.40} in meta/info.json"
+            raise DatasetError(f"{path}: {text}; load the dataset again, completely")
+    if not lengths:
+        raise DatasetError(f"{path}: has no frames")
+
+
+def _listed_lengths(path: Path, version: str) -> dict[float, float] | None:
+    """The lengths of the episodes by number in meta/episodes (v3.0) or meta/episodes.jsonl (v2.1); None without it."""
+    if version == "v3.0":
+        name = path / "meta" / "episodes"
+        rows, files = [], _files(name, "file-")
+        for file in files:
+            columns = _read_columns(file, ["episode_index", "length"], [])
+            rows += zip(*(_numbers(column, f"{file}: {key}").tolist() for key, column in columns.items()))
+    else:
+        name = path / "meta" / "episodes.jsonl"
+        files = [name] if os.path.lexists(name) else []
+        try:
+            lines = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+            rows = [(float(line["episode_index"]), float(line["length"])) for line in lines]
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, OverflowError) as error:
+            raise DatasetError(f"{name}: is damaged ({_reason(error)})") from error
+    if len(dict(rows)) < len(rows):
+        raise DatasetError(f"{name}: lists an episode twice")
+    return dict(rows) if files else None
+
+
+def _files(directory: Path, stem: str) -> list[Path]:
+    """The files chunk-N/STEM-N.parquet of a directory, in order. LeRobot writes no others."""
+    found = []
+    for file in directory.glob("chunk-*/*.parquet"):
+        if match := re.fullmatch(rf"chunk-([0-9]+)/{stem}([0-9]+)\.parquet", file.relative_to(directory).as_posix()):
+            found.append((int(match[1]), int(match[2]), file))
+    return [file for *_, file in sorted(found)]
+
+
+def _read_columns(file: Path, columns: list[str], optional: list[str]) -> dict[str, pyarrow.ChunkedArray]:
+    """The columns of a parquet file by name; the optional ones if it has them. Raises DatasetError if it cannot."""
+    pa, pq = _pyarrow()
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            names = [name for name in (*columns, *optional) if name in parquet.schema_arrow.names]
+            table = parquet.read(names)
+            read = {name: table[name] for name in names}
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise DatasetError(f"{file}: is damaged or not a parquet file ({_reason(error)})") from error
+    if missing := [name for name in columns if name not in read]:
+        raise DatasetError(f"{file}: has no column {missing[0]}")
+    return read
 
 
 def _matrix(column: pyarrow.ChunkedArray, width: int, name: str) -> np.ndarray:
@@ -312,14 +455,22 @@ def _matrix(column: pyarrow.ChunkedArray, width: int, name: str) -> np.ndarray:
     rows = column.to_pylist()
     if any(row is None or len(row) != width or None in row for row in rows):
         raise DatasetError(f"{name} must have {width} numbers in every frame")
-    array = np.array(rows, np.float32).reshape(-1, width)
-    if not np.isfinite(array).all():
+    array = np.array(rows, np.float64).reshape(-1, width)
+    if not (np.abs(array) <= np.finfo(np.float32).max).all():
         raise DatasetError(f"{name} has numbers that are not finite")
-    return array
+    return array.astype(np.float32)
+
+
+def _numbers(column: pyarrow.ChunkedArray, name: str) -> np.ndarray:
+    """A column of numbers as (T,) float64, nan where there is none. Raises DatasetError for anything else."""
+    pa, _ = _pyarrow()
+    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+        raise DatasetError(f"{name} must be numbers, but is {column.type}")
+    return column.cast(pa.float64(), safe=False).to_numpy()
 
 
 def unit_of(info: dict[str, Any], key: str, given: str | None) -> str:
-    """Unit of a joint feature: "rad", "deg" or "norm".
+    """Unit of a joint feature, one of so101_sim.control.UNITS.
 
     Args:
         info: the result of read_info.
@@ -327,14 +478,51 @@ def unit_of(info: dict[str, Any], key: str, given: str | None) -> str:
         given: the user's unit, for a dataset without a unit.
 
     Raises:
-        DatasetError: there is no unit, or the user's contradicts that of the dataset.
+        DatasetError: there is no unit, or the user's is unknown, contradicts that of the dataset, or does not fit the
+            calibration with which the dataset was recorded.
     """
-    own = info["features"][key].get("unit")
+    feature, robot = info["features"][key], info.get("robot_type")
+    own, names = feature.get("unit"), _names(feature) or []
+    old = robot in OLD_ROBOTS or any(name.startswith("main_") for name in names)
+    new = robot in ROBOTS or any(name.endswith(".pos") for name in names)
+    found = f"robot_type {robot}" + (f" and joints named {names[0]} etc." if names else "")
+    if given is not None and given not in UNITS:
+        raise DatasetError(f"--units {given}: must be one of {', '.join(UNITS)}")
     if own is None and given is None:
-        raise DatasetError(f"the dataset does not contain the unit of {key}: give it with --units rad, deg or norm")
+        fitting = OLD_UNIT if old else "deg, norm or rad"
+        raise DatasetError(f"the dataset does not contain the unit of {key}: give it with --units {fitting}")
     if own is not None and given is not None and own != given:
         raise DatasetError(f"--units {given}: {key} is in {own} according to the dataset; drop the flag")
+    if own is None and old and given != OLD_UNIT:
+        text = f"{key} has {found}, as before LeRobot's change of calibration: pass --units {OLD_UNIT}"
+        newer = f"or, if it is newer, write {ROBOTS[0]} and {JOINTS[0]}.pos etc. in meta/info.json"
+        raise DatasetError(f"--units {given}: {text}, {newer}")
+    if own is None and new and not old and given == OLD_UNIT:
+        text = f"{key} has {found}, as after LeRobot's change of calibration: pass --units deg or norm"
+        raise DatasetError(f"--units {given}: {text}")
     return own or given
+
+
+def joints_rad(
+    info: dict[str, Any], episode: dict[str, np.ndarray], given: str | None, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Joint positions and joint targets (T, 6) of an episode, rad.
+
+    Args:
+        info: the result of read_info.
+        episode: a value of the result of read_dataset.
+        given: the user's unit, for a dataset without a unit.
+        name: of the episode, for messages.
+
+    Raises:
+        DatasetError: as unit_of, or the numbers are impossible in this unit.
+    """
+    units = [unit_of(info, key, given) for key in (STATE, ACTION)]
+    try:
+        state, action = (to_rad(episode[key], unit) for key, unit in zip((STATE, ACTION), units))
+    except SO101Error as error:
+        raise DatasetError(f"{name}: {error}; check --units") from error
+    return state, action
 
 
 def _column(array: np.ndarray) -> pyarrow.Array:
@@ -357,6 +545,6 @@ def _write_data(root: Path, file_index: int, tables: list[pyarrow.Table]) -> Non
     _, pq = _pyarrow()
     path = root / "data" / f"chunk-{file_index // 1000:03d}" / f"file-{file_index % 1000:03d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with pq.ParquetWriter(path, tables[0].schema) as writer:
+    with pq.ParquetWriter(path, tables[0].schema, write_page_checksum=True) as writer:
         for table in tables:
             writer.write_table(table)

@@ -61,7 +61,8 @@ def write_video(
         draw.text((text // 2, text // 2), title, fill="black", font_size=text)
         draw.text((text // 2, 2 * text), f"episode {number + 1} of {len(rows)}", fill="black", font_size=text)
         if step == len(episode["qpos"]) - 1:
-            end = "success" if episode["success"] else episode["failure"].replace("_", " ") or "no success"
+            verdict = {True: "success", False: "no success", None: "end"}[episode["success"]]  # None: not judged
+            end = verdict if episode["success"] else episode["failure"].replace("_", " ") or verdict
             draw.text((text // 2, height - 2 * text), f"{end}, {episode['length'] / fps:.1f} s", fill="white", **edge)
         return np.asarray(image)
 

@@ -2,8 +2,9 @@
 
     python -m so101.replay --dataset demos --episode 3 --video replay.mp4
 
-Any LeRobotDataset v3.0 or v2.1 of an SO-101 at 30 fps works. Only datasets of this project contain the sheet's pose
-(observation.environment_state). For others the sheet starts inside the tape. The physics are nominal.
+Any LeRobotDataset v3.0 or v2.1 of an SO-101 at 30 fps works, and all its recorded steps are replayed. Only datasets of
+this project contain the sheet's pose (observation.environment_state). For others the sheet starts inside the tape, and
+success is not judged. The physics are nominal.
 """
 
 if __name__ == "__main__":  # Ctrl+C during the imports ends the program without a traceback
@@ -22,7 +23,7 @@ from gymnasium.vector import AutoresetMode
 
 from so101.base import BasePolicy
 from so101.cli import check_flags, check_output, check_rendering, parse, run_script
-from so101.dataset import read_dataset, read_info, unit_of
+from so101.dataset import joints_rad, read_dataset, read_info
 from so101.evaluation import evaluate, no_residual
 from so101.files import write_json
 from so101.films import write_video
@@ -36,11 +37,12 @@ from so101_env import (
     STATE,
     TAPE_CENTER_M,
     TAPE_MARGIN_M,
+    Scene,
     SO101Error,
     SO101ResidualVectorEnv,
     Task,
 )
-from so101_sim.control import JOINTS, to_rad
+from so101_sim.control import JOINTS
 
 
 @dataclasses.dataclass
@@ -48,9 +50,9 @@ class Args:
     dataset: str
     """directory of the LeRobotDataset"""
     episode: int = 0
-    """number of the episode"""
+    """number of the episode, its episode_index"""
     units: str | None = None
-    """unit of the joints, rad, deg or norm, for a dataset that does not contain it"""
+    """unit of the joints, deg, deg-old, norm or rad, for a dataset that does not contain it"""
     tape_margin: float = TAPE_MARGIN_M
     """m between sheet and tape on every side"""
     video: str | None = None
@@ -76,6 +78,17 @@ class Replay(BasePolicy):
         return delta
 
 
+class EndlessEnv(SO101ResidualVectorEnv):
+    """The task, judged but not ended by success or failure: an episode has as many steps as are asked for."""
+
+    def judge(
+        self, scene: Scene, action: np.ndarray, active: np.ndarray, broken: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        """As the task's, but only a simulation that diverged terminates an episode."""
+        reward, terminated, results = super().judge(scene, action, active, broken)
+        return reward, terminated & broken, results
+
+
 def replay(
     state_rad: np.ndarray, action_rad: np.ndarray, environment: np.ndarray | None, tape_margin: float
 ) -> dict[str, Any]:
@@ -88,18 +101,31 @@ def replay(
         tape_margin: m between sheet and tape.
 
     Returns:
-        The traced episode, see so101.evaluation.evaluate.
+        The traced episode, see so101.evaluation.evaluate. Its success is whether the sheet lies in the tape at the end,
+        and None without environment.
+
+    Raises:
+        SO101Error: the simulation diverged, or a target is out of reach.
     """
     sheet = [*TAPE_CENTER_M, SHEET_HALF_THICKNESS_M, 0.0]
     if environment is not None:
         sheet = [*environment[0, 6:9], 2.0 * np.arctan2(environment[0, 12], environment[0, 9])]
-    envs = SO101ResidualVectorEnv(
+    envs = EndlessEnv(
         1, Replay(action_rad), randomize=False, tape_margin=tape_margin, autoreset_mode=AutoresetMode.DISABLED,
         max_episode_steps=len(action_rad), num_threads=1,
     )  # fmt: skip
     (episode,) = evaluate(no_residual, envs, [0], trace=True, qpos=np.array([[*state_rad[0], *sheet]]))
     envs.close()
-    return episode
+    if episode["length"] < len(action_rad):
+        raise SO101Error(f"the simulation diverged at step {episode['length']} of {len(action_rad)} recorded ones")
+    return episode if environment is not None else {**episode, "success": None, "failure": ""}
+
+
+def _spans(numbers: list[int]) -> str:
+    """Sorted numbers in words: "0 to 4, 7" for 0, 1, 2, 3, 4 and 7."""
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    return ", ".join(f"{start} to {end}" if end > start else f"{start}" for start, end in zip(starts, ends))
 
 
 def main() -> int:
@@ -114,23 +140,21 @@ def main() -> int:
     feature = info["features"].get(ENVIRONMENT)
     if (
         isinstance(feature, dict) and feature.get("names") == ENVIRONMENT_NAMES
-    ):  # a dataset of this project, with the sheet's pose
+    ):  # of this project, with the sheet's pose
         keys += (ENVIRONMENT,)
         info = read_info(path, keys)
     episodes = read_dataset(path, info, keys)
-    if args.episode >= len(episodes):
-        raise SO101Error(f"--episode {args.episode}: the dataset has episodes 0 to {len(episodes) - 1}")
+    if args.episode not in episodes:
+        raise SO101Error(f"--episode {args.episode}: the dataset has the episodes {_spans([*episodes])}")
     episode = episodes[args.episode]
-    state, action = (to_rad(episode[key], unit_of(info, key, args.units)) for key in (STATE, ACTION))
+    state, action = joints_rad(info, episode, args.units, f"{path}: episode {args.episode}")
 
     environment = episode.get(ENVIRONMENT)
     replayed = replay(state, action, environment, args.tape_margin)
     observations, length, success = replayed["obs"], replayed["length"], replayed["success"]
     deviation = np.rad2deg(np.abs(observations[:, :6] - state[:length]))
-    print(
-        f"{args.dataset}, episode {args.episode}: {len(state)} steps recorded, {length} replayed, "
-        f"{'success' if success else 'no success'} in the simulation"
-    )
+    verdict = {True: ", success in the simulation", False: ", no success in the simulation", None: ""}[success]
+    print(f"{args.dataset}, episode {args.episode}: {len(state)} steps recorded, {length} replayed{verdict}")
     print(f"{'deviation from the recorded states (degrees)':46}{'mean':>8}{'largest':>9}{'at the end':>12}")
     for joint, column in zip(JOINTS, deviation.T):
         print(f"{joint:46}{column.mean():8.3f}{column.max():9.3f}{column[-1]:12.3f}")

@@ -20,6 +20,7 @@ from so101_sim.scene import ASSETS, CONTROL_HZ
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 ACT_DIM = len(JOINTS)
+SHOULDER_LIFT, ELBOW_FLEX, WRIST_ROLL, GRIPPER = 1, 2, 4, 5
 # Largest distance of a target from the target that a free arm would need for the same motion. Times the servo gain it
 # limits the torque against an obstacle to 0.21 N m and the force of a fingertip to about 1 N, light enough to drag
 # a thin object over a table.
@@ -39,7 +40,8 @@ def clamp(x: np.ndarray, low: object, high: object) -> np.ndarray:
 # units
 
 
-UNITS = ("rad", "deg", "norm")
+UNITS = ("rad", "deg", "deg-old", "norm")
+OLD_UNIT = "deg-old"  # of recordings from before LeRobot's change of calibration
 
 
 class Calibration(NamedTuple):
@@ -59,39 +61,50 @@ def read_calibration(path: str | Path) -> Calibration:
         SO101Error: there is no such file, or it is not the calibration of an SO-101.
     """
     try:
-        motors = json.loads(Path(path).read_text())
+        motors = json.loads(Path(path).read_text(encoding="utf-8"))
         ticks = np.array([[motors[joint][end] for end in ("range_min", "range_max")] for joint in JOINTS], np.float64)
     except OSError as error:
         raise SO101Error(f"calibration {path}: cannot be read ({error.strerror}); calibrate the arm first") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise SO101Error(f"calibration {path}: is not a LeRobot calibration of an SO-101 ({error!r})") from error
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        reason = f"{error!r:.200}"
+        raise SO101Error(f"calibration {path}: is not a LeRobot calibration of an SO-101 ({reason})") from error
     spans = np.ptp(ticks, axis=1) * 2 * np.pi / TICKS_PER_TURN
     if not (ticks[:, 0] < ticks[:, 1]).all() or spans.max() > 2 * np.pi:
         raise SO101Error(f"calibration {path}: a joint's range_min is not below its range_max; calibrate the arm again")
-    closed = _model_ranges().low_rad[5]
+    closed = _usual_ranges().low_rad[GRIPPER]
     low, high = -spans / 2, spans / 2
-    low[5], high[5] = closed, closed + spans[5]
+    low[GRIPPER], high[GRIPPER] = closed, closed + spans[GRIPPER]
     return Calibration(low, high)
 
 
 @functools.cache
-def _model_ranges() -> Calibration:
-    """The joint ranges of the model. A calibration that reached the arm's end stops has the same ranges."""
-    return Calibration(*mujoco.MjModel.from_xml_path(str(ASSETS / "so101.xml")).actuator_ctrlrange.T.copy())
+def _usual_ranges() -> Calibration:
+    """The joint ranges of a calibration that reached the arm's end stops, which are the model's, and the wrist roll's.
+
+    LeRobot does not measure the range of wrist_roll: SOFollower.calibrate has `full_turn_motor = "wrist_roll"` and
+    writes range_min 0 and range_max 4095 into every calibration.
+    """
+    low, high = mujoco.MjModel.from_xml_path(str(ASSETS / "so101.xml")).actuator_ctrlrange.T.copy()
+    high[WRIST_ROLL] = (TICKS_PER_TURN - 1) / 2 * 2 * np.pi / TICKS_PER_TURN
+    low[WRIST_ROLL] = -high[WRIST_ROLL]
+    return Calibration(low, high)
 
 
 def _unit_scale(unit: str, ranges: Calibration | None) -> tuple[np.ndarray, np.ndarray]:
     """Scale and offset, (6,) each, that convert joint angles in `unit` to rad."""
-    low, high = ranges or _model_ranges()
+    low, high = ranges or _usual_ranges()
     if unit == "rad":
         return np.ones(ACT_DIM), np.zeros(ACT_DIM)
     if unit not in UNITS:
         raise SO101Error(f"unknown unit {unit!r}; known: {', '.join(UNITS)}")
     # -100 to 100 over each joint's range; the gripper 0 to 100
     scale, offset = (high - low) / 200.0, (high + low) / 2.0
-    if unit == "deg":
+    if unit in ("deg", OLD_UNIT):
         scale, offset = np.full(ACT_DIM, np.pi / 180.0), np.zeros(ACT_DIM)
-    scale[5], offset[5] = (high[5] - low[5]) / 100.0, low[5]
+    if unit == OLD_UNIT:
+        scale[SHOULDER_LIFT], offset[SHOULDER_LIFT] = -np.pi / 180.0, np.pi / 2.0
+        offset[ELBOW_FLEX] = -np.pi / 2.0
+    scale[GRIPPER], offset[GRIPPER] = (high[GRIPPER] - low[GRIPPER]) / 100.0, low[GRIPPER]
     return scale, offset
 
 
@@ -101,9 +114,13 @@ def to_rad(joints: np.ndarray, unit: str, ranges: Calibration | None = None) -> 
     Args:
         joints: in `unit`, JOINTS order.
         unit: "rad"; "deg", LeRobot's use_degrees (its default since 0.4.4), with the gripper in 0 to 100; "norm",
-            LeRobot's -100 to 100 over each joint's range, with the gripper in 0 to 100.
+            LeRobot's -100 to 100 over each joint's range, with the gripper in 0 to 100; "deg-old", the degrees of an
+            SO-100 or SO-101 from before LeRobot's change of calibration (pull request 777, June 2025), with the gripper
+            in 0 to 100. The arm was then zero when stretched out horizontally. In present degrees, shoulder_lift is
+            -(old - 90) and elbow_flex is old - 90, as in LeRobot's docs/source/backwardcomp.mdx and
+            examples/backward_compatibility/replay.py.
         ranges: joint ranges of the arm's calibration; None: those of the model, which are right if the calibration
-            reached the arm's end stops.
+            reached the arm's end stops, and a full turn of wrist_roll, which LeRobot's calibrations always have.
 
     Raises:
         SO101Error: unknown unit, or numbers that are impossible in this unit.

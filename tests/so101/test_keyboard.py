@@ -69,7 +69,7 @@ def test_keys_push_the_sheet_into_the_tape_and_are_recorded(policy, tmp_path, mo
     monkeypatch.setattr(sys, "argv", ["record.py", *flags])
     assert record.main() == 0
     keys = (STATE, ACTION, ENVIRONMENT)
-    demos = read_dataset(tmp_path / "demos", read_info(tmp_path / "demos", keys), keys)
+    demos = read_dataset(tmp_path / "demos", read_info(tmp_path / "demos", keys), keys).values()
     assert len(demos) == 3 and all(30 < len(demo[ACTION]) < MAX_EPISODE_STEPS for demo in demos)
     for demo in demos:
         x, y, _, qw, _, _, qz = demo[ENVIRONMENT][-1, 6:13]

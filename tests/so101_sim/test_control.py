@@ -12,6 +12,7 @@ from so101_sim.control import (
     BACKLASH_RAD,
     COMMAND_WINDOW_RAD,
     JOINTS,
+    UNITS,
     WATCHDOG_S,
     Controller,
     from_rad,
@@ -128,12 +129,50 @@ def test_a_calibration_file_of_lerobot(tmp_path):
     assert np.rad2deg(end[4]) == pytest.approx(180, abs=0.1) and end[5] == pytest.approx(-0.17453)
     opened = to_rad(np.array([0.0, 0, 0, 0, 0, 100]), "norm", ranges)[5] - end[5]
     assert np.rad2deg(opened) == pytest.approx(1138 * 360 / 4096)
-    for unit in ("deg", "norm", "rad"):
+    for unit in UNITS:
         np.testing.assert_allclose(to_rad(from_rad(HOME_RAD, unit, ranges), unit, ranges), HOME_RAD, atol=1e-12)
 
-    del motors["elbow_flex"]
-    path.write_text(json.dumps(motors))
-    with pytest.raises(SO101Error, match="is not a LeRobot calibration of an SO-101"):
+    # without a calibration the wrist roll has the range that LeRobot writes into every calibration
+    for unit in ("norm", "deg"):
+        probe = np.array([0.0, 0, 0, 0, 55, 0])
+        assert to_rad(probe, unit)[4] == pytest.approx(to_rad(probe, unit, ranges)[4])
+        assert from_rad(np.full(6, 0.7), unit)[4] == pytest.approx(from_rad(np.full(6, 0.7), unit, ranges)[4])
+
+
+ENDS = {"range_min": 1000, "range_max": 3000}
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (json.dumps({joint: ENDS for joint in JOINTS if joint != "elbow_flex"}), "KeyError"),
+        (json.dumps({joint: {**ENDS, "range_max": 10**400} for joint in JOINTS}), "OverflowError"),
+        (json.dumps({joint: {**ENDS, "range_max": float("nan")} for joint in JOINTS}), "range_min is not below"),
+        (json.dumps({joint: {**ENDS, "range_max": 9000} for joint in JOINTS}), "range_min is not below"),
+        (json.dumps([ENDS] * 6), "TypeError"),
+        ("[" * 100_000, "RecursionError"),
+        ('{"a": "\udcff"}', "UnicodeDecodeError"),
+        (None, "calibrate the arm first"),
+    ],
+)
+def test_what_is_no_calibration_is_an_error(tmp_path, content, words):
+    path = tmp_path / "arm.json"
+    if content is not None:
+        path.write_text(content, errors="surrogateescape")
+    with pytest.raises(SO101Error, match=words) as error:
         read_calibration(path)
-    with pytest.raises(SO101Error, match="calibrate the arm first"):
-        read_calibration(tmp_path / "none.json")
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_units_to_radians(model):
+    low, high = model.actuator_ctrlrange.T
+    limited = [0, 1, 2, 3, 5]  # LeRobot measures their range, and assumes a full turn for the wrist roll
+    for end, limit, roll in (([-100.0] * 5 + [0.0], low, -180), ([100.0] * 6, high, 180)):
+        joints = to_rad(np.array([end]), "norm")[0]
+        np.testing.assert_allclose(joints[limited], limit[limited])
+        assert np.rad2deg(joints[4]) == pytest.approx(roll, abs=0.1)
+    # LeRobot keeps the gripper in 0 to 100 even where the joints are in degrees
+    expected = [*np.deg2rad([0.0, 90, -90, 45, 10]), (low[5] + high[5]) / 2]
+    np.testing.assert_allclose(to_rad(np.array([[0.0, 90, -90, 45, 10, 50]]), "deg")[0], expected)
+    for unit in UNITS:
+        np.testing.assert_allclose(from_rad(to_rad(np.full(6, 3.0), unit), unit), np.full(6, 3.0))
