@@ -14,6 +14,7 @@ if __name__ == "__main__":  # Ctrl+C during the imports ends the program without
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +59,7 @@ def check_args(args: RecordArgs) -> None:
     """Raise SO101Error, before any work is done, for what cannot work."""
     check_flags(args, {"episodes": (1, 100_000), "action_noise": (0, 100), "seed": (0, 10**8)})
     check_output("--dataset", args.dataset)
-    if Path(args.dataset).exists():
+    if os.path.lexists(args.dataset):
         raise SO101Error(f"--dataset {args.dataset}: exists; delete it or name another directory")
 
 
@@ -132,7 +133,7 @@ def main() -> int:
                 write(args, envs, kept)
                 break
             except DatasetError as error:  # a full disk must not cost a person's demonstrations
-                if not (isinstance(error.__cause__, OSError) and sys.stdin and sys.stdin.isatty()):
+                if not (sys.stdin and sys.stdin.isatty()):
                     raise
                 input(f"{error}, then press Enter to try again (Ctrl+C discards the episodes) ")
         if not ended:

@@ -35,9 +35,10 @@ class Server:
     """cameras to record, or that a policy server sees: top, wrist, or NAME=CAMERA if it has another name there"""
     image_size: tuple[int, ...] = (96,)
     """side of the pictures in pixels, or height and width"""
-    units: Literal["deg", "norm", "rad"] | None = None
+    units: Literal["deg", "norm", "rad", "deg-old"] | None = None
     """unit of the joints at a policy server, which servers do not report: deg (gripper 0 to 100; LeRobot since 0.4.4,
-    and recordings of this project), norm (-100 to 100; older LeRobot) or rad"""
+    and recordings of this project), norm (-100 to 100; older LeRobot), rad, or deg-old (before LeRobot's calibration
+    of 2025)"""
     chunk_steps: int = 8
     """steps of each predicted chunk that are executed before a policy server is asked again"""
     instruction: str = TASK_TEXT
