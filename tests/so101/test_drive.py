@@ -74,7 +74,7 @@ class VirtualClock(Clock):
 def make_loop(policy: BasePolicy | None = None, dry_run: bool = False) -> Loop:
     robot = VirtualRobot()
     controller = Controller(load_model(), firmware_p=16, backlash_rad=BACKLASH_RAD, latency_s=LATENCY_S)
-    policy = policy or OpenCVPolicy(f"onnx:{ROOT / 'assets' / 'arm.onnx'}")
+    policy = policy or OpenCVPolicy(load_policy(f"onnx:{ROOT / 'assets' / 'arm.onnx'}"))
     return Loop(robot, policy, controller, VirtualClock(robot), dry_run)
 
 

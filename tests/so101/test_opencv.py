@@ -6,6 +6,7 @@ from gymnasium.vector import AutoresetMode
 
 from so101.evaluation import evaluate, no_residual
 from so101.opencv import NotSeen, OpenCVPolicy, SheetLocator
+from so101.policies import load_policy
 from so101_env import SO101ResidualVectorEnv, base_observation
 
 cv2 = pytest.importorskip("cv2")
@@ -71,7 +72,7 @@ def test_what_looks_like_the_sheet_or_the_tape_is_not_taken_for_it(seed, brighte
 
 def test_a_policy_that_is_told_by_opencv_rests_until_it_sees():
     """In the dark it holds still and says why; its memory is all that a resumed run needs."""
-    policy, mask = OpenCVPolicy("jacobian"), np.ones(2, bool)
+    policy, mask = OpenCVPolicy(load_policy("jacobian")), np.ones(2, bool)
     envs = SO101ResidualVectorEnv(2, visual_randomization=True)
     obs, _ = envs.reset(seed=SEED)
 
@@ -91,7 +92,7 @@ def test_a_policy_that_is_told_by_opencv_rests_until_it_sees():
     memory = {name: array.copy() for name, array in policy.memory.items()}
     after = policy.act(see(dark=True), mask)  # hidden for a moment: where it was
     assert policy.trouble == "" and np.array_equal(policy.estimate, memory["opencv.pose"])
-    again = OpenCVPolicy("jacobian")
+    again = OpenCVPolicy(load_policy("jacobian"))
     again.reset(mask)
     again.memory = memory
     np.testing.assert_array_equal(again.act(see(dark=True), mask), after)

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import resource
+import shlex
 import shutil
 import signal
 import struct
@@ -293,6 +294,106 @@ def test_a_closed_terminal_stops_the_run_where_it_can_be_resumed(tmp_path, last_
     (model,) = tmp_path.glob("*/interrupted_model.pt")
     steps = load_checkpoint(model).saved["global_step"]
     assert steps < 60000 and (steps > 0) == trained
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("state", ["closed", "full"])
+def test_an_output_that_does_not_exist_or_is_full_loses_nothing(tmp_path, stream, state):
+    """As `>&-` and `2>&-`, after which the run goes on, and `> /dev/full`, which stops it where it can be resumed."""
+    words = shlex.join([*command("ppo_residual_so101.py"), "--log-dir", str(tmp_path), *SMALL.split()])
+    number, target = {"stdout": 1, "stderr": 2}[stream], {"closed": "&-", "full": "/dev/full"}[state]
+    done = subprocess.run(f"{words} {number}>{target}", shell=True, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stdout + done.stderr
+    name, code = {"closed": ("final_model", 0), "full": ("interrupted_model", 128 + signal.SIGPIPE)}[state]
+    assert done.returncode == code and len(list(tmp_path.glob(f"*/{name}.pt"))) == 1
+
+
+@pytest.mark.slow
+def test_a_directory_that_is_removed_meanwhile_is_one_line_and_the_state_is_kept(tmp_path):
+    flags = SMALL.replace("--total-timesteps 3000", "--total-timesteps 60000").split()
+    words = [*command("ppo_residual_so101.py"), "--log-dir", str(tmp_path), "--run-name", "run", *flags]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("run/checkpoints/*.pt")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    shutil.rmtree(tmp_path / "run")
+    error = process.communicate(timeout=120)[1].splitlines()
+    model = tmp_path / "run" / "interrupted_model.pt"
+    assert process.returncode == 2 and "Traceback" not in "".join(error), error
+    assert "cannot be written" in error[-1] and f"--resume {model}" in error[-1]
+    assert f"resume {load_checkpoint(model).saved['global_step']} steps" in error[-1]
+
+
+def test_half_a_line_of_evaluations_does_not_stop_a_resumed_run(small_run, tmp_path):
+    """As a power failure leaves it; another damaged line is named."""
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    (run / "final_model.pt").unlink()
+    lines = (run / "eval_results" / "evaluations.jsonl").read_text().splitlines()
+    model = max((run / "checkpoints").glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
+    for damaged, code in ((lines + [lines[-1][:20]], 0), ([lines[0][:20], *lines[1:]], 2)):
+        (run / "eval_results" / "evaluations.jsonl").write_text("\n".join(damaged))
+        (run / "final_model.pt").unlink(missing_ok=True)
+        done = run_script("ppo_residual_so101.py", "--resume", str(model))
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert "evaluations.jsonl: damaged" in done.stderr
+
+
+SLOW_POLICY = """
+import pathlib
+from so101.pusher import JacobianPolicy
+from so101_env import BasePolicyError
+
+class Slow(JacobianPolicy):
+    max_envs, steps = 1, 0
+
+    def act(self, obs, mask):
+        self.steps += 1
+        if self.steps == 300:
+            pathlib.Path("far").touch()
+        return super().act(obs, mask)
+
+class Dies(JacobianPolicy):
+    steps = 0
+
+    def act(self, obs, mask):
+        self.steps += 1
+        if self.steps > 70:
+            raise BasePolicyError("the server is gone")
+        return super().act(obs, mask)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_recording_that_is_stopped_keeps_its_complete_episodes(tmp_path, monkeypatch, signum):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "own_policy.py").write_text(SLOW_POLICY)
+    monkeypatch.chdir(tmp_path)
+    words = [*command("so101.record"), "--base-policy", "own_policy:Slow", "--dataset", "demos", "--episodes", "100000"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), text=True)
+    while not (tmp_path / "far").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signum)
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum and not error, error
+    info = json.loads((tmp_path / "demos" / "meta" / "info.json").read_text())
+    assert info["total_episodes"] >= 1
+    assert signum == signal.SIGHUP or f"{info['total_episodes']} complete episodes" in output
+
+
+def test_a_recording_whose_policy_dies_keeps_its_complete_episodes(tmp_path, monkeypatch):
+    """Of the fifty that run at once, those that were over."""
+    pytest.importorskip("pyarrow")
+    (tmp_path / "own_policy.py").write_text(SLOW_POLICY)
+    monkeypatch.chdir(tmp_path)
+    done = run_script("so101.record", "--base-policy", "own_policy:Dies", "--dataset", "demos", "--episodes", "200")
+    info = json.loads((tmp_path / "demos" / "meta" / "info.json").read_text())
+    assert done.returncode == 2 and 1 <= info["total_episodes"] < 50
+    words = f"the server is gone; the {info['total_episodes']} complete episodes are in demos"
+    assert words in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_help_into_a_closed_pipe():

@@ -17,6 +17,7 @@ from gymnasium.vector import AutoresetMode
 
 from so101.policies import load_policy
 from so101.server import Server
+from so101.trust import Trust
 from so101_env import RESIDUAL, SO101ResidualVectorEnv, base_observation, load_model
 from so101_sim.control import JOINTS
 from so101_sim.errors import SO101Error
@@ -257,8 +258,8 @@ def test_a_run_whose_server_dies_goes_on_as_if_it_had_not(tmp_path, monkeypatch)
             flags = ["--base-policy", server.spec, "--log-dir", str(logs), *SERVER_FLAGS]
             message = error_of(monkeypatch, script, *flags)
         assert message.startswith(f"--base-policy {server.spec}: ") and "has gone away" in message
-        resume = message.split()[-1]
-        assert resume.endswith("interrupted_model.pt") and f"--resume {resume}" in message
+        resume = message.split("--resume ")[1].split()[0]
+        assert resume.endswith("interrupted_model.pt") and message.endswith(f" --allow {server.spec}")
         broken = Path(resume).parent
         with FakeServer() as other:  # at another address
             resumed = train(logs, "--resume", resume, "--base-policy", other.spec)
@@ -282,7 +283,7 @@ def test_evaluation_and_stacking_find_the_server_again(tmp_path, monkeypatch):
             tmp_path, "--base-policy", server.spec, *SERVER_FLAGS, "--total-timesteps", "500", "--eval-every", "0"
         )
         model = str(run / "final_model.pt")
-        stacked = load_policy(f"checkpoint:{model}")
+        stacked = load_policy(f"checkpoint:{model}", Server(trust=Trust((server.spec,))))
         assert stacked.cameras == ("top", "wrist") and stacked.image_size == (16, 16)
         stacked.base.close()
         asked = []
