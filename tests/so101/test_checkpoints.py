@@ -46,7 +46,11 @@ def changed(mapping: dict, *path: str, to: Any) -> dict:
     }  # fmt: skip
 
 
-WEIGHT = "actor_mean.0.weight"
+def state_of(saved: dict) -> torch.Tensor:
+    return saved["ranks"][0]["envs"]["arms"]["batch"]
+
+
+WEIGHT, OWN = "actor_mean.0.weight", ("ranks", 0)
 DAMAGE = {
     "no format": lambda s: without(s, "format"),
     "old format": lambda s: {**s, "format": "ppo_residual_so101 checkpoint 5"},
@@ -67,9 +71,20 @@ DAMAGE = {
     "another script": lambda s: {**s, "script": "no_such_script.py"},
     "a path as script": lambda s: {**s, "script": "../ppo_residual_so101.py"},
     "a script that is no trainer": lambda s: {**s, "script": "so101_env.py"},
+    "an unknown key": lambda s: {**s, "magic": 1},
+    "a weight of another type": lambda s: changed(s, "agent", WEIGHT, to=s["agent"][WEIGHT].double()),
+    "a sparse weight": lambda s: changed(s, "agent", WEIGHT, to=s["agent"][WEIGHT].to_sparse()),
+    "another constant": lambda s: changed(s, "agent", "features.signs", to=-s["agent"]["features.signs"]),
+    "a negative step": lambda s: {**s, "global_step": -64},
+    "a step that is true": lambda s: {**s, "global_step": True},
+    "an endless number of environments": lambda s: {**s, "num_envs": 10**30},
+    "a flag without end": lambda s: changed(s, "args", "ppo", "learning_rate", to=10**400),
+    "a flag that is not finite": lambda s: changed(s, "args", "task", "alpha", to=float("nan")),
+    "a setting out of range": lambda s: changed(s, "args", "run", "num_threads", to=0),
+    "NaN in the environments": lambda s: changed(s, *OWN, "envs", "arms", "batch", to=state_of(s) * torch.nan),
+    "an infinite score": lambda s: changed(s, "recorder", to={**s["recorder"], "finalists": [{"step": float("inf")}]}),
     "missing base": lambda s: changed(s, "args", "base", "base_policy", to="bc:nowhere.pt"),
 }
-OWN = ("ranks", 0)
 DAMAGE_FOR_RESUME = {
     "another number of environments": lambda s: {**s, "num_envs": 3},
     "another number of ranks": lambda s: {**s, "ranks": s["ranks"] * 2},
@@ -80,6 +95,13 @@ DAMAGE_FOR_RESUME = {
     "generators of text": lambda s: changed(s, *OWN, "envs", "rngs", to=["hello"] * 4),
     "an empty optimiser": lambda s: {**s, "optimizer": {}},
     "moments of another shape": lambda s: changed(s, "optimizer", "state", 1, "exp_avg", to=torch.zeros(2)),
+    "moments of one layer only": lambda s: changed(s, "optimizer", "state", to={1: s["optimizer"]["state"][1]}),
+    "a negative second moment": lambda s: changed(
+        s, "optimizer", "state", 1, "exp_avg_sq", to=-1 - s["optimizer"]["state"][1]["exp_avg_sq"]
+    ),
+    "half a step of the optimiser": lambda s: changed(s, "optimizer", "state", 1, "step", to=torch.tensor(0.5)),
+    "no learning rate": lambda s: changed(s, "optimizer", "param_groups", 0, "lr", to="fast"),
+    "a generator without end": lambda s: changed(s, *OWN, "envs", "rngs", 0, "has_uint32", to=10**30),
     "a short generator": lambda s: changed(s, *OWN, "generator", to=s["ranks"][0]["generator"][:8]),
     "an observation of another size": lambda s: changed(s, *OWN, "envs", "_obs", to=torch.zeros(4, 31)),
     "episodes of another kind": lambda s: changed(s, "recorder", "recent_episodes", to=[3]),
