@@ -190,7 +190,7 @@ def _is_a(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple) and all(_is_a(each, typing.get_args(hint)[0]) for each in value)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(_is_a(value, each) for each in typing.get_args(hint))
-    return type(value) is hint or (hint is float and type(value) is int)
+    return type(value) is hint or (hint is float and type(value) is int and abs(value) < 2**53)
 
 
 def load_weights(module: nn.Module, state_dict: dict[str, torch.Tensor], path: str | Path) -> None:

@@ -14,24 +14,15 @@ from so101_env import SO101Error
 
 
 def test_flipped_bits_are_noticed(small_run, tmp_path):
-    """A flip is refused, or lies where nothing is kept: then what is read equals the original."""
-    content = (small_run / "final_model.pt").read_bytes()
-    original, path, refused = load(small_run / "final_model.pt"), tmp_path / "flipped.pt", 0
+    """Anywhere in the file: weights, names, the archive's own records, the checksum."""
+    content, path = (small_run / "final_model.pt").read_bytes(), tmp_path / "flipped.pt"
     rng = np.random.default_rng(0)
-    for position in rng.integers(0, len(content), 60):
+    for position in [*rng.integers(0, len(content), 60), *range(len(content) - 200, len(content), 5)]:
         flipped = bytearray(content)
         flipped[position] ^= 1 << rng.integers(8)
         path.write_bytes(flipped)
-        try:
-            saved = load_checkpoint(path).saved
-        except SO101Error as error:
-            refused += 1
-            assert str(path) in str(error)
-        else:
-            assert all(torch.equal(saved["agent"][key], original["agent"][key]) for key in original["agent"])
-            states = [each["ranks"][0]["envs"]["arms"]["batch"] for each in (saved, original)]
-            assert torch.equal(*states)
-    assert refused > 40
+        with pytest.raises(SO101Error, match=str(path)):
+            load_checkpoint(path)
 
 
 def without(mapping: dict, key: str) -> dict:
