@@ -741,10 +741,9 @@ def _usable(base_policy: Any, num_envs: int) -> Any:
 
 
 gym.register(
-    "SO101Residual-v0",
-    entry_point="so101_env:SO101ResidualEnv",
-    vector_entry_point="so101_env:SO101ResidualVectorEnv",
-)
+    "SO101Residual-v0", max_episode_steps=MAX_EPISODE_STEPS,
+    entry_point="so101_env:SO101ResidualEnv", vector_entry_point="so101_env:SO101ResidualVectorEnv",
+)  # fmt: skip
 
 if __name__ == "__main__":
     print(__doc__)

@@ -62,6 +62,10 @@ def run_script(main: Callable[[], int]) -> int:
         return code
     except SO101Error as error:
         message: Any = error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):  # torch's words
+            raise
+        message = "out of memory: lower the numbers of environments and samples, or the sizes of pictures and networks"
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             silence_output()
@@ -141,7 +145,7 @@ def command_of(script: str) -> str:
 def parse(cls: type[Settings], description: str, default: Settings | None = None) -> Settings:
     """The command line as an instance of a dataclass, whose fields, also those of nested dataclasses, are flags.
 
-    Raises SO101Error for a flag that does not exist, with the one that is probably meant.
+    Raises SO101Error for a flag that does not exist, with the one that is probably meant, and for an empty text.
     """
     _check_names(default or cls)
     options = {} if default is None else {"default": default}
@@ -150,7 +154,23 @@ def parse(cls: type[Settings], description: str, default: Settings | None = None
             null = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(null))
             stack.enter_context(contextlib.redirect_stderr(null))
-        return tyro.cli(cls, description=description, config=(tyro.conf.OmitArgPrefixes,), **options)
+        settings = tyro.cli(cls, description=description, config=(tyro.conf.OmitArgPrefixes,), **options)
+    _check_texts(settings)
+    return settings
+
+
+def _check_texts(settings: Any) -> None:
+    """Raise SO101Error, naming the flag, for the first text in a dataclass that is empty, or that is in a tuple.
+
+    An empty instruction is none: policies without language ignore it.
+    """
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_texts(value)
+        texts = value if isinstance(value, (tuple, list)) else (value,)
+        if field.name != "instruction" and any(isinstance(text, str) and not text.strip() for text in texts):
+            raise SO101Error(f"{flag_of(field.name)} is empty: give it a value, or drop it for the default")
 
 
 def _check_names(settings: Any) -> None:
@@ -251,6 +271,14 @@ def check_cameras(flag: str, cameras: tuple[str, ...]) -> None:
     if not cameras or len({*cameras}) < len(cameras) or not {*cameras} <= {*camera_names()}:
         known = " and ".join(camera_names())
         raise SO101Error(f"{flag} {' '.join(cameras)}: give one or more of {known}, each once")
+
+
+def check_memory(flags: str, need_bytes: int) -> None:
+    """Raise SO101Error, naming the flags to lower, if the machine has less memory. Linux would allocate it anyway."""
+    have_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need_bytes > have_bytes:
+        need, have = need_bytes / 1e9, have_bytes / 1e9
+        raise SO101Error(f"needs {need:.1f} GB of memory, and this machine has {have:.1f} GB: lower {flags}")
 
 
 def check_output(flag: str, path: str | None, suffixes: tuple[str, ...] = ()) -> None:

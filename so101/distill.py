@@ -40,7 +40,7 @@ from so101.checkpoints import (
     restore_settings,
     restoring,
 )
-from so101.cli import check_cameras, check_flags, parse_run, run_script
+from so101.cli import check_cameras, check_flags, check_memory, parse_run, run_script
 from so101.distributed import World
 from so101.evaluation import VALIDATION_SEED, episode_mean, evaluate, no_residual, training_seeds
 from so101.files import to_numpy, to_plain
@@ -285,13 +285,15 @@ class Dagger(StudentPolicy):
 
 
 class Samples:
-    """Everything the student has seen, with the teacher's labels.
+    """Everything the student has seen, with the teacher's labels. Raises SO101Error if memory cannot hold the pictures.
 
     Checkpoints do not contain the pictures: they are rendered again from qpos, look_seed and steps, bit-identically.
     """
 
     def __init__(self, capacity: int, net: Networks):
         size = (capacity, net.image_size, net.image_size, 3)
+        flags = "--total-timesteps, --image-size or the number of --cameras"
+        check_memory(flags, capacity * len(net.cameras) * 3 * net.image_size**2)
         self.count, self.cameras = 0, net.cameras
         self.images = [np.empty(size, np.uint8) for _ in net.cameras]
         widths = {"measured": KNOWN_DIM, "base_delta": ACT_DIM, "residual": ACT_DIM, "pose": 3}

@@ -17,28 +17,49 @@ class RankError(SO101Error):
     """An error that only this rank has, and so reports itself; errors of all ranks are reported by rank 0."""
 
 
+def _torchrun() -> dict[str, int]:
+    """The numbers in the variables that torchrun sets; empty without torchrun.
+
+    Raises SO101Error for variables that are not torchrun's, but for example left over in the shell.
+    """
+    if not dist.is_torchelastic_launched():
+        return {}
+    given = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")}
+    numbers = {name: int(text) for name, text in given.items() if text.isascii() and text.isdecimal()}
+    fits = len(numbers) == len(given) and numbers["RANK"] < numbers["WORLD_SIZE"] and os.environ.get("MASTER_ADDR")
+    if not fits or not numbers["LOCAL_WORLD_SIZE"] or not 1 <= numbers["MASTER_PORT"] <= 65535:
+        text = " ".join(f"{name}={value!r}" for name, value in given.items())
+        raise SO101Error(f"{text}: cannot be torchrun's; unset TORCHELASTIC_RUN_ID, or start it with torchrun")
+    return numbers
+
+
 def is_launched() -> bool:
-    """Whether torchrun has started this process as one of several."""
-    return dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+    """Whether torchrun has started this process as one of several; not if its variables make no sense, see World."""
+    try:
+        return _torchrun().get("WORLD_SIZE", 1) > 1
+    except SO101Error:  # World raises it, and this process reports it
+        return False
 
 
 def is_main() -> bool:
     """Whether this is rank 0, which evaluates, logs and saves."""
-    return not is_launched() or os.environ["RANK"] == "0"
+    return not is_launched() or _torchrun()["RANK"] == 0
 
 
 class World:
     """The ranks that train one policy; without torchrun, this process alone.
 
     Every rank must call the methods in the same order. If a rank is lost, they raise SO101Error in the others.
+    Also raises SO101Error if the variables that torchrun sets make no sense.
     """
 
     def __init__(self) -> None:
         self.rank, self.size, self.num_threads = 0, 1, None
+        numbers = _torchrun()
         if is_launched():
-            self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            self.rank, self.size = numbers["RANK"], numbers["WORLD_SIZE"]
             # physics threads: the ranks of a machine share its cores
-            self.num_threads = max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"]))
+            self.num_threads = max(1, (os.cpu_count() or 1) // numbers["LOCAL_WORLD_SIZE"])
             self._call(dist.init_process_group, "gloo")
             atexit.register(dist.destroy_process_group)  # its threads can abort the process if they outlive Python
         elif os.environ.get("WORLD_SIZE", "1").strip() not in ("", "1"):
@@ -66,10 +87,10 @@ class World:
         return torch.Generator().manual_seed(seed + self.rank)
 
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace the gradients by their mean over all ranks, in one all-reduce."""
+        """Replace the gradients by their mean over all ranks, in one all-reduce; frozen parameters have none."""
         if self.size == 1:
             return
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         self._call(dist.all_reduce, flat)
         for gradient, mean in zip(gradients, (flat / self.size).split([gradient.numel() for gradient in gradients])):

@@ -10,6 +10,7 @@ waits. Needs pygame, the extra "teleop".
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 
@@ -57,9 +58,23 @@ class KeyboardPolicy(TipPolicy):
         pygame.joystick.init()
         pygame.display.set_caption("paper in square")
         self.font, self.clock = pygame.font.Font(None, 28), pygame.time.Clock()
-        self.gamepad = pygame.joystick.Joystick(0) if pygame.joystick.get_count() else None
+        self.notice = ""  # shown in the window
+        self.gamepad = self._find_gamepad()
         self.episode = 0
         self.memory = {"steps": np.zeros(1, np.int64), "pressing": np.zeros(1, bool)}
+
+    def _find_gamepad(self) -> Any:
+        """The first gamepad that has a stick and a button, or None. Prints a line for those that have not."""
+        for number in range(self.pygame.joystick.get_count()):
+            gamepad = self.pygame.joystick.Joystick(number)
+            axes, buttons = gamepad.get_numaxes(), gamepad.get_numbuttons()
+            if axes >= 2 and buttons >= 1:
+                return gamepad
+            name = " ".join(gamepad.get_name().split())
+            print(
+                f"gamepad {name} is not used: it has {axes} axes and {buttons} buttons, 2 and 1 are needed", flush=True
+            )
+        return None
 
     def reset(self, mask: np.ndarray) -> None:
         """Start the next episode, which waits for its first key."""
@@ -98,18 +113,33 @@ class KeyboardPolicy(TipPolicy):
                 self.held.add(event.key)
             elif event.type == pygame.KEYUP:
                 self.held.discard(event.key)
+            elif event.type == pygame.JOYDEVICEREMOVED and self.gamepad is not None:
+                if event.instance_id == self.gamepad.get_instance_id():
+                    self._lose_gamepad()
         motion = np.sum([self.directions.get(key, (0, 0)) for key in self.held] or [(0, 0)], axis=0, dtype=float)
         down = pygame.K_SPACE in self.held
+        stick, button = self._read_gamepad()
+        motion += stick * (np.linalg.norm(stick) > DEAD_ZONE)
+        return motion / max(np.linalg.norm(motion), 1.0), down or button
+
+    def _read_gamepad(self) -> tuple[np.ndarray, bool]:
+        """The stick's deflection x, y (2,), and whether the button is down; nothing without a gamepad."""
         if self.gamepad is not None:
-            stick = np.array([self.gamepad.get_axis(1), self.gamepad.get_axis(0)])  # down and right are positive
-            motion += stick * (np.linalg.norm(stick) > DEAD_ZONE)
-            down |= bool(self.gamepad.get_button(0))
-        return motion / max(np.linalg.norm(motion), 1.0), down
+            try:  # down and right are positive
+                stick = np.array([self.gamepad.get_axis(1), self.gamepad.get_axis(0)])
+                return stick, bool(self.gamepad.get_button(0))
+            except self.pygame.error:  # unplugged, before its event has come
+                self._lose_gamepad()
+        return np.zeros(2), False
+
+    def _lose_gamepad(self) -> None:
+        """Go on with the keys alone, and show it in the window."""
+        self.gamepad, self.notice = None, "; gamepad unplugged, use the keys"
 
     def _show(self, picture: np.ndarray, text: str) -> None:
         """Show a picture (H, W, 3) uint8 with a line of text, and wait for the end of the control step."""
         self.window.blit(self.pygame.surfarray.make_surface(picture.swapaxes(0, 1)), (0, 0))
-        self.window.blit(self.font.render(text, True, "white", "black"), (8, 8))
+        self.window.blit(self.font.render(text + self.notice, True, "white", "black"), (8, 8))
         self.pygame.display.flip()
         self.clock.tick(CONTROL_HZ)
 

@@ -169,6 +169,8 @@ class Recorder:
     # -- the run's life
 
     def __enter__(self) -> Recorder:
+        if self.run.track and self.world.is_main:
+            self._open_wandb()
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(signum, self._on_signal)
         self.run_dir = self._make_run_dir() if self.world.is_main else Path()
@@ -459,6 +461,17 @@ class Recorder:
                     copy_file(run_dir_of(self.run.resume) / "best_model" / model, run_dir / "best_model" / target)
         return run_dir
 
+    def _open_wandb(self) -> None:
+        """Start the run at Weights & Biases. It fails before anything is written, for example without an API key."""
+        import wandb
+
+        settings = flat_settings(dataclasses.asdict(self.args))
+        try:
+            wandb.init(project=self.run.wandb_project_name, config=settings, sync_tensorboard=True)
+        except (wandb.errors.Error, ValueError) as error:  # ValueError: settings, as a WANDB_MODE that does not exist
+            text = " ".join(str(error).split())
+            raise SO101Error(f"--track: {text} Run `wandb login`, or set WANDB_MODE=offline") from error
+
     def _open_logs(self) -> None:
         """Open TensorBoard's event file, and write the configuration."""
         total = self.args.total_timesteps
@@ -472,9 +485,7 @@ class Recorder:
         if self.run.track:
             import wandb
 
-            wandb.init(
-                project=self.run.wandb_project_name, name=self.run_dir.name, config=settings, sync_tensorboard=True
-            )
+            wandb.run.name = self.run_dir.name
         from torch.utils.tensorboard import SummaryWriter  # after wandb, which patches it; and slow to import
 
         evaluations = self.run_dir / "eval_results" / "evaluations.jsonl"

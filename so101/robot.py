@@ -216,11 +216,18 @@ class SimulatedRobot(Robot):
         resource_tracker.ensure_running()  # first, because starting it unblocks the signal
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        theirs.close()
-        self._ask("read", timeout_s=60.0)
+            try:
+                self.process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            theirs.close()
+            self._ask("read", timeout_s=60.0)
+        except BaseException:
+            # A new process that is killed while it imports leaves the traceback of a process that glfw starts then
+            if self.process.pid is not None:
+                theirs.close()
+                self.close()
+            raise
 
     def _ask(self, word: str, value: Any = None, timeout_s: float | None = None) -> Any:
         """Send a request and return its answer."""

@@ -153,6 +153,8 @@ def answer(policy: LeRobotPolicy, request: Any) -> Any:
     if not isinstance(request, dict):
         raise RequestError("a request must be a map with an endpoint")
     endpoint, data = request.get("endpoint", "get_action"), request.get("data") or {}
+    if not isinstance(data, dict):
+        raise RequestError("the data of a request must be a map")
     if endpoint == "ping":
         return {"status": "ok", "message": "Server is running", "weights": policy.weights}
     if endpoint == "get_modality_config":
@@ -161,7 +163,25 @@ def answer(policy: LeRobotPolicy, request: Any) -> Any:
         return {}
     if endpoint == "get_action":
         return [policy.get_action(data.get("observation"), data.get("options")), {}]
-    raise RequestError(f"Unknown endpoint: {endpoint}")
+    raise RequestError(f"Unknown endpoint: {endpoint!r}")
+
+
+def serve(socket: Any, policy: LeRobotPolicy) -> None:
+    """Answer the requests at a bound REP socket until an exception ends it. A request with a fault gets an error."""
+    from so101.wire import MAX_ERROR_LETTERS, pack, unpack
+
+    while True:
+        parts = socket.recv_multipart()
+        try:
+            if len(parts) > 1:
+                raise RequestError(f"a request must have one part, not {len(parts)}")
+            reply = pack(answer(policy, unpack(parts[0])), "n1.6")
+        except Exception as error:  # the client gets the error, and the server continues
+            text = str(error) if isinstance(error, RequestError) else repr(error)
+            text = " ".join(text[:MAX_ERROR_LETTERS].split())
+            reply = pack({"error": text}, "n1.6")
+            print(f"error: {text}", file=sys.stderr, flush=True)
+        socket.send(reply)
 
 
 def main() -> None:
@@ -182,11 +202,12 @@ def main() -> None:
     try:
         import zmq
 
-        from so101.wire import pack, unpack
+        from so101.wire import MAX_MESSAGE_BYTES
     except ImportError as error:
         parser.error(f"needs {error.name}: pip install pyzmq msgpack, in LeRobot's environment")
     with zmq.Context() as context, context.socket(zmq.REP) as socket:
         socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)  # a larger request ends its connection
         try:
             socket.bind(f"tcp://127.0.0.1:{args.port}")
         except zmq.ZMQError as error:
@@ -206,13 +227,7 @@ def main() -> None:
             f"at 127.0.0.1:{args.port}",
             flush=True,
         )
-        while True:
-            try:
-                reply = answer(policy, unpack(socket.recv()))
-            except Exception as error:  # the client gets the error, and the server continues
-                reply = {"error": str(error) if isinstance(error, RequestError) else f"{error!r}"}
-                print(f"error: {reply['error']}", file=sys.stderr, flush=True)
-            socket.send(pack(reply, "n1.6"))
+        serve(socket, policy)
 
 
 if __name__ == "__main__":

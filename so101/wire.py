@@ -32,7 +32,10 @@ from zmq.utils.monitor import recv_monitor_message
 from so101.groot import JOINT_GROUPS as JOINT_GROUPS  # for so101.server, which loads this module only when needed
 
 DIALECTS = ("n1.5", "n1.6", "main")
-MAX_REPLY_BYTES = 2**28
+MAX_MESSAGE_BYTES = 2**28
+MAX_ERROR_LETTERS = 500  # of a server's error message
+MAX_STEPS = 10_000  # largest distance of a time step from now
+KINDS = ("video", "state", "action", "language")
 POLL_S = 0.2  # while waiting for an answer, how often to check that the connection still exists
 
 
@@ -166,7 +169,7 @@ class PolicyClient:
         self._answer = self._ask_probe()
         if self._answer and self._ask_probe() != self._answer:
             self._answer = ""
-        facts = [self.dialect, json.dumps(self._config, sort_keys=True), self._weights, self._answer]
+        facts = [self.dialect, self._config, self._weights, self._answer]
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
     def close(self) -> None:
@@ -185,7 +188,9 @@ class PolicyClient:
         if body[:2] == b"PK":
             raise WireError("answers with a pickle, as GR00T N1 does, which could run any code here; use N1.5 or later")
         reply = self._reply("ping", body)
-        weights = reply.get("weights", "") if isinstance(reply, dict) else ""
+        weights = reply.get("weights", "") if isinstance(reply, dict) else None
+        if not isinstance(weights, str):
+            raise WireError("ping: the answer is not a map with a hash of the weights as text, or without one")
         body = self._request("get_modality_config", None)
         config = self._reply("get_modality_config", body)
         if not isinstance(config, dict) or not config:
@@ -197,24 +202,19 @@ class PolicyClient:
             dialect = "n1.5" if isinstance(first, dict) and isinstance(first.get("as_json"), str) else "n1.6"
         else:
             raise WireError("describes its policy in a format that is not one of GR00T N1.5, N1.6, N1.7 and main")
-        self.modalities = {}
-        for kind in ("video", "state", "action", "language"):
-            entry = config.get(kind) or {"modality_keys": [], "delta_indices": [0]}
-            try:
-                keys, deltas = entry["modality_keys"], [int(delta) for delta in entry["delta_indices"]]
-            except (KeyError, TypeError, ValueError) as error:
-                raise WireError(f"its description of {kind} cannot be used ({error!r})") from error
-            if dialect == "n1.5" and kind != "language":
-                keys = [key.removeprefix(f"{kind}.") for key in keys]
-            self.modalities[kind] = Modality(keys, deltas)
-        self.dialect, self._config, self._weights = dialect, config, str(weights)
+        self.modalities = {kind: _modality(config, kind, dialect) for kind in KINDS}
+        try:
+            self._config = json.dumps(config, sort_keys=True)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise WireError(f"its description of its policy cannot be used ({type(error).__name__})") from error
+        self.dialect, self._weights = dialect, weights
 
     def _ask_probe(self) -> str:
         """Hash of the answer to the fixed request; empty if the server reports the hash of its weights instead."""
         if self._weights:
             return ""
         answer = self.get_action(**self._probe)
-        return hashlib.sha256(b"".join(np.asarray(answer[key]).tobytes() for key in sorted(answer))).hexdigest()
+        return hashlib.sha256(b"".join(answer[key].tobytes() for key in sorted(answer))).hexdigest()
 
     def _check_identity(self) -> None:
         """Raise WireError if the server, after it closed the connection, serves another policy."""
@@ -238,6 +238,11 @@ class PolicyClient:
             reply = reply[0]
         if not isinstance(reply, dict):
             raise WireError(f"get_action: the answer is a {type(reply).__name__} instead of a map")
+        for key, array in reply.items():
+            if not isinstance(key, str) or not key.isprintable():
+                raise WireError(f"get_action: the answer has the key {key!r:.80}, which is not plain text")
+            if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+                raise WireError(f"get_action: {key!r:.80} is not an array of numbers")
         self._warm = True
         return {key.removeprefix("action.") if self.dialect == "n1.5" else key: reply[key] for key in reply}
 
@@ -248,7 +253,7 @@ class PolicyClient:
         except WireError as error:
             raise WireError(f"{endpoint}: {error}") from error
         if isinstance(reply, dict) and "error" in reply:
-            text = " ".join(str(reply["error"]).split())
+            text = " ".join(str(reply["error"])[:MAX_ERROR_LETTERS].split())
             if "Unauthorized" in text:
                 text += "; set its token in the environment variable SO101_API_TOKEN"
             raise WireError(f"{endpoint}: the server reports " + (repr(text) if text else "an error without a message"))
@@ -277,7 +282,10 @@ class PolicyClient:
                     raise WireError(f"{endpoint}: no answer within {timeout_s:g} s; wait longer with --server-timeout")
             # if the connection was closed in between, the answer may come from another policy
             if answered and not self._went_away():
-                return self._socket.recv()
+                body, *more = self._socket.recv_multipart()
+                if more:
+                    raise WireError(f"{endpoint}: the answer has {1 + len(more)} parts instead of one")
+                return body
             self._reconnect(endpoint)
         raise WireError(f"{endpoint}: closes the connection instead of answering")
 
@@ -294,7 +302,7 @@ class PolicyClient:
                     raise WireError(f"nothing answers there ({reason}); start the server first") from error
             time.sleep(POLL_S)
         self._socket = zmq.Context.instance().socket(zmq.REQ)  # a separate context can hang when collected
-        for option, value in ((zmq.LINGER, 0), (zmq.MAXMSGSIZE, MAX_REPLY_BYTES), (zmq.RECONNECT_IVL, -1)):
+        for option, value in ((zmq.LINGER, 0), (zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES), (zmq.RECONNECT_IVL, -1)):
             self._socket.setsockopt(option, value)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -335,13 +343,35 @@ class PolicyClient:
                 self._checking = False
 
 
-def check_action(action: Mapping[str, Any], key: str, batch: int, steps: int, width: int) -> np.ndarray:
+def _modality(config: Mapping[str, Any], kind: str, dialect: str) -> Modality:
+    """The inputs or outputs of one kind in a server's description of its policy; none if it lacks the kind.
+
+    Raises WireError unless the keys are texts, each once, and the deltas are ascending whole numbers.
+    """
+    if kind not in config:
+        return Modality([], [0])
+    entry = config[kind]
+    if not isinstance(entry, dict) or not {"modality_keys", "delta_indices"} <= {*entry}:
+        raise WireError(f"its description of {kind} is not a map with modality_keys and delta_indices")
+    keys, deltas = entry["modality_keys"], entry["delta_indices"]
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise WireError(f"its description of {kind}: modality_keys is not a list of texts")
+    if dialect == "n1.5" and kind != "language":
+        keys = [key.removeprefix(f"{kind}.") for key in keys]
+    if not all(key.isprintable() and key.strip() for key in keys) or len({*keys}) < len(keys):
+        raise WireError(f"its description of {kind}: modality_keys has a key that is empty, unprintable or there twice")
+    if not isinstance(deltas, list) or not all(type(step) is int and abs(step) <= MAX_STEPS for step in deltas):
+        raise WireError(f"its description of {kind}: delta_indices is not a list of whole numbers up to {MAX_STEPS}")
+    if not deltas or deltas != sorted({*deltas}):
+        raise WireError(f"its description of {kind}: delta_indices is empty or not in ascending order")
+    return Modality(keys, deltas)
+
+
+def check_action(action: Mapping[str, np.ndarray], key: str, batch: int, steps: int, width: int) -> np.ndarray:
     """The first `steps` of the action `key`, (batch, steps, width) float64. Raises WireError for anything else."""
     if key not in action:
-        raise WireError(f"get_action: the answer lacks {key}, it has {', '.join(map(str, action)) or 'nothing'}")
+        raise WireError(f"get_action: the answer lacks {key}, it has {', '.join(action)[:200] or 'nothing'}")
     array = action[key]
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
-        raise WireError(f"get_action: {key} is not an array of numbers")
     if array.ndim != 3 or array.shape[0] != batch or array.shape[1] < steps or array.shape[2] != width:
         wanted = f"({batch}, {steps} or more, {width})"
         raise WireError(f"get_action: {key} has shape {array.shape} instead of {wanted}")

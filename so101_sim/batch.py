@@ -153,7 +153,7 @@ class Arms:
     def step(self, command_rad: np.ndarray, active: np.ndarray) -> np.ndarray:
         """One control step of the arms in active, (N,) bool: their servos track command_rad (N, 6).
 
-        Returns which arms diverged, (N,) bool. A diverged arm is put back to its resting state.
+        Returns which arms diverged, (N,) bool. A diverged arm is put back to rest at home, as by `start`.
         """
         rows, ids = _rows_and_ids(active)
         self.command[rows] = command_rad[rows]
@@ -168,8 +168,8 @@ class Arms:
             self.batch.step(ids, nstep=self.substeps, stage=STAGE)
         broken = active & ~np.isfinite(self.batch.state).all(1)
         if broken.any():
-            self.qpos[broken], self.qvel[broken] = self.home["qpos"], 0.0
-            self.batch.forward(np.flatnonzero(broken), stage=STAGE)
+            self.qpos[broken] = self.home["qpos"]
+            self.start(np.flatnonzero(broken))
         return broken
 
     def substep(self, command_rad: np.ndarray, active: np.ndarray) -> None:

@@ -243,12 +243,16 @@ class Controller:
         """The next joint targets (6,), rad: the last targets plus delta (6,), within limits, window and speed.
 
         Raises:
-            SO101Error: the last measurement is older than WATCHDOG_S.
+            SO101Error: the delta is not six finite numbers, or the last measurement is older than WATCHDOG_S.
         """
+        delta_rad = np.asarray(delta_rad, np.float64)
+        if delta_rad.shape != (ACT_DIM,) or not np.isfinite(delta_rad).all():
+            got = delta_rad.tolist()
+            raise SO101Error(f"joint deltas must be {ACT_DIM} finite numbers, got {got}: no further target is sent")
         if not time_s - self.time_s <= WATCHDOG_S:
             age = f"was {1000 * (time_s - self.time_s):.0f} ms ago" if np.isfinite(self.time_s) else "never happened"
             raise SO101Error(f"the last measurement of the arm {age}: no further target is sent")
-        wanted = self.command_rad + clamp(np.asarray(delta_rad), -self.max_step_rad, self.max_step_rad)
+        wanted = self.command_rad + clamp(delta_rad, -self.max_step_rad, self.max_step_rad)
         row = self.limit(wanted[None], self.joints_rad[None], self.velocity_rad_s[None], self.gravity_n_m[None])
         self.command_rad = row[0]
         return self.command_rad.copy()

@@ -6,14 +6,17 @@ examples/push_cube_env.py for two examples. `ArmEnv` turns it into a single envi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import mujoco
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers import TimeLimit
 
 from so101_sim.batch import Arms, check_arrays
 from so101_sim.control import ACT_DIM, clamp
@@ -115,6 +118,7 @@ class ArmVectorEnv(gym.vector.VectorEnv):
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}
     parts: Mapping[str, Part]
+    _spec: EnvSpec | None = None
     _STATE: tuple[str, ...] = ("_steps", "_done", "_obs", "_look_seed")  # arrays with a row per environment, saved
 
     def __init__(
@@ -134,7 +138,9 @@ class ArmVectorEnv(gym.vector.VectorEnv):
         autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
     ):
         known = camera_names(arms.model)
-        require(max_episode_steps >= 1, "max_episode_steps", max_episode_steps, "at least 1")
+        whole = isinstance(max_episode_steps, (int, np.integer)) and not isinstance(max_episode_steps, bool)
+        fits = whole and max_episode_steps >= 1
+        require(fits, "max_episode_steps", repr(max_episode_steps), "a whole number, at least 1")
         require(render_mode in (None, "rgb_array"), "render_mode", render_mode, "None or 'rgb_array'")
         require(all(8 <= side <= 4096 for side in (width, height)), "width, height", (width, height), "in [8, 4096]")
         require(camera_name in (None, *known), "camera_name", camera_name, " or ".join(known))
@@ -173,6 +179,15 @@ class ArmVectorEnv(gym.vector.VectorEnv):
         self._looks_by_seed: dict[int, Look] = {}
         # made when first used, freed by close; by the picture's size, and whether it is for policies
         self._renderers: dict[tuple[tuple[int, int], bool], Renderer] = {}
+
+    @property
+    def spec(self) -> EnvSpec | None:
+        """How gym.make_vec made this environment, with the max_episode_steps that it has."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec) -> None:
+        self._spec, spec.max_episode_steps = spec, self.max_episode_steps
 
     # -- the task: what a subclass writes
 
@@ -271,7 +286,7 @@ class ArmVectorEnv(gym.vector.VectorEnv):
             ignored.
 
         Raises:
-            ValueError: actions of another shape, or not finite.
+            SO101Error: actions of another shape, or not finite.
             RuntimeError: DISABLED autoreset and every environment has finished, or step before reset.
         """
         active, restarting = ~self._done, np.zeros(self.num_envs, bool)
@@ -281,7 +296,7 @@ class ArmVectorEnv(gym.vector.VectorEnv):
             raise RuntimeError("step() needs a running episode: call reset() first")
         action = np.asarray(actions, np.float64)
         if action.shape != (self.num_envs, ACT_DIM) or not np.isfinite(action).all():
-            raise ValueError(f"actions must be finite, of shape ({self.num_envs}, {ACT_DIM}); got {action.shape}")
+            raise SO101Error(f"actions must be finite, of shape ({self.num_envs}, {ACT_DIM}); got {action.shape}")
         action = clamp(action, -1.0, 1.0)
 
         targets = self.joint_targets(action, active)
@@ -511,11 +526,28 @@ class ArmVectorEnv(gym.vector.VectorEnv):
         return merge(info, self._info(self.scene()))
 
 
+def episode_steps(env: gym.Env, own: int) -> int:
+    """Control steps until the episode that starts now is truncated; to be called in env.reset.
+
+    It is the lowest number of the TimeLimit wrappers around env; without any, `own`. gym.make gives its
+    max_episode_steps to such a wrapper only, and hides it from the environment. But the wrapper calls reset, so it is
+    among the callers.
+    """
+    limits, frame = [], sys._getframe()
+    while frame := frame.f_back:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, TimeLimit) and caller.unwrapped is env:
+            limits.append(caller._max_episode_steps)
+    return min(limits, default=own)
+
+
 class ArmEnv(gym.Env):
     """One arm: the vector environment of a task with a batch of one, which gives the same numbers.
 
-    A subclass sets `vector_env`. render_mode "human" opens MuJoCo's passive viewer and runs in real time. info is that
-    of the vector environment, as plain floats, ints and bools, with the same keys in every step and from reset.
+    A subclass sets `vector_env`. Within Gymnasium's TimeLimit, which gym.make adds, the number of that wrapper is the
+    vector environment's max_episode_steps from the next reset on. render_mode "human" opens MuJoCo's passive viewer
+    and runs in real time. info is that of the vector environment, as plain floats, ints and bools, with the same keys
+    in every step and from reset.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["human", "rgb_array"], "render_fps": CONTROL_HZ}
@@ -533,6 +565,7 @@ class ArmEnv(gym.Env):
             autoreset_mode=AutoresetMode.DISABLED,
             **kwargs,
         )
+        self._own_steps = self._envs.max_episode_steps
         self.observation_space = self._envs.single_observation_space
         self.action_space = self._envs.single_action_space
         self._data = mujoco.MjData(self._envs.model)
@@ -543,6 +576,7 @@ class ArmEnv(gym.Env):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Start an episode; returns the observation and info. options {"qpos": (nq,)} as in the vector environment."""
         super().reset(seed=seed)
+        self._envs.max_episode_steps = episode_steps(self, self._own_steps)
         self._envs._rngs[0] = self.np_random  # one generator, so that env.np_random is the one in use
         qpos = (options or {}).get("qpos")
         obs, info = self._envs.reset(options=None if qpos is None else {"qpos": np.asarray(qpos)[None]})

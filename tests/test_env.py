@@ -4,6 +4,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 import pytest
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
@@ -392,6 +393,57 @@ def test_registered():
     assert envs.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
     assert envs.observation_space.shape == (3, OBS_DIM) and envs.action_space.shape == (3, ACT_DIM)
     assert envs.reset(seed=0)[0] in envs.observation_space
+
+
+MADE = {
+    "make": lambda n: gym.make("SO101Residual-v0", max_episode_steps=n),
+    "spec": lambda n: gym.make(gym.make("SO101Residual-v0", max_episode_steps=n).spec),
+    "json": lambda n: gym.make(EnvSpec.from_json(gym.make("SO101Residual-v0", max_episode_steps=n).spec.to_json())),
+    "wrapped": lambda n: gym.wrappers.TimeLimit(gym.wrappers.RecordEpisodeStatistics(SO101ResidualEnv()), n),
+    "class": lambda n: SO101ResidualEnv(max_episode_steps=n),
+    "sync": lambda n: gym.make_vec("SO101Residual-v0", 1, vectorization_mode="sync", max_episode_steps=n),
+    "vector": lambda n: gym.make_vec("SO101Residual-v0", 1, max_episode_steps=n),
+    "vector spec": lambda n: gym.make_vec(gym.make_vec("SO101Residual-v0", 1, max_episode_steps=n).spec),
+}
+
+
+@pytest.mark.parametrize("steps", [3, 600])
+@pytest.mark.parametrize("how", MADE)
+def test_the_time_limit_is_that_of_whoever_made_the_environment(how, steps):
+    """Where episodes are truncated, what a failure costs, and what spec says."""
+    env = MADE[how](steps)
+    env.reset(seed=0)
+    inner = env.envs[0].unwrapped if how == "sync" else env.unwrapped
+    envs = getattr(inner, "_envs", inner)
+    for _ in range(2):
+        _, _, _, truncated, _ = env.step(np.zeros(env.action_space.shape))
+        assert not np.any(truncated)
+    place_sheet(envs, 0.55, 0.0)
+    failed = envs.step(np.zeros((1, ACT_DIM)))[4]
+    waiting = -(steps - 3) * (2 * 0.28 + 0.01)
+    assert failed.get("final_info", failed)["reward_terms"]["failure"][0] == pytest.approx(waiting, rel=1e-3)
+    env.reset(seed=0)
+    envs._steps[:] = steps - 2
+    inner_wrapper = env.envs[0] if how == "sync" else env
+    while inner_wrapper is not inner:  # the wrappers count by themselves
+        if isinstance(inner_wrapper, gym.wrappers.TimeLimit):
+            inner_wrapper._elapsed_steps = steps - 2
+        inner_wrapper = inner_wrapper.env
+    ends = [bool(np.any(env.step(np.zeros(env.action_space.shape))[3])) for _ in range(2)]
+    assert ends == [False, True]
+    assert how in ("class", "wrapped", "sync") or env.spec.max_episode_steps == steps
+    env.close()
+
+
+def test_the_registered_time_limit():
+    assert gym.spec("SO101Residual-v0").max_episode_steps == MAX_EPISODE_STEPS
+    for env in (gym.make("SO101Residual-v0"), gym.make("SO101Residual-v0", max_episode_steps=-1)):
+        env.reset(seed=0)
+        assert env.unwrapped._envs.max_episode_steps == MAX_EPISODE_STEPS
+    env = gym.make("SO101Residual-v0", max_episode_steps=7)
+    env.reset(seed=0)
+    env.unwrapped.reset(seed=0)  # without its wrapper
+    assert env.unwrapped._envs.max_episode_steps == MAX_EPISODE_STEPS
 
 
 @pytest.mark.filterwarnings("ignore:.*Box observation space.*")

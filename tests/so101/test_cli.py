@@ -1,10 +1,18 @@
 """Command lines: every user error is one line with exit code 2."""
 
+import signal
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
-from conftest import ROOT, error_of, run_script
+import torch
+from conftest import ROOT, error_of, run_script, train
+
+from so101 import cli
+from so101.cli import parse
+from so101.server import Server
 
 
 def assert_error(done: subprocess.CompletedProcess, *words: str) -> None:
@@ -106,6 +114,93 @@ def test_bad_flags_of_the_others(small_run, monkeypatch, script, flags, words):
     model = str(small_run / "final_model.pt")
     line = error_of(monkeypatch, script, *flags.replace("MODEL", model).split())
     assert words.replace("MODEL", model) in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("eval_so101.py", "--model"), ("eval_so101.py", "--base-policy"), ("eval_so101.py", "--video"),
+        ("eval_so101.py", "--json"), ("eval_so101.py", "--cameras"), ("ppo_residual_so101.py", "--base-policy"),
+        ("ppo_residual_so101.py", "--run-name"), ("ppo_residual_so101.py", "--log-dir"),
+        ("ppo_residual_so101.py", "--resume"), ("ppo_residual_so101.py", "--cameras top"),
+        ("ppo_residual_so101.py", "--wandb-project-name"), ("so101.distill", "--model"), ("so101.distill", "--cameras"),
+        ("so101.drive", "--robot"), ("so101.drive", "--robot-id"), ("so101.drive", "--camera"),
+        ("so101.record", "--dataset"), ("so101.clone", "--dataset"), ("so101.replay", "--dataset"),
+        ("so101.ppo_rgb", "--actor-cameras"), ("so101.ppo_rgb", "--base-policy"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("text", ["", " "])
+def test_an_empty_text_is_an_error(monkeypatch, script, flags, text):
+    line = error_of(monkeypatch, script, *flags.split(), text)
+    assert line == f"{flags.split()[0]} is empty: give it a value, or drop it for the default"
+
+
+def test_an_empty_instruction_is_none(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--instruction", ""])
+    assert parse(Server, "").instruction == ""
+
+
+@pytest.mark.parametrize(
+    "script, flags, need",
+    [
+        ("so101.distill", "--total-timesteps 10000000", "276.5 GB"),
+        ("so101.distill", "--total-timesteps 1000000 --image-size 512 --cameras top wrist", "1572.9 GB"),
+    ],
+)
+def test_what_does_not_fit_into_memory_is_said_before(monkeypatch, script, flags, need):
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**22}
+    monkeypatch.setattr("so101.cli.os.sysconf", sizes.__getitem__)
+    line = error_of(monkeypatch, script, *flags.split())
+    assert f"needs {need} of memory, and this machine has 17.2 GB: lower --total-timesteps" in line
+
+
+@pytest.mark.parametrize(
+    "use",
+    [lambda: torch.empty(2**60), lambda: np.empty(2**56), lambda: bytearray(2**62)],
+    ids=["torch", "numpy", "python"],
+)
+def test_memory_that_runs_out_is_one_line(capsys, use):
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert cli.run_script(use) == 2
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    error = capsys.readouterr().err
+    assert "error: out of memory: lower the numbers of" in error and error.count("\n") == 1
+
+
+class UsageError(Exception):
+    """wandb.errors.UsageError, which derives from wandb.errors.Error."""
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (UsageError("No API key configured. Use `wandb login` to log in."), "--track: No API key configured."),
+        (ValueError("1 validation error for Settings\nmode\n  Input should be 'online'"), "Settings mode Input should"),
+    ],
+    ids=["key", "mode"],
+)
+def test_tracking_that_fails_writes_nothing(tmp_path, monkeypatch, error, words):
+    def init(**_):
+        raise error
+
+    errors = types.SimpleNamespace(Error=UsageError)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, errors=errors))
+    line = error_of(monkeypatch, "ppo_residual_so101.py", "--log-dir", str(tmp_path / "logs"), "--track")
+    assert line.startswith("--track: ") and words in line and "\n" not in line
+    assert line.endswith("Run `wandb login`, or set WANDB_MODE=offline") and not (tmp_path / "logs").exists()
+
+
+def test_a_tracked_run_has_the_name_of_its_directory(tmp_path, monkeypatch):
+    run, given = types.SimpleNamespace(name="random-words-1"), []
+    wandb = types.SimpleNamespace(init=lambda **settings: given.append(settings), run=run, errors=None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    flags = (
+        "--total-timesteps 64 --num-envs 2 --num-steps 16 --minibatch-size 32 --eval-every 0 --run-name mine --track"
+    )
+    train(tmp_path, *flags.split())
+    assert run.name == "mine" and given[0]["project"] == "ppo-residual-so101" and given[0]["config"]["num_envs"] == 2
 
 
 def test_an_error_is_one_line_and_exit_code_2(tmp_path):

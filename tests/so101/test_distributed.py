@@ -10,10 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, assert_equal_best_models, assert_equal_training_state, environment, load, run_script
+from conftest import (
+    ROOT,
+    SMALL,
+    assert_equal_best_models,
+    assert_equal_training_state,
+    environment,
+    error_of,
+    load,
+    run_script,
+)
 
 import ppo_residual_so101 as ppo
-from so101.distributed import World
+from so101.distributed import World, is_launched, is_main
 from so101_env import ACT_DIM, SO101Error
 
 TRAINER = str(ROOT / "ppo_residual_so101.py")
@@ -74,6 +83,41 @@ def test_variables_of_a_cluster_without_torchrun_are_ignored(tmp_path, size):
     done = run_script("ppo_residual_so101.py", *flags, "--log-dir", str(tmp_path), **variables)
     assert done.returncode == 0 and len(list(tmp_path.glob("*/final_model.pt"))) == 1, done.stderr
     assert done.stdout.count("WORLD_SIZE is ignored") == bool(size)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"WORLD_SIZE": ""}, {"WORLD_SIZE": "abc"}, {"WORLD_SIZE": None}, {"WORLD_SIZE": "-1"}, {"WORLD_SIZE": "2.0"},
+        {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "\u0662"}, {"RANK": ""}, {"RANK": "abc"}, {"RANK": None}, {"RANK": "2"},
+        {"LOCAL_WORLD_SIZE": "0"}, {"LOCAL_WORLD_SIZE": None}, {"MASTER_PORT": "x"}, {"MASTER_PORT": "70000"},
+        {"MASTER_PORT": None}, {"MASTER_ADDR": ""}, {"MASTER_ADDR": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_variables_that_are_not_torchruns_are_named(monkeypatch, change):
+    good = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", **good, **change}.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert not is_launched() and is_main()  # so that this process prints the error
+    line = error_of(monkeypatch, "ppo_residual_so101.py")
+    assert "unset TORCHELASTIC_RUN_ID" in line and "\n" not in line
+
+
+def test_a_frozen_layer_has_no_gradient_to_average(monkeypatch):
+    world = World()
+    world.size = 2
+    monkeypatch.setattr(world, "_call", lambda function, flat: flat.mul_(3.0))  # the other rank's are twice as large
+    layers = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    layers[0].requires_grad_(False)
+    layers(torch.ones(1, 2)).sum().backward()
+    alone = [parameter.grad.clone() for parameter in layers[1].parameters()]
+    world.average_gradients(layers.parameters())
+    assert all(parameter.grad is None for parameter in layers[0].parameters())
+    for parameter, gradient in zip(layers[1].parameters(), alone):
+        torch.testing.assert_close(parameter.grad, 1.5 * gradient)
 
 
 def test_two_ranks_average_their_gradients(tmp_path):

@@ -135,6 +135,18 @@ def test_a_dry_run_prints_and_sends_nothing(capsys):
     assert loop.robot.sent == [] and len(lines) == 3 and all("would send  shoulder_pan" in line for line in lines)
 
 
+def test_a_policy_that_fails_stops_the_arm():
+    class Failing(OpenCVPolicy):
+        def act(self, obs, mask):
+            self.calls = getattr(self, "calls", 0) + 1
+            return super().act(obs, mask) * (np.nan if self.calls > 5 else 1.0)
+
+    loop = make_loop(Failing(None))
+    with pytest.raises(SO101Error, match="joint deltas must be 6 finite numbers, got .nan"):
+        loop.episode(30, TASK.tape_margin)
+    assert len(loop.robot.sent) == 5 and np.isfinite(loop.robot.sent).all()
+
+
 def test_where_the_arm_hides_the_sheet_it_looks_from_aside():
     loop, mask = make_loop(), np.ones(1, bool)
     loop.robot.arm.reset(HIDDEN_SEED)

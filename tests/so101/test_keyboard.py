@@ -110,11 +110,85 @@ def test_what_is_no_arm_for_one_person_is_refused(policy, monkeypatch):
         load_policy("keyboard")
 
 
+class Gamepad:
+    """pygame's Joystick: an axis or button that it lacks, and all of one that is unplugged, is an error."""
+
+    def __init__(self, axes, buttons, number=7):
+        self.axes, self.buttons, self.number, self.unplugged = axes, buttons, number, False
+
+    def get_numaxes(self):
+        return len(self.axes)
+
+    def get_numbuttons(self):
+        return len(self.buttons)
+
+    def get_name(self):
+        return "Fancy\nPad"
+
+    def get_instance_id(self):
+        return self.number
+
+    def read(self, values, number):
+        if self.unplugged or number >= len(values):
+            raise pygame.error("Invalid joystick axis")
+        return values[number]
+
+    def get_axis(self, number):
+        return self.read(self.axes, number)
+
+    def get_button(self, number):
+        return self.read(self.buttons, number)
+
+
+@pytest.mark.parametrize(
+    "pads, used",
+    [
+        ([([], [])], None), ([([0.0], [False])], None), ([([0.0, 0.0], [])], None), ([([0.0, 0.0], [False])], 0),
+        ([([0.0], [False]), ([0.0, 0.0, 0.0], [False, False])], 1),
+    ],
+)  # fmt: skip
+def test_a_gamepad_without_stick_or_button_is_not_used(monkeypatch, capsys, pads, used):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    pads = [Gamepad(*pad) for pad in pads]
+    monkeypatch.setattr(pygame.joystick, "get_count", lambda: len(pads))
+    monkeypatch.setattr(pygame.joystick, "Joystick", pads.__getitem__)
+    policy = load_policy("keyboard")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "is not used" in line]
+    assert policy.gamepad is (None if used is None else pads[used])
+    assert len(lines) == (len(pads) if used is None else used) and all("gamepad Fancy Pad" in line for line in lines)
+    policy._wanted()
+    policy.close()
+
+
+@pytest.mark.parametrize("how", ["event", "error", "event of another"])
+def test_with_the_gamepad_unplugged_the_keys_go_on(policy, monkeypatch, how):
+    envs = SO101ResidualVectorEnv(1, policy, autoreset_mode=AutoresetMode.DISABLED)
+    start = envs.reset(seed=0)[0][0, OBS["tip_pos"]]
+    policy.gamepad, shown = Gamepad([0.0, -1.0], [False]), []
+    monkeypatch.setattr(
+        policy, "font", SimpleNamespace(render=lambda text, *_: shown.append(text) or pygame.Surface((1, 1)))
+    )
+    envs.step(np.zeros((1, 6)))
+    policy.gamepad.unplugged = how == "error"
+    if how != "error":
+        number = 7 if how == "event" else 8
+        pygame.event.post(pygame.event.Event(pygame.JOYDEVICEREMOVED, instance_id=number))
+    if how == "event of another":
+        envs.step(np.zeros((1, 6)))
+        assert policy.gamepad is not None and "unplugged" not in shown[-1]
+        return
+    Person().hold(pygame.K_RIGHT)
+    for _ in range(20):
+        obs = envs.step(np.zeros((1, 6)))[0]
+    assert policy.gamepad is None and "gamepad unplugged" in shown[-1] and "gamepad unplugged" not in shown[0]
+    assert obs[0, OBS["tip_pos"]][1] - start[1] > 0.01
+
+
 def test_a_gamepads_stick_and_button_do_the_same(policy):
     envs = SO101ResidualVectorEnv(1, policy, autoreset_mode=AutoresetMode.DISABLED)
     start = envs.reset(seed=0)[0][0, OBS["tip_pos"]]
     axes = [0.8, 0.0]  # to the right
-    policy.gamepad = SimpleNamespace(get_axis=axes.__getitem__, get_button=lambda button: button == 0)
+    policy.gamepad = Gamepad(axes, buttons=[True])
     for _ in range(20):
         obs = envs.step(np.zeros((1, 6)))[0]
     moved = obs[0, OBS["tip_pos"]] - start

@@ -1,5 +1,6 @@
 """Policy servers as base policies: every dialect, every fault, and runs that outlive a server."""
 
+import io
 import os
 import shutil
 import socket
@@ -8,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import torch
 from conftest import ROOT, SMALL, assert_same, error_of, run_script, train
 from gymnasium.vector import AutoresetMode
 
+from so101 import serve
 from so101.policies import load_policy
 from so101.server import Server
 from so101.trust import Trust
@@ -23,6 +26,7 @@ from so101_sim.control import JOINTS
 from so101_sim.errors import SO101Error
 
 fake_server = pytest.importorskip("fake_server")  # needs pyzmq and msgpack
+zmq, msgpack = fake_server.zmq, fake_server.msgpack
 HORIZON, FakeServer = fake_server.HORIZON, fake_server.FakeServer
 
 DIALECTS = ("n1.5", "n1.6", "main")
@@ -116,7 +120,7 @@ FAULTS = {
     "shape": "single_arm has shape (1, 16, 4) instead of (1, 8 or more, 5)",
     "short": "single_arm has shape (1, 3, 5) instead of (1, 8 or more, 5)",
     "nan": "single_arm has numbers that are not finite",
-    "text": "single_arm is not an array of numbers",
+    "text": "'single_arm' is not an array of numbers",
     "units": "they are not in deg; check --units",
     "slow": "get_action: no answer within 0.5 s; wait longer with --server-timeout",
     "garbage": "get_action: the answer is not a message of a policy server",
@@ -164,6 +168,173 @@ def test_a_server_that_cannot_be_used_is_refused_at_the_start(server, options, m
     with FakeServer(**server) as fake, pytest.raises(SO101Error) as error:
         load_policy(fake.spec, Server(**{"units": "deg", "server_timeout": 0.5, **options}))
     assert message in str(error.value) and "get_action" not in fake.endpoints
+
+
+def described(kind: str, **changes) -> dict:
+    """A server's description of its policy, changed for one kind."""
+    keys = {
+        "video": ["top"],
+        "state": ["single_arm", "gripper"],
+        "action": ["single_arm", "gripper"],
+        "language": ["text"],
+    }
+    deltas = {kind: [0] for kind in keys} | {"action": list(range(HORIZON))}
+    config = {each: {"modality_keys": keys[each], "delta_indices": deltas[each]} for each in keys}
+    config[kind] |= changes
+    return {each: {"__ModalityConfig_class__": True, "as_json": config[each]} for each in config}
+
+
+ODD_ENTRIES = [None, [], ["top"], 3, "text", {}, np.zeros(2), {"__ModalityConfig_class__": True, "as_json": "{"}]
+ODD_FIELDS = [
+    *({"modality_keys": keys} for keys in (None, 3, "top", {"top": 1}, [1], [None], [["top"]], [b"top"], [""], [" "])),
+    {"modality_keys": ["gripper", "gripper"]}, {"modality_keys": ["a\nb"]},
+    *({"delta_indices": deltas} for deltas in (None, 3, "0", {"0": 1}, [None], ["0"], [[0]], [0.0], [0.5], [True], [])),
+    *({"delta_indices": deltas} for deltas in ([np.nan], [np.inf], [2**62], [-(2**62), 0], [0, 0], [0, -1])),
+    *({"more": value} for value in (np.zeros(2), b"1", {1.5: 2, "1": 2})),
+]  # fmt: skip
+ODD_CONFIGS = [
+    (f"{kind} {each}", described(kind) | {kind: each}) for kind in ("video", "language") for each in ODD_ENTRIES
+]
+ODD_CONFIGS += [(f"{kind} {each}", described(kind, **each)) for kind in ("video", "language") for each in ODD_FIELDS]
+ODD_CONFIGS += [("bytes key", described("video") | {b"more": 1})]
+
+
+def refusal(server: FakeServer) -> str:
+    """The error line of a policy behind a server that is refused."""
+    with server, pytest.raises(SO101Error) as error:
+        load_policy(server.spec, DEG)
+    line = str(error.value)
+    assert line.startswith(f"base policy {server.spec}: ") and "\n" not in line and len(line) < 800
+    return line
+
+
+@pytest.mark.parametrize("config", [config for _, config in ODD_CONFIGS], ids=[name for name, _ in ODD_CONFIGS])
+def test_a_description_that_makes_no_sense_is_one_line(config):
+    line = refusal(FakeServer(cameras=("top",), config=config))
+    assert "its description of" in line or "is not a message of a policy server" in line
+
+
+class OddServer(FakeServer):
+    """Answers one endpoint in another way."""
+
+    def __init__(self, odd: str, body: Any, **given: Any):
+        self.odd, self.body = odd, body if isinstance(body, bytes) else fake_server.encode(body, "n1.6")
+        super().__init__(cameras=("top",), **given)
+
+    def _reply(self, body: bytes) -> bytes | None:
+        return self.body if fake_server.decode(body, "n1.6")["endpoint"] == self.odd else super()._reply(body)
+
+
+PINGS = [
+    None,
+    7,
+    "ok",
+    [1],
+    np.zeros(2),
+    {"weights": None},
+    {"weights": 5},
+    {"weights": b"x"},
+    {"weights": np.zeros(3)},
+]
+PINGS += [b"", b"\xdd\xff\xff\xff\xff", b"\x91" * 100_000, msgpack.packb({1: 2}), {"error": "x" * 10**6}]
+
+
+@pytest.mark.parametrize("answer", PINGS, ids=lambda answer: repr(answer)[:30])
+def test_an_odd_answer_to_ping_is_one_line(answer):
+    assert "ping: " in refusal(OddServer("ping", answer))
+
+
+def npy(array: np.ndarray, size: int | None = None) -> dict:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return {"__ndarray_class__": True, "as_npy": file.getvalue()[:size]}
+
+
+ARM, GRIPPER = np.zeros((1, HORIZON, 5), np.float32), np.zeros((1, HORIZON, 1), np.float32)
+ODD_ARRAYS = [
+    ARM > 0, ARM.astype(complex), npy(ARM.astype(object)), ARM.astype("U4"), np.zeros(3, "f4,f4"), ARM.astype("M8[s]"),
+    ARM.tolist(), [[1], [1, 2]], None, 3, "text", {"a": 1}, npy(ARM, 100), npy(ARM, 8), npy(np.zeros(3), 0),
+    {"__ndarray_class__": True, "as_npy": None}, {"nd": True, "type": None, "data": b""},
+    {"nd": True, "type": "O", "data": b"12345678", "shape": [1]},
+    {"nd": True, "type": "<f4", "data": b"1", "shape": "x"},
+]  # fmt: skip
+ODD_ACTIONS = [None, 3, [], [1, 2, 3], [None, {}], {"error": None}, {"error": {"a": "b\nc"}}, {"error": b"\x1b[31m"}]
+ODD_ACTIONS += [[{"single_arm": array, "gripper": GRIPPER}, {}] for array in ODD_ARRAYS]
+ODD_ACTIONS += [[{key: ARM, "gripper": GRIPPER}, {}] for key in (b"single_arm", b"more")]
+
+
+@pytest.mark.parametrize("answer", ODD_ACTIONS, ids=lambda answer: repr(answer)[:40])
+def test_an_odd_action_is_one_line(answer):
+    assert "get_action: " in refusal(OddServer("get_action", answer))
+
+
+def test_an_answer_in_two_parts_is_one_line():
+    class Parts(FakeServer):
+        def _reply(self, body):
+            self._socket.send(super()._reply(body), zmq.SNDMORE)
+            return b"more"
+
+    assert "ping: the answer has 2 parts instead of one" in refusal(Parts())
+
+
+class StandIn:
+    """What serve.answer needs of a policy."""
+
+    weights = "abc"
+
+    def modality_config(self):
+        return {}
+
+    def get_action(self, observation, options):
+        if observation is None:
+            raise serve.RequestError("observation: video is missing")
+        return {"single_arm": np.asarray(observation["state"], np.float32)}
+
+
+REQUESTS = [
+    b"", b"\xc1garbage", b"\xdd\xff\xff\xff\xff", b"\x91" * 100_000, [b"\x81\xa8endpoint\xa4ping", b""],
+    [b"", b"", b""], 3, None, "ping",
+    [1], {}, {1: 2}, {"endpoint": "x" * 10**6}, {"endpoint": ["ping"]}, {"endpoint": "\x1b[31m\n"},
+    {"endpoint": "get_action"},
+    {"endpoint": "get_action", "data": [1]}, {"endpoint": "get_action", "data": {"observation": 3}},
+    {"endpoint": "get_action", "data": {"observation": {"state": npy(np.array([{}], object))}}},
+    {"endpoint": "get_action", "data": {"observation": {"state": {"a": "text"}}}},
+]  # fmt: skip
+
+
+def test_a_server_answers_every_odd_request_and_goes_on(capfd):
+    context = zmq.Context()
+    socket = context.socket(zmq.REP)
+    socket.setsockopt(zmq.MAXMSGSIZE, 2**22)
+    port = socket.bind_to_random_port("tcp://127.0.0.1")
+
+    def run() -> None:
+        with pytest.raises(zmq.ContextTerminated), socket:
+            serve.serve(socket, StandIn())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+
+    def ask(parts: list[bytes]) -> Any:
+        with zmq.Context.instance().socket(zmq.REQ) as client:
+            client.setsockopt(zmq.LINGER, 0)
+            client.connect(f"tcp://127.0.0.1:{port}")
+            client.send_multipart(parts)
+            return msgpack.unpackb(client.recv()) if client.poll(3000 if len(parts[0]) < 2**22 else 300) else None
+
+    try:
+        for request in REQUESTS:
+            packed = request if isinstance(request, bytes) else msgpack.packb(request)
+            reply = ask(request if isinstance(request, list) and isinstance(request[0], bytes) else [packed])
+            assert set(reply) == {"error"} and 0 < len(reply["error"]) <= 500, request
+            assert reply["error"].isprintable()
+        assert ask([bytes(2**22 + 1)]) is None  # too large: the connection ends
+        assert ask([msgpack.packb({"endpoint": "ping"})])["weights"] == "abc"
+    finally:
+        context.term()
+        thread.join()
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == len(REQUESTS) and all(line.startswith("error: ") for line in lines)
 
 
 def test_a_server_that_announces_another_dialect_than_it_speaks():

@@ -62,10 +62,17 @@ def test_a_diverged_arm_is_reported_and_put_back():
     arms, untouched = make_arms(2), make_arms(2)
     for speed in (np.inf, np.nan):
         arms.qvel[1, 3] = speed
-        broken = arms.step(arms.command.copy(), np.ones(2, bool))
+        moved = arms.command + 0.1
+        broken = arms.step(moved, np.ones(2, bool))
         assert broken.tolist() == [False, True]
         assert all(np.isfinite(array).all() for array in (arms.qpos, arms.qvel, arms.tip_m, arms.gravity_n_m))
         np.testing.assert_array_equal(arms.joint_pos[1], HOME_RAD)
+        untouched.qpos[1] = untouched.home["qpos"]
+        untouched.start(np.array([1]))
+        assert np.abs(arms.command[1] - moved[1]).max() > 0.05
+        for name, array in arms._state.items():
+            np.testing.assert_array_equal(array[1], untouched._state[name][1], err_msg=name)
+        np.testing.assert_array_equal(arms.batch.state[1], untouched.batch.state[1])
         arms.start(np.array([1]))  # the next episode
     for each in (arms, untouched):
         each.qpos[:] = each.home["qpos"]

@@ -90,6 +90,18 @@ def test_targets_are_no_faster_than_allowed(model):
     assert after[5] - before[5] == pytest.approx(0.001)
 
 
+@pytest.mark.parametrize(
+    "delta", [np.full(6, np.nan), [0, 0, 0, 0, 0, np.inf], -np.inf, np.zeros((1, 6)), np.zeros(5), 0.01, None], ids=str
+)
+def test_no_target_for_deltas_that_are_not_six_finite_numbers(model, delta):
+    controller = Controller(model)
+    controller.measure(HOME_RAD, 0.0)
+    before = controller.command_rad.copy()
+    with pytest.raises(SO101Error, match="joint deltas must be 6 finite numbers, got"):
+        controller.move(delta, 0.0)
+    np.testing.assert_array_equal(controller.command_rad, before)
+
+
 def test_no_target_without_a_fresh_measurement(model):
     controller = Controller(model)
     with pytest.raises(SO101Error, match="measurement of the arm never happened"):

@@ -194,7 +194,8 @@ def test_pixel_observations_have_cameras_and_measured_parts():
 @pytest.mark.parametrize(
     "kwargs",
     [
-        {"max_episode_steps": 0}, {"render_mode": "ascii"}, {"camera_name": "side"}, {"width": 4}, {"height": 5000},
+        *({"max_episode_steps": steps} for steps in (0, -1, 2.5, "600", None, True, np.nan)),
+        {"render_mode": "ascii"}, {"camera_name": "side"}, {"width": 4}, {"height": 5000},
         {"cameras": ()}, {"cameras": ("top", "top")}, {"cameras": ("side",)}, {"image_size": (4, 32)},
     ],
     ids=str,

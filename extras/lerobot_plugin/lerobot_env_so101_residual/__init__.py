@@ -23,7 +23,7 @@ from so101.robot import LEROBOT_P, SimulatedRobot
 from so101_env import COMMAND, MAX_EPISODE_STEPS, TASK_TEXT, SO101ResidualVectorEnv, Task
 from so101_sim.control import ACT_DIM, JOINTS, from_rad, to_rad
 from so101_sim.scene import CONTROL_HZ
-from so101_sim.vector import BaseObservation
+from so101_sim.vector import BaseObservation, episode_steps
 
 GYM_ID = "lerobot_env_so101_residual/PaperInSquare-v0"
 
@@ -49,6 +49,7 @@ class PaperInSquareEnv(gym.Env):
         cameras: names of the cameras, "top" and "wrist".
         image_size: side of the pictures, pixels.
         render_mode: "rgb_array"; other modes are not supported.
+        max_episode_steps: control steps until truncation; that of gym.make wins.
         settings: fields of so101_env.Task.
     """
 
@@ -60,10 +61,11 @@ class PaperInSquareEnv(gym.Env):
         cameras: tuple[str, ...] = ("top",),
         image_size: int = 96,
         render_mode: str | None = "rgb_array",
+        max_episode_steps: int = MAX_EPISODE_STEPS,
         **settings: Any,
     ):
         self.cameras, self.size, self.render_mode = tuple(cameras), (image_size, image_size), render_mode
-        self._targets = Targets()
+        self._targets, self._own_steps = Targets(), max_episode_steps
         self._envs = SO101ResidualVectorEnv(
             1, self._targets, autoreset_mode=AutoresetMode.DISABLED, render_mode="rgb_array", num_threads=1, **settings
         )
@@ -84,6 +86,7 @@ class PaperInSquareEnv(gym.Env):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Start an episode; returns the observation and info, which has is_success."""
         super().reset(seed=seed)
+        self._envs.max_episode_steps = episode_steps(self, self._own_steps)
         self._envs.reset(seed=seed)
         return self._observe(0), {"is_success": False}
 
