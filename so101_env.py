@@ -704,11 +704,15 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where get_state was called. Raises SO101Error, and changes nothing, if it does not fit."""
-        if not isinstance(state.get("base_memory"), Mapping):
-            raise SO101Error("state of the environments: base_memory is missing")
+        memory, own = state.get("base_memory"), {}
+        if self.base_policy is not None:
+            self.base_policy.reset(np.ones(self.num_envs, bool))  # now its memory has the names it should have
+            own = self.base_policy.memory
+        if not isinstance(memory, Mapping) or any(np.shape(memory.get(name))[:1] != (self.num_envs,) for name in own):
+            raise SO101Error("state of the environments: base_memory is not that of the base policy")
         super().set_state(state)
         if self.base_policy is not None:
-            self.base_policy.memory = {name: array.copy() for name, array in state["base_memory"].items()}
+            self.base_policy.memory = {name: array.copy() for name, array in memory.items()}
 
     def close_extras(self, **kwargs: Any) -> None:
         """Free the renderers and the base policy."""
@@ -744,6 +748,3 @@ gym.register(
     "SO101Residual-v0", max_episode_steps=MAX_EPISODE_STEPS,
     entry_point="so101_env:SO101ResidualEnv", vector_entry_point="so101_env:SO101ResidualVectorEnv",
 )  # fmt: skip
-
-if __name__ == "__main__":
-    print(__doc__)
