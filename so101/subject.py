@@ -117,6 +117,8 @@ def _load(subject: Subject, unused: tuple[str, ...]) -> Loaded:
         loaded = _base_loaded("agent", base, onnx.base, onnx.task, onnx.steps, subject, onnx.observe_base)
         return dataclasses.replace(loaded, act=onnx.residuals)
     saved = load_file(subject.model, CHECKPOINT, STUDENT)
+    base = (saved if saved["format"] == STUDENT else saved["args"]).get("base")
+    _check_base_flag(subject, base.get("base_policy") if isinstance(base, dict) else None)
     return _load_student(saved, subject) if saved["format"] == STUDENT else _load_checkpoint(saved, subject)
 
 
@@ -125,10 +127,10 @@ def _trust(subject: Subject) -> Trust:
     return subject.server.trust.also(subject.base_policy)
 
 
-def _check_base_flag(subject: Subject, own: str) -> None:
-    """Raise SO101Error if --base-policy is not the base policy of the model, which is `own`."""
+def _check_base_flag(subject: Subject, own: Any) -> None:
+    """Raise SO101Error if --base-policy is not the base policy that the model's file names, `own`."""
     given = subject.base_policy
-    if given is not None and given != own and not all(spec.startswith("server:") for spec in (given, own)):
+    if given is not None and given != own and not all(str(spec).startswith("server:") for spec in (given, own)):
         raise SO101Error(f"--base-policy {given}: the model has its own base policy; drop the flag")
 
 
@@ -136,7 +138,6 @@ def _load_checkpoint(saved: dict[str, Any], subject: Subject) -> Loaded:
     """An agent of a training script, with its base policy."""
     checkpoint = load_checkpoint(subject.model, saved, _trust(subject))
     args = checkpoint.args
-    _check_base_flag(subject, args.base.base_policy)
 
     def make_envs(num_envs: int, task: Any) -> ArmVectorEnv:
         args.task = task
@@ -154,7 +155,6 @@ def _load_student(saved: dict[str, Any], subject: Subject) -> Loaded:
     trust = _trust(subject)
     script = load_script(saved["script"], subject.model, trust)
     student = script.load_student(saved, subject.model, trust)
-    _check_base_flag(subject, saved["base"]["base_policy"])
     spec = f"checkpoint:{subject.model}"
     loaded = _base_loaded("student", spec, student, student.task, saved["global_step"], subject)
 

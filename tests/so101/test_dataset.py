@@ -114,7 +114,7 @@ def seen(tmp_path_factory) -> Path:
     flags = f"--base-policy jacobian --dataset {path} --episodes 3 --environment-state --tape-margin 0.02"
     done = run_script("so101.record", *flags.split(), *"--cameras front=top wrist --image-size 64 96".split())
     assert done.returncode == 0, done.stderr
-    assert "camera front: 100%" in done.stderr and "lerobot-train" in done.stdout
+    assert not done.stderr and "lerobot-train" in done.stdout  # progress bars are for terminals
     return path
 
 

@@ -211,8 +211,8 @@ def test_a_message_is_one_printable_line(victim, small_run):
 def test_every_sentence_of_the_page_has_its_test():
     """Each row of the tables of docs/security.md ends with the name of a test that exists."""
     rows = [line for line in (ROOT / "docs" / "security.md").read_text().splitlines() if line.startswith("| ")]
-    named = [re.findall(r"`(test_\w+)`", row.split("|")[-2]) for row in rows if "---" not in row]
+    named = [re.findall(r"`(test_\w+)`", row.split("|")[-2]) for row in rows if not row.endswith("| test |")]
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     assert len(named) > 10
-    for names in named[1:] if not named[0] else named:
+    for names in named:
         assert names and all(f"def {name}(" in tests for name in names), names
