@@ -174,7 +174,8 @@ def main() -> int:
     low, high = report.interval(values, np.mean)
     print(f"published: mean {values.mean():.3f} [{low:.3f}, {high:.3f}] (bootstrap 95 %), {len(values)} seeds from "
           f"{min(success)} to {max(success)}, each {values.min():.3f} to {values.max():.3f}")  # fmt: skip
-    print(f"training: {command}, about {max(1, minutes * args.seeds):.0f} minutes on one core; runs in {args.runs}")
+    print(f"training: {command}, about {minutes * args.seeds:.1f} minutes on one core, and {2 * episodes} episodes per "
+          f"seed to evaluate; finished seeds stay in {args.runs}")  # fmt: skip
     print(
         f"needs the policy server {base}, see docs/cameras_and_servers.md\n" * ("server:" in base), end="", flush=True
     )

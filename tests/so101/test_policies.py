@@ -121,7 +121,7 @@ def test_evaluation_of_a_base_alone(tmp_path):
 @pytest.mark.parametrize("observe_base", [False, True])
 def test_residuals_stack(observe_base, tmp_path):
     """A frozen policy as base, and nothing added: the episodes of the frozen policy itself."""
-    flags = "--base-policy jacobian --tape-margin 0.02 --learning-rate 0.05" + observe_base * " --observe-base"
+    flags = "--base-policy jacobian --tape-margin 0.02 --learning-rate 0.05 --eval-every 0" + observe_base * " --observe-base"
     run = train(tmp_path, *SMALL.split(), *flags.split())
     model = run / "final_model.pt"
     checkpoint = load_checkpoint(model)
@@ -139,10 +139,11 @@ def test_residuals_stack(observe_base, tmp_path):
 
 def test_another_base_is_refused(tmp_path, monkeypatch):
     """A checkpoint whose base policy's file was retrained can be neither evaluated nor resumed."""
-    first, second = (train(tmp_path / seed, *SMALL.split(), "--seed", seed) / "final_model.pt" for seed in "12")
+    flags = [*SMALL.split(), "--total-timesteps", "1100", "--eval-every", "0"]
+    first, second = (train(tmp_path / seed, *flags, "--seed", seed) / "final_model.pt" for seed in "12")
     base = tmp_path / "base.pt"
     base.write_bytes(first.read_bytes())
-    top = train(tmp_path / "top", *SMALL.split(), "--base-policy", f"checkpoint:{base}")
+    top = train(tmp_path / "top", *flags, "--base-policy", f"checkpoint:{base}")
     half = min((top / "checkpoints").glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
     for script, flag, path in (
         ("eval_so101.py", "--model", top / "final_model.pt"),
@@ -155,7 +156,8 @@ def test_another_base_is_refused(tmp_path, monkeypatch):
 
 
 def test_base_success_and_residual_per_joint_are_reported(tmp_path):
-    run = train(tmp_path, *SMALL.split(), "--base-policy", "jacobian", "--learning-rate", "0.05")
+    flags = "--base-policy jacobian --learning-rate 0.05 --final-eval-episodes 0".split()
+    run = train(tmp_path, *SMALL.split(), *flags)
     lines = [json.loads(line) for line in (run / "eval_results" / "evaluations.jsonl").read_text().splitlines()]
     seeds = [VALIDATION_SEED + i for i in range(3)]
     args = ppo.Args(base=ppo.Base("jacobian"))
@@ -256,7 +258,8 @@ def own_module(tmp_path, monkeypatch) -> str:
 def test_a_class_by_name_is_trained_on_resumed_and_evaluated(own_module, tmp_path):
     """From the directory that holds it, with no file of the project changed: through checkpoints and evaluations."""
     spec = f"{own_module}:Own:0.005"
-    run = train(tmp_path / "logs", *SMALL.split(), "--base-policy", spec)
+    flags = ("--total-timesteps", "2000", "--eval-every", "0")
+    run = train(tmp_path / "logs", *SMALL.split(), *flags, "--base-policy", spec)
     half = min((run / "checkpoints").glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
     resumed = train(tmp_path / "resumed", "--resume", str(half), "--base-policy", spec)
     first, second = (torch.load(r / "final_model.pt", weights_only=True)["agent"] for r in (run, resumed))
