@@ -39,7 +39,7 @@ class Args:
     seeds: int = 5
     """number of fresh seeds"""
     first_seed: int = 301
-    """the first of them; no published row may have used any"""
+    """the first of them; none may be a published seed of the row"""
     list: bool = False
     """list the rows with the time per seed, and why some cannot be checked"""
     results: str = str(ROOT / "benchmark" / "results")
@@ -87,7 +87,7 @@ def read_row(path: Path) -> tuple[dict[int, float], int, float, list[str]]:
         if not known or not all(0 <= value <= 1 for value in success.values()):
             raise ValueError(results)
         return success, int(results["episodes"]), minutes, shlex.split(results["command"])
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+    except (OSError, KeyError, TypeError, ValueError, ArithmeticError) as error:
         text = f"{path}: not the report of a seed sweep, which benchmark/report.py writes; name another row"
         raise SO101Error(text) from error
 
@@ -107,6 +107,8 @@ def trainer(words: list[str], seeds: int, path: Path, trust: Trust) -> tuple[typ
     if not any((place / name).is_file() for place in (ROOT, ROOT / "so101")):
         raise SO101Error(f"{stale}: {name!r} is not a script of the project; name another row, --list shows them")
     script, output = load_script(name, path, trust), io.StringIO()
+    if "base" not in {field.name for field in dataclasses.fields(script.Args)}:
+        raise SO101Error(f"{path}: {name} is not a trainer that a sweep can run; name another row")
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             args = tyro.cli(script.Args, args=words[start:], config=(tyro.conf.OmitArgPrefixes,))
@@ -176,9 +178,8 @@ def main() -> int:
           f"{min(success)} to {max(success)}, each {values.min():.3f} to {values.max():.3f}")  # fmt: skip
     print(f"training: {command}, about {minutes * args.seeds:.1f} minutes on one core, and {2 * episodes} episodes per "
           f"seed to evaluate; finished seeds stay in {args.runs}")  # fmt: skip
-    print(
-        f"needs the policy server {base}, see docs/cameras_and_servers.md\n" * ("server:" in base), end="", flush=True
-    )
+    needs = f"needs the policy server {base}, see docs/cameras_and_servers.md\n" * ("server:" in base)
+    print(needs, end="", flush=True)
     result = train(args.row, script, command, fresh, episodes, Path(args.runs))
     low, high = prediction_interval(values, args.seeds, episodes)
     agrees = low - 1e-9 <= np.mean(result) <= high + 1e-9
