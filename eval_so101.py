@@ -164,6 +164,8 @@ def main() -> int:
         check_rendering(envs, "--video")
     seeds = [TEST_SEED + args.seed * BLOCK + i for i in range(args.episodes)]
     traced = bool(args.video or args.plot or args.render_mode)
+    compared = bool(args.subject.model and args.base)
+    others = loaded.make_others(envs.num_envs, task) if compared and loaded.make_others else envs
     episodes = evaluate(loaded.act, envs, seeds, trace=traced)
     if not episodes:
         raise SO101Error(f"--base-policy {loaded.base_policy}: ended before its first episode did; nothing is written")
@@ -171,8 +173,7 @@ def main() -> int:
     corrects = loaded.kind == "agent" and loaded.base_policy != "zero"  # a base policy that moves
     films = {"base and residual" if corrects else loaded.kind: episodes[: args.video_episodes]}
     base = None
-    if args.subject.model and args.base:
-        others = loaded.make_others(envs.num_envs, task) if loaded.make_others else envs
+    if compared:
         alone = evaluate(no_residual, others, seeds, trace=bool(args.video))
         base = summarize(alone)
         spec = "" if loaded.make_others else f" ({loaded.base_policy.partition(':')[0]})"

@@ -7,6 +7,7 @@ benchmark/ppo_residual_so101.sh makes the runs, and calls this script.
 
 import dataclasses
 import json
+import shlex
 import sys
 import types
 from collections.abc import Callable
@@ -174,16 +175,17 @@ def plot(sweeps: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def describe(script: types.ModuleType, args: dict[str, Any]) -> str:
     """The command line of a training script for these arguments, without those that have their default value."""
     path = Path(script.__file__)
-    words = [f"python -m so101.{path.stem}" if path.parent == ROOT / "so101" else f"python {path.name}"]
+    words = ["python", *(["-m", f"so101.{path.stem}"] if path.parent == ROOT / "so101" else [path.name])]
     for name, default in flat_settings(dataclasses.asdict(script.Args())).items():
-        default, value = list(default) if isinstance(default, tuple) else default, args.get(name, default)
+        default = list(default) if isinstance(default, tuple) else default
+        value = args.get(name, default)
         if value == default:
             continue
         if isinstance(value, bool):
             words.append(flag_of(name if value else f"no_{name}"))
         else:
             words += [flag_of(name), *map(str, value if isinstance(value, list) else [value])]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def summarize(seeds: list[dict[str, Any]], name: str, trust: Trust) -> dict[str, Any]:

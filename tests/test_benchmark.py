@@ -1,6 +1,7 @@
 """The seed sweep and its report; the other measurements run."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,10 @@ import pytest
 from conftest import PYTHON_PATH, ROOT, SMALL, environment, run_script, train
 
 sys.path.insert(0, str(ROOT / "benchmark"))
+import check
 import report
+
+from so101_env import SO101Error
 
 SHORT = SMALL.replace("--total-timesteps 3000", "--total-timesteps 1200").replace(
     "--eval-every 1500", "--eval-every 600"
@@ -52,8 +56,86 @@ def test_a_sweep_names_the_seeds_that_failed(tmp_path):
     assert "--gamma" in done.stdout and not (tmp_path / "out").exists()
 
 
+ROWS = ROOT / "benchmark" / "results"
+
+
+def check_row(monkeypatch: pytest.MonkeyPatch, results: Path, row: str, *flags: str) -> int:
+    """Exit code of benchmark/check.py, run in this process."""
+    argv = ["check.py", "--results", str(results), "--runs", str(results / "checked"), "--row", row, *flags]
+    monkeypatch.setattr(sys, "argv", argv)
+    return check.main()
+
+
+@pytest.mark.parametrize("row", ["standard_50k", "standard_200k", "precise_jacobian_50k", "precise_jacobian_300k"])
+@pytest.mark.parametrize("count", [3, 5, 10])
+def test_a_prediction_interval_contains_95_percent(row, count):
+    """Published and fresh seeds are drawn from the seeds of a committed row."""
+    success, episodes, _, _ = check.read_row(ROWS / row / "results.json")
+    seeds, rng = [*success.values()], np.random.default_rng(3)
+    low, high = check.prediction_interval(rng.choice(seeds, (20_000, len(seeds))), count, episodes)
+    fresh = rng.choice(seeds, (20_000, count)).mean(-1)
+    assert 0.91 < np.mean((low <= fresh + 1e-9) & (fresh - 1e-9 <= high)) < 0.97
+
+
+def test_equal_seeds_do_not_promise_equal_means():
+    low, high = check.prediction_interval(np.ones(5), 5, 200)
+    assert 0.98 < low < 0.9995 and high == 1
+
+
+@pytest.mark.parametrize(
+    "change, flags, message",
+    [
+        ({}, "--row nope", "no such row; --list describes row"),
+        ({}, "--seeds 0", "--seeds 0"),
+        ({}, "--first-seed 2", "--first-seed 2: row was published with seed 2"),
+        ({}, "--first-seed -1", "--first-seed -1"),
+        ({"seeds": []}, "", "not the report of a seed sweep"),
+        ({"seeds": [{"seed": 1, "final_success": 1.5, "wall_time_s": 1}]}, "", "not the report of a seed sweep"),
+        ({"seeds": [{"seed": 1, "final_success": 0.5, "wall_time_s": 1}]}, "", "has one seed"),
+        ({"episodes": None}, "", "not the report of a seed sweep"),
+        ({"command": None}, "", "not the report of a seed sweep"),
+        ({"command": "python ppo_residual_so101.py 'open"}, "", "not the report of a seed sweep"),
+        ({"command": ""}, "", "stale command: ''"),
+        ({"command": "python -m"}, "", "stale command"),
+        ({"command": "python -m so101.clone"}, "", "clone.py is not a trainer that a sweep can run"),
+        ({"command": "python -m so101.distill"}, "", "distill.py is not a trainer that a sweep can run"),
+        ({"command": "python ppo_residual_so101.py --help"}, "", "cannot read '--help'"),
+        ({"command": "python ppo_residual_so101_rgb.py"}, "", "'ppo_residual_so101_rgb.py' is not a script"),
+        ({"command": "python ../ppo_residual_so101.py"}, "", "is not"),
+        ({"command": "python eval_so101.py"}, "", "was written by the script eval_so101.py"),
+        ({"command": "touch ppo_residual_so101.py"}, "", "would not write touch"),
+        ({"command": "python ppo_residual_so101.py --activation relu"}, "", "cannot read '--activation relu'"),
+        ({"command": "python ppo_residual_so101.py --gamma much"}, "", "cannot read '--gamma much'"),
+        ({"command": "python ppo_residual_so101.py --gamma 2"}, "", "--gamma"),
+        ({"command": "python ppo_residual_so101.py --gamma 0.98"}, "", "would not write --gamma 0.98"),
+        ({"command": "python ppo_residual_so101.py --log-dir elsewhere"}, "", "would not write --log-dir elsewhere"),
+        ({"command": "python ppo_residual_so101.py --base-policy helper:Base"}, "", "--allow helper:Base"),
+        ({"command": "python ppo_residual_so101.py --base-policy server:a:1"}, "", "--allow server:a:1"),
+    ],
+)
+def test_rows_that_cannot_be_checked_end_with_one_line(tmp_path, monkeypatch, change, flags, message):
+    row = json.loads((ROWS / "standard_50k" / "results.json").read_text()) | change
+    (tmp_path / "row").mkdir()
+    (tmp_path / "row" / "results.json").write_text(json.dumps(row))
+    monkeypatch.setattr(check, "train", lambda *_: pytest.fail("it was trained"))
+    with pytest.raises(SO101Error) as error:
+        check_row(monkeypatch, tmp_path, "row", *flags.split())
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_published_rows_can_be_checked_or_are_refused_by_name(monkeypatch, capsys):
+    """What README and docs call a result of today is a command of today; the rows of version 0.5.0 are not."""
+    monkeypatch.setattr(sys, "argv", ["check.py", "--list"])
+    assert check.main() == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert {*lines} == {path.parent.name for path in ROWS.glob("*/results.json")}
+    stale = {"lerobot_act_50k", "lerobot_act_200k", "standard_bc_50k", "standard_jacobian_50k", "rgb_200k"}
+    assert {row for row, line in lines.items() if "stale command" in line} == stale
+    assert {row for row, line in lines.items() if "minutes each" not in line} == stale | {"sb3_50k", "vision"}
+
+
 @pytest.mark.slow
-def test_a_sweep_trains_reports_and_repeats_nothing(tmp_path):
+def test_a_sweep_trains_reports_repeats_nothing_and_is_checked(tmp_path, monkeypatch, capfd):
     flags = ("--train-episode-steps", "40")
     done = sweep(tmp_path, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -66,7 +148,10 @@ def test_a_sweep_trains_reports_and_repeats_nothing(tmp_path):
         final = json.loads((tmp_path / "runs" / f"seed_{row['seed']}" / "final_model.json").read_text())
         assert row["final_success"] == final["success_rate"] and row["final_return"] == final["mean_return"]
         assert 0 < row["cpu_time_s"] < 100 and 0 < row["wall_time_s"] < 100
-    assert "--train-episode-steps 40" in results["command"] and "seed" not in results["command"]
+    words = shlex.split(results["command"])
+    assert sorted(words) == sorted(
+        ["python", "ppo_residual_so101.py", *SHORT.replace("--num-steps 64 ", "").split(), *flags]
+    )
     finals = [json.loads(path.read_text())["episode_list"] for path in tmp_path.glob("runs/*/final_model.json")]
     far = [e["success"] for episodes in finals for e in episodes if e["initial_distance_m"] >= 0.1]
     assert results["final_success_by_distance"]["100 to 120 mm"] == [np.mean(far), len(far)]
@@ -77,7 +162,21 @@ def test_a_sweep_trains_reports_and_repeats_nothing(tmp_path):
     assert sweep(tmp_path, *flags, seeds="1 2 3").returncode == 0
     assert {path: path.stat().st_mtime_ns for path in models} == models
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())["seeds"]) == 3
+    # fresh seeds of that row agree with it, and not with a row of perfect seeds
+    assert check_row(monkeypatch, tmp_path, "out", "--seeds", "2") == 0
+    assert "seed 302" in (printed := capfd.readouterr().out) and "mean agrees" in printed
+    fresh = {path: path.stat().st_mtime_ns for path in tmp_path.glob("checked/out/*/*/final_model.pt")}
+    assert len(fresh) == 2
+    results["seeds"] = [results["seeds"][0] | {"seed": seed, "final_success": 1.0} for seed in range(20)]
+    (tmp_path / "out" / "results.json").write_text(json.dumps(results))
+    assert check_row(monkeypatch, tmp_path, "out", "--seeds", "2") == 1
+    assert "does not agree" in capfd.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in fresh} == fresh
     # other flags under the same name are another experiment
+    results["command"] += " --gamma 0.9"
+    (tmp_path / "out" / "results.json").write_text(json.dumps(results))
+    with pytest.raises(SO101Error, match="seed_301: has other flags"):
+        check_row(monkeypatch, tmp_path, "out", "--seeds", "2")
     done = sweep(tmp_path, *flags, "--gamma", "0.9", seeds="1 2 3 4")
     assert done.returncode == 2 and "gamma" in done.stderr and "Traceback" not in done.stderr
 

@@ -11,7 +11,8 @@ from so101.evaluation import BLOCK, TEST_SEED, VALIDATION_SEED
 
 def test_evaluation_json_and_table(tmp_path):
     """On a residual over the pusher, which succeeds in some of the precise episodes and fails in others."""
-    run = train(tmp_path / "logs", *SMALL.split(), "--base-policy", "jacobian", "--tape-margin", "0.02")
+    flags = "--total-timesteps 1000 --eval-every 0 --base-policy jacobian --tape-margin 0.02".split()
+    run = train(tmp_path / "logs", *SMALL.split(), *flags)
     model = str(run / "final_model.pt")
     done = run_script("eval_so101.py", "--model", model, "--episodes", "12", "--json", str(tmp_path / "a.json"))
     assert done.returncode == 0, done.stderr
@@ -35,13 +36,12 @@ def test_evaluation_json_and_table(tmp_path):
     assert json.loads((tmp_path / "b.json").read_text()) == result
 
 
-def test_evaluation_video_and_plot(small_run, tmp_path):
+def test_evaluation_video_and_plot(tmp_path):
     import imageio.v3 as iio
 
     video, picture = tmp_path / "v.mp4", tmp_path / "p.png"
     flags = ["--episodes", "3", "--video", str(video), "--video-episodes", "1", "--plot", str(picture)]
-    flags += ["--json", str(tmp_path / "r.json")]
-    done = run_script("eval_so101.py", "--model", str(small_run / "final_model.pt"), *flags)
+    done = run_script("eval_so101.py", *flags, "--no-base", "--json", str(tmp_path / "r.json"))
     assert done.returncode == 0, done.stderr
     assert iio.immeta(video)["fps"] == 30
     length = json.loads((tmp_path / "r.json").read_text())["episode_list"][0]["length"]
@@ -59,9 +59,8 @@ def test_evaluation_video_and_plot(small_run, tmp_path):
 
 def test_blocks_of_episodes_and_conditions(tmp_path):
     """--seed takes other episodes; conditions are those of the model unless a flag changes them."""
-    run = train(
-        tmp_path / "logs", *SMALL.split(), "--total-timesteps", "512", "--tape-margin", "0.03", "--eval-every", "0"
-    )
+    flags = "--total-timesteps 512 --base-policy jacobian --tape-margin 0.03 --eval-every 0".split()
+    run = train(tmp_path / "logs", *SMALL.split(), *flags)
     results = []
     for flags in ([], ["--seed", "1"], ["--full-randomization", "--tape-margin", "0.02"]):
         path = tmp_path / "r.json"

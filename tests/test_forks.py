@@ -165,6 +165,11 @@ def error_of_evaluation(clone: Path, *flags: str) -> str:
     return done.stderr
 
 
+def allow(model: Path) -> tuple[str, str]:
+    """The flag that lets a command load a model through the script that wrote it."""
+    return "--allow", load(model)["script"]
+
+
 def printed_command(text: str, label: str = "evaluate") -> list[str]:
     """The words of the command that a script printed behind a label."""
     (line,) = [line for line in text.splitlines() if line.startswith(f"{label}:")]
@@ -198,10 +203,11 @@ def test_a_copied_script_in_the_working_directory(tmp_path, monkeypatch):
     model = train(tmp_path / "logs", *TINY.split(), script="short_fork.py") / "final_model.pt"
     saved = load(model)
     assert saved["script"] == "short_fork.py" and "actor_mean.4.weight" in saved["agent"]
-    done = run_script("eval_so101.py", "--model", str(model), "--episodes", "2")
+    flags = ("--model", str(model), "--allow", "short_fork.py", "--episodes", "2")
+    done = run_script("eval_so101.py", *flags)
     assert done.returncode == 0 and "success rate" in done.stdout, done.stderr
     (tmp_path / "short_fork.py").unlink()
-    line = error_of(monkeypatch, "eval_so101.py", "--model", str(model), "--episodes", "2")
+    line = error_of(monkeypatch, "eval_so101.py", *flags)
     assert "written by short_fork.py" in line and "working directory" in line
 
 
@@ -214,11 +220,11 @@ def test_a_copied_script_in_the_working_directory(tmp_path, monkeypatch):
 def test_a_copied_script_with_another_network(clone, patch, weight):
     apply(patch, clone / "ppo_residual_so101.py", clone / "my_ppo.py")
     model = train_and_evaluate(clone, "my_ppo.py")
-    run(clone, "python", "eval_so101.py", "--base-policy", f"checkpoint:{model}", "--episodes", "2")
+    run(clone, "python", "eval_so101.py", "--base-policy", f"checkpoint:{model}", *allow(model), "--episodes", "2")
     saved = load(model)
     assert saved["script"] == "my_ppo.py" and (weight is None or weight in saved["agent"])
     (clone / "my_ppo.py").unlink()
-    assert "written by my_ppo.py" in error_of_evaluation(clone, "--model", str(model))
+    assert "written by my_ppo.py" in error_of_evaluation(clone, "--model", str(model), "--allow", "my_ppo.py")
 
 
 @pytest.mark.slow
@@ -284,7 +290,7 @@ def test_own_variant_of_the_task(clone):
     apply(OWN_TASK, clone / "ppo_residual_so101.py", clone / "my_ppo.py")
     model = train_and_evaluate(clone, "my_ppo.py", flags=("--base-policy", "jacobian"))
     # as base policy of the original task it gets one number too few
-    line = error_of_evaluation(clone, "--base-policy", f"checkpoint:{model}")
+    line = error_of_evaluation(clone, "--base-policy", f"checkpoint:{model}", *allow(model))
     assert "made for 26 observations, this environment has 25" in line
     episodes = json.loads((clone / "result.json").read_text())["episode_list"]
     assert all(1.2 < episode["initial_yaw_error_rad"] < 1.9 for episode in episodes)
@@ -302,7 +308,19 @@ def test_own_task_of_the_documentation(clone):
     assert load(model)["script"] == "ppo_push_cube.py"
     assert "initial_distance_m" in json.loads((clone / "result.json").read_text())["episode_list"][0]
     outputs = ("--video", "cube.mp4", "--plot", "cube.png")
-    run(clone, "python", "eval_so101.py", "--model", str(model), "--episodes", "2", "--video-episodes", "1", *outputs)
+    run(
+        clone,
+        "python",
+        "eval_so101.py",
+        "--model",
+        str(model),
+        *allow(model),
+        "--episodes",
+        "2",
+        "--video-episodes",
+        "1",
+        *outputs,
+    )
     assert all((clone / name).stat().st_size > 1000 for name in ("cube.mp4", "cube.png"))
 
 
@@ -318,7 +336,7 @@ def test_a_removed_and_an_added_flag_are_named(clone):
         (added, "lacks the setting magic, which PPO of ppo_residual_so101.py has"),
     ):
         apply([(line, new)], ROOT / "ppo_residual_so101.py", clone / "ppo_residual_so101.py")
-        assert words in error_of_evaluation(clone, "--model", str(model))
+        assert words in error_of_evaluation(clone, "--model", str(model), *allow(model))
 
 
 # -- copies of the other scripts
@@ -334,7 +352,7 @@ def test_a_copy_of_ppo_rgb(clone):
     model = train_and_evaluate(clone, "my_rgb.py", flags=("--actor-image-size", "16"))
     saved = load(model)
     assert saved["script"] == "my_rgb.py" and "actor_mean.4.weight" in saved["agent"]
-    run(clone, "python", "eval_so101.py", "--base-policy", f"checkpoint:{model}", "--episodes", "2")
+    run(clone, "python", "eval_so101.py", "--base-policy", f"checkpoint:{model}", *allow(model), "--episodes", "2")
 
 
 @pytest.mark.slow
@@ -346,7 +364,7 @@ def test_a_copy_of_distill(clone):
     model = train_and_evaluate(clone, "my_distill.py", tiny=words)
     saved = load(model)
     assert saved["script"] == "my_distill.py" and "residual.4.bias" in saved["agent"]
-    run(clone, "python", "eval_so101.py", "--base-policy", f"checkpoint:{model}", "--episodes", "2")
+    run(clone, "python", "eval_so101.py", "--base-policy", f"checkpoint:{model}", *allow(model), "--episodes", "2")
 
 
 @pytest.mark.slow
@@ -377,7 +395,7 @@ def test_a_script_in_another_directory(clone, tmp_path):
     apply(LAYER, clone / "ppo_residual_so101.py", own / "my_ppo.py")
     model = train_and_evaluate(clone, "my_ppo.py", directory=own, PYTHONPATH=str(clone))
     assert load(model)["script"] == "my_ppo.py" and not (clone / "logs").exists()
-    base = ("python", "eval_so101.py", "--base-policy", f"checkpoint:{model}", "--episodes", "2")
+    base = ("python", "eval_so101.py", "--base-policy", f"checkpoint:{model}", *allow(model), "--episodes", "2")
     run(own, "python", str(clone / base[1]), *base[2:], PYTHONPATH=str(clone))
     # from the project's directory it is not found
     assert "written by my_ppo.py" in error_of_evaluation(clone, *base[2:])
@@ -388,4 +406,4 @@ def test_a_script_in_the_package(clone):
     apply(LAYER, clone / "ppo_residual_so101.py", clone / "so101" / "my_ppo.py")
     model = train_and_evaluate(clone, "-m", "so101.my_ppo")
     assert load(model)["script"] == "my_ppo.py" and "actor_mean.4.weight" in load(model)["agent"]
-    run(clone, "python", "eval_so101.py", "--base-policy", f"checkpoint:{model}", "--episodes", "2")
+    run(clone, "python", "eval_so101.py", "--base-policy", f"checkpoint:{model}", *allow(model), "--episodes", "2")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import error_of, run_script, train
+from conftest import error_of, module_of, run_script, train
 from gymnasium.vector import AutoresetMode
 
 from so101 import distill
@@ -298,6 +298,7 @@ def test_students_that_cannot_be_used_end_with_one_line(run, tmp_path, monkeypat
     save_tensors(path, {**first, "teacher_fingerprint": "other"})
     line = error_of(monkeypatch, "so101.distill", "--resume", str(path), "--log-dir", str(tmp_path / "logs"))
     assert "its teacher has other weights now" in line
+    monkeypatch.setattr(module_of("eval_so101.py"), "evaluate", lambda *_, **__: pytest.fail("found out too late"))
     for damaged, words in (
         ({**finished, "args": finished["args"] | {"model": "gone.pt"}}, "its teacher, gone.pt, is missing"),
         ({**finished, "teacher_fingerprint": "other"}, "has other weights now; evaluate without it: --no-base"),

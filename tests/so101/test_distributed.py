@@ -75,7 +75,7 @@ def test_shares_must_be_whole():
         world.share(32, "--num-envs")
 
 
-@pytest.mark.parametrize("size", ["4", ""])
+@pytest.mark.parametrize("size", ["4", pytest.param("", marks=pytest.mark.slow)])
 def test_variables_of_a_cluster_without_torchrun_are_ignored(tmp_path, size):
     """As Slurm, or a shell profile, leaves them: no waiting for ranks that nobody has started."""
     flags = ["--total-timesteps", "64", "--num-steps", "16", "--minibatch-size", "64", "--eval-every", "0"]
@@ -143,22 +143,28 @@ def test_two_ranks_average_their_gradients(tmp_path):
     torch.testing.assert_close(first["gradients"][0], mean, atol=1e-6, rtol=0)
 
 
-def test_an_error_of_all_ranks_is_printed_once(tmp_path):
-    for flags, words in (
-        (["--gamma", "3"], "--gamma must be"),
-        (["--num-envs", "5"], "--num-envs 5: must be divisible"),
-    ):
-        flags = [*flags, "--minibatch-size", "8", "--log-dir", str(tmp_path / "logs")]
-        started = torchrun(TRAINER, *flags)
-        stdout, stderr = started.communicate(timeout=100)
-        assert started.returncode != 0 and stderr.count("error:") == stderr.count(words) == 1, stderr
+@pytest.mark.parametrize(
+    "script, flags, words",
+    [
+        (TRAINER, "--num-envs 5", "--num-envs 5: must be divisible"),
+        pytest.param(TRAINER, "--gamma 3", "--gamma must be", marks=pytest.mark.slow),
+        pytest.param("-m so101.distill", "", "start it without torchrun", marks=pytest.mark.slow),
+    ],
+)
+def test_an_error_of_all_ranks_is_printed_once(tmp_path, script, flags, words):
+    if script == TRAINER:
+        flags += f" --minibatch-size 8 --log-dir {tmp_path / 'logs'}"
+    started = torchrun(*script.split(), *flags.split(), cwd=ROOT)
+    stdout, stderr = started.communicate(timeout=100)
+    assert started.returncode != 0 and stderr.count("error:") == stderr.count(words) == 1, stderr
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.slow
+def test_the_help_of_all_ranks_is_printed_once():
     started = torchrun(TRAINER, "--help")
     stdout, stderr = started.communicate(timeout=100)
     assert started.returncode == 0 and stdout.count("usage: ") == 1, stderr
-    started = torchrun("-m", "so101.distill", cwd=ROOT)
-    _, stderr = started.communicate(timeout=100)
-    assert started.returncode != 0 and stderr.count("start it without torchrun") == 1, stderr
-    assert not (tmp_path / "logs").exists()
 
 
 @pytest.mark.slow

@@ -17,10 +17,10 @@ SEED = 1_500_000_000  # of episodes that nothing else uses
 
 @pytest.fixture(scope="module")
 def scenes():
-    """Pictures (40, 240, 320, 3) of episodes at their start, arm in view, and true poses (40, 3)."""
-    envs = SO101ResidualVectorEnv(40, visual_randomization=True)
+    """Pictures (20, 240, 320, 3) of episodes at their start, arm in view, and true poses (20, 3)."""
+    envs = SO101ResidualVectorEnv(20, visual_randomization=True)
     envs.reset(seed=SEED)
-    pictures = envs.camera_images(envs.qpos, "top", SIZE, envs.look_seed, np.zeros(40, np.int64))
+    pictures = envs.camera_images(envs.qpos, "top", SIZE, envs.look_seed, np.zeros(20, np.int64))
     yield pictures, envs.qpos[:, [6, 7, 9]]
     envs.close()
 
@@ -101,13 +101,13 @@ def test_a_policy_that_is_told_by_opencv_rests_until_it_sees():
 
 def test_it_acts_as_well_as_one_that_knows():
     """The pusher on estimates, in as many episodes as it succeeds in knowing."""
-    seeds, success = [SEED + 100 + i for i in range(12)], {}
+    seeds, success = [SEED + 100 + i for i in range(6)], {}
     for spec in ("jacobian", "opencv:jacobian"):
         envs = SO101ResidualVectorEnv(
-            12, spec, visual_randomization=True, max_episode_steps=150, autoreset_mode=AutoresetMode.DISABLED
+            6, spec, visual_randomization=True, max_episode_steps=150, autoreset_mode=AutoresetMode.DISABLED
         )
         episodes = evaluate(no_residual, envs, seeds)
         success[spec] = sum(episode["success"] for episode in episodes)
         envs.close()
-    assert success["opencv:jacobian"] >= success["jacobian"] - 2 and success["jacobian"] >= 10
+    assert success["opencv:jacobian"] >= success["jacobian"] - 1 and success["jacobian"] >= 5
     assert np.mean([episode["estimate_error_m"] for episode in episodes]) < 0.004
