@@ -32,6 +32,7 @@ from so101.dataset import joints_rad, read_dataset, read_info
 from so101.files import save_tensors, write_json
 from so101.networks import Features
 from so101.run_dirs import describe_run, new_run_dir
+from so101.trust import allow_flags
 from so101_env import ACT_DIM, ACTION, ENVIRONMENT, STATE, BaseObservation, SO101Error
 
 SCRIPT = Path(__file__).name
@@ -232,9 +233,10 @@ def main() -> int:
     print(
         f"{len(parts[0])} episodes, {len(obs)} frames, {wall_time:.1f} s; validation loss {valid_loss:.4f} (variance 1)"
     )
-    print(f"evaluate:  {command_of('eval_so101.py')} --base-policy bc:{model} --episodes 100")
+    allow = allow_flags(SCRIPT, [])
+    print(f"evaluate:  {command_of('eval_so101.py')} --base-policy bc:{model} --episodes 100{allow}")
     flags = "--log-std-init -1.5 --residual-penalty 0.05 --num-steps 256"
-    print(f"reinforce: {command_of('ppo_residual_so101.py')} --base-policy bc:{model} {flags}")
+    print(f"reinforce: {command_of('ppo_residual_so101.py')} --base-policy bc:{model} {flags}{allow}")
     return 0
 
 
