@@ -54,9 +54,12 @@ def prediction_interval(values: np.ndarray, count: int, episodes: int) -> tuple[
 
     Student's prediction interval: mean +- t(n - 1) s sqrt(1/n + 1/count), within 0 and 1. The root contains the
     uncertainty of both means. It assumes independent seeds whose mean is about normal. Near 1.0, where a few seeds can
-    be equal by chance, s is at least the standard deviation of a single evaluation. Resampled from the committed rows
-    of ten seeds or more, it contains 92 to 96 % of the means of 3, 5 and 10 seeds; with five published seeds near 1.0
-    it can be 90 %. Intervals on a logit scale came no closer, and were up to six times as wide.
+    be equal by chance, s is at least the standard deviation of a single evaluation.
+
+    Resampled from the committed rows, 3, 5 and 10 fresh seeds: rows of ten seeds or more contain 92 to 97 % of the
+    means. Rows of five contain fewer, mostly 90 to 95 %, and 77 to 85 % if four of the five are at 1.0: a disagreement
+    with such a row is weak evidence. Of two alternatives on the same rows, a logit scale contained more for five seeds
+    but was three to eight times as wide there, and an arcsine scale was about the same.
 
     Args:
         values: success rates of the published seeds, (..., n), n >= 2.

@@ -96,7 +96,6 @@ def test_vector_wrappers_across_autoresets():
     "algorithm, steps",
     [
         ("PPO", 1024),
-        ("SAC", 1000),
         pytest.param("PPO", 3000, marks=pytest.mark.slow),
         pytest.param("SAC", 3000, marks=pytest.mark.slow),
     ],

@@ -99,6 +99,7 @@ def test_a_policy_that_is_told_by_opencv_rests_until_it_sees():
     envs.close()
 
 
+@pytest.mark.slow
 def test_it_acts_as_well_as_one_that_knows():
     """The pusher on estimates, in as many episodes as it succeeds in knowing."""
     seeds, success = [SEED + 100 + i for i in range(6)], {}

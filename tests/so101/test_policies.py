@@ -118,7 +118,7 @@ def test_evaluation_of_a_base_alone(tmp_path):
     assert f"{result['mean_return']:.2f}" in done.stdout and "base alone" in done.stdout
 
 
-@pytest.mark.parametrize("observe_base", [False, True])
+@pytest.mark.parametrize("observe_base", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_residuals_stack(observe_base, tmp_path):
     """A frozen policy as base, and nothing added: the episodes of the frozen policy itself."""
     flags = (
