@@ -15,6 +15,7 @@ from so101_sim.control import ACT_DIM, FIRMWARE_P, Controller, clamp
 from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ
 
+LARGEST = 1e10  # number in a state; MuJoCo takes larger ones for a diverged simulation
 SETTLE_STEPS = 100  # physics steps in which objects come to rest at the start
 # makes positions and gravity torques current after a step
 STAGE = mujoco.mjtStage.mjSTAGE_VEL.value
@@ -199,6 +200,8 @@ class Arms:
             raise SO101Error("state of the environments: arms or their fields are missing")
         check_arrays({"batch": self.batch.state, **self._state}, state)
         check_arrays(self.fields, state["fields"])
+        if state["latency"].max() > self.ranges.latency_steps:
+            raise SO101Error("state of the environments: a latency is longer than any that is drawn")
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where get_state was called, from a state that check_state accepts."""
@@ -213,11 +216,14 @@ class Arms:
 
 
 def check_arrays(own: Mapping[str, np.ndarray], saved: Mapping[str, Any]) -> None:
-    """Raise SO101Error for the first saved array that is missing, or of another shape or type than the own one."""
+    """Raise SO101Error for a saved array that is missing, impossible, or of another shape or type than the own one."""
     for name, array in own.items():
         given = saved.get(name)
         if getattr(given, "shape", None) != array.shape or given.dtype != array.dtype:
             raise SO101Error(f"state of the environments: {name} must have shape {array.shape}, {array.dtype}")
+        possible = {"f": np.abs(given) <= LARGEST, "i": given >= 0}.get(array.dtype.kind, np.True_)  # i: counts, seeds
+        if not possible.all():
+            raise SO101Error(f"state of the environments: {name} has impossible numbers")
 
 
 def _rows_and_ids(active: np.ndarray) -> tuple[Any, np.ndarray | None]:
