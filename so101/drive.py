@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from so101.base import BasePolicy
-from so101.cli import check_flags, check_output, parse, run_script
+from so101.cli import Stop, Stoppable, check_flags, check_output, parse, run_script
 from so101.evaluation import TEST_SEED
 from so101.extras import import_extra
 from so101.files import write_json
@@ -333,8 +333,39 @@ def make_robot(args: Args, task: Task) -> Robot:
     return LeRobotRobot(args.robot.partition(":")[2], args.robot_id, args.camera, task.firmware_p)
 
 
-def report(episodes: list[dict[str, Any]], clock: Clock, sim: bool) -> dict[str, Any]:
-    """Print and return the summary of the episodes; `sim` adds what only a simulation can measure."""
+def run_episode(loop: Loop, args: Args, task: Task, number: int) -> dict[str, Any]:
+    """One episode, from the start of the scene to a raised arm; returns what the report needs of it."""
+    robot, policy, sim = loop.robot, loop.policy, args.robot == "sim"
+    loop.controller.reset()
+    if sim:
+        robot.reset(TEST_SEED + number)
+    else:
+        try:
+            input("lay the sheet, keep clear of the arm, and press Enter (Ctrl+C stops at any time) ")
+        except EOFError as error:
+            raise SO101Error("no terminal to press Enter at, which starts each episode on an arm") from error
+    loop.measure()
+    for goal in [] if args.dry_run else [HOME_RAD] if sim else [RAISED_RAD, HOME_RAD]:
+        loop.go(goal)
+    episode = {"episode": number, "trouble": "", "seen_inside": False, "ticks": 0, "missed": 0}
+    try:
+        episode |= loop.episode(args.episode_steps, task.tape_margin)
+    except Blind as blind:
+        episode["trouble"] = str(blind)
+        if not sim:
+            print(f"stopped: {blind}", file=sys.stderr)
+    if sim:
+        truth, estimate = robot.truth(), policy.estimate
+        error_m = np.nan if estimate is None else np.linalg.norm(estimate[0, :2] - truth["sheet"][:2])
+        episode |= {"success": truth["inside"], "error_mm": 1000 * float(error_m)}
+    elif not args.dry_run and not policy.quit:
+        loop.lift()
+        loop.go(RAISED_RAD)
+    return episode
+
+
+def summarize(episodes: list[dict[str, Any]], clock: Clock, sim: bool) -> dict[str, Any]:
+    """Means over the episodes; `sim` adds what only a simulation can measure."""
     ticks = max(sum(episode["ticks"] for episode in episodes), 1)
     missed = sum(episode["missed"] for episode in episodes)
     result = {
@@ -345,16 +376,21 @@ def report(episodes: list[dict[str, Any]], clock: Clock, sim: bool) -> dict[str,
         "worst_period_ms": 1000 * clock.worst_s,
         "blind": sum(bool(episode["trouble"]) for episode in episodes),
     }
-    print(f"{len(episodes)} episodes, {result['mean_steps']:.0f} steps each")
     if sim:
-        result["success_rate"] = float(np.mean([episode["success"] for episode in episodes]))
         seen = [episode["error_mm"] for episode in episodes if np.isfinite(episode["error_mm"])]
+        result["success_rate"] = float(np.mean([episode["success"] for episode in episodes]))
         result["mean_error_mm"] = float(np.mean(seen)) if seen else None
+    return result
+
+
+def print_report(result: dict[str, Any]) -> None:
+    """Print what `summarize` returned."""
+    print(f"{result['episodes']} episodes, {result['mean_steps']:.0f} steps each")
+    if "success_rate" in result:
         print(f"success, ground truth      {result['success_rate']:.2f}")
     print(f"success, by camera         {result['seen_inside_rate']:.2f}")
     print(f"episodes without a view    {result['blind']}")
-    print(f"deadlines missed at {CONTROL_HZ} Hz  {result['missed_deadlines']:.2%} of {ticks}")
-    return result
+    print(f"deadlines missed at {CONTROL_HZ} Hz  {result['missed_deadlines']:.2%}")
 
 
 def main() -> int:
@@ -369,47 +405,34 @@ def main() -> int:
         load_model(task.tape_margin), task.firmware_p, BACKLASH_RAD, LATENCY_S, max_speed_rad_s=args.max_speed
     )
     loop, episodes = Loop(robot, policy, controller, Clock(), args.dry_run), []
+    ended: BaseException | None = None  # what ended the run early; the complete episodes are reported nevertheless
     bar = tqdm(total=args.episodes, unit="episode", dynamic_ncols=True, delay=1e-3, disable=args.episodes == 1 or None)
-    try:
-        for number in range(args.episodes):
-            controller.reset()
-            if sim:
-                robot.reset(TEST_SEED + number)
-            else:
-                input("lay the sheet, keep clear of the arm, and press Enter (Ctrl+C stops at any time) ")
-            loop.measure()
-            for goal in [] if args.dry_run else [HOME_RAD] if sim else [RAISED_RAD, HOME_RAD]:
-                loop.go(goal)
-            episode = {"episode": number, "trouble": "", "seen_inside": False, "ticks": 0, "missed": 0}
-            try:
-                episode |= loop.episode(args.episode_steps, task.tape_margin)
-            except Blind as blind:
-                episode["trouble"] = str(blind)
-                if not sim:
-                    print(f"stopped: {blind}", file=sys.stderr)
-            if policy.quit:  # the episode does not count
-                break
-            if sim:
-                truth, estimate = robot.truth(), policy.estimate
-                error_m = np.nan if estimate is None else np.linalg.norm(estimate[0, :2] - truth["sheet"][:2])
-                episode |= {"success": truth["inside"], "error_mm": 1000 * float(error_m)}
-            elif not args.dry_run:
-                loop.lift()
-                loop.go(RAISED_RAD)
-            episodes.append(episode)
-            bar.update()
-    except RobotError as error:
-        raise SO101Error(f"--robot {args.robot}: stopped in episode {len(episodes) + 1}: {error}") from error
-    finally:
-        bar.close()
-        robot.close()
-        policy.close()
+    with Stoppable():
+        try:
+            for number in range(args.episodes):
+                episode = run_episode(loop, args, task, number)
+                if policy.quit:  # the episode does not count
+                    break
+                episodes.append(episode)
+                bar.update()
+        except (SO101Error, Stop) as error:
+            ended = error
+        finally:
+            bar.close()
+            robot.close()
+            policy.close()
+    if isinstance(ended, SO101Error):
+        ended = SO101Error(f"--robot {args.robot}: stopped in episode {len(episodes) + 1}: {ended}")
+    if episodes:
+        result = summarize(episodes, loop.clock, sim)
+        if args.json:
+            head = {"base_policy": policy_spec(args), "robot": args.robot, "firmware_p": task.firmware_p}
+            write_json(Path(args.json), {**head, **result, "episode_list": episodes})
+        print_report(result)
+    if ended:
+        raise ended
     if not episodes:
         raise SO101Error(f"{policy_spec(args)}: quit before its first episode ended; there is nothing to report")
-    result = report(episodes, loop.clock, sim)
-    if args.json:
-        head = {"base_policy": policy_spec(args), "robot": args.robot, "firmware_p": task.firmware_p}
-        write_json(Path(args.json), {**head, **result, "episode_list": episodes})
     return 0
 
 

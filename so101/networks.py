@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -92,20 +92,6 @@ CONTACT = Derived(contact, (1, 1, 1, 1, 1, -1, 1, -1))
 EXPECTED_YAW = Derived(expected_yaw, (-1, -1, 1))
 
 
-def register_constants(module: nn.Module, arrays: Mapping[str, Any]) -> None:
-    """Buffers of float32 that are constants of the code: weights that were trained with others are not loaded."""
-
-    def check(module: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix: str, *rest: Any) -> None:
-        for name in arrays:
-            saved = state_dict.get(prefix + name)
-            if saved is not None and not torch.equal(saved, getattr(module, name)):
-                rest[-1].append(f"{prefix}{name} is another constant in the code")  # load_state_dict's list of errors
-
-    for name, array in arrays.items():
-        module.register_buffer(name, torch.tensor(np.asarray(array), dtype=torch.float32))
-    module.register_load_state_dict_pre_hook(check)
-
-
 class Features(nn.Module):
     """What a network sees of observations (B, D): (B, views, F), normalised parts and derived features.
 
@@ -134,7 +120,8 @@ class Features(nn.Module):
         buffers = {"obs_mean": column("mean"), "obs_scale": column("scale")}
         buffers |= {"signs": np.stack([np.ones_like(signs), signs])[:views]}
         buffers |= {"action_signs": np.array([[1] * ACT_DIM, JOINT_MIRROR], np.float32)[:views]}
-        register_constants(self, buffers)
+        for name, array in buffers.items():
+            self.register_buffer(name, torch.from_numpy(array))
         self.dim = len(signs)
 
     def forward(self, obs: np.ndarray) -> torch.Tensor:
@@ -188,7 +175,8 @@ class SheetFinder(nn.Module):
         self.latent = nn.Linear(width, self.LATENT)
         inner = SHEET_HALF_M - SHAPING_INSET_M
         buffers = {"tip_scale_m": OBSERVATION["tip_pos"].scale[:2], "pose_scale": POSE_SCALE, "inner_half_m": inner}
-        register_constants(self, buffers)
+        for name, array in buffers.items():
+            self.register_buffer(name, torch.tensor(np.asarray(array), dtype=torch.float32))
 
     def forward(self, images: list[torch.Tensor], measured: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Everything found (B, 37), the input of a policy's network, and its first part, the pose (B, 3) in POSE_SCALE.

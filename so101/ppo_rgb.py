@@ -30,7 +30,7 @@ from so101.cli import check_cameras, check_flags, parse_run, run_script
 from so101.distributed import World
 from so101.evaluation import training_seeds
 from so101.files import to_numpy, to_plain
-from so101.networks import MEASURED_DIM, Features, SheetFinder, register_constants, scaled_pose
+from so101.networks import MEASURED_DIM, Features, SheetFinder, scaled_pose
 from so101.policies import load_policy
 from so101.recorder import Recorder, Run
 from so101.server import Server
@@ -211,7 +211,8 @@ class Agent(nn.Module):
         )
         if moves:  # the base policy's deltas come last
             mean, scale = np.append(mean, np.zeros(ACT_DIM)), np.append(scale, np.full(ACT_DIM, args.task.act_scale))
-        register_constants(self, {"state_mean": mean, "state_scale": scale})
+        for name, array in {"state_mean": mean, "state_scale": scale}.items():
+            self.register_buffer(name, torch.tensor(array, dtype=torch.float32))
 
     def normalize(self, state: torch.Tensor) -> torch.Tensor:
         """Normalised measurements (B, 15 or 21)."""

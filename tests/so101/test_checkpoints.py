@@ -65,7 +65,6 @@ DAMAGE = {
     "an unknown key": lambda s: {**s, "magic": 1},
     "a weight of another type": lambda s: changed(s, "agent", WEIGHT, to=s["agent"][WEIGHT].double()),
     "a sparse weight": lambda s: changed(s, "agent", WEIGHT, to=s["agent"][WEIGHT].to_sparse()),
-    "another constant": lambda s: changed(s, "agent", "features.signs", to=-s["agent"]["features.signs"]),
     "a negative step": lambda s: {**s, "global_step": -64},
     "a step that is true": lambda s: {**s, "global_step": True},
     "an endless number of environments": lambda s: {**s, "num_envs": 10**30},
