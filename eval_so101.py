@@ -70,10 +70,10 @@ def check_args(args: EvalArgs) -> None:
     if args.size is not None and not all(64 <= side <= 4096 and side % 2 == 0 for side in args.size):
         raise SO101Error(f"--size {args.size[0]} {args.size[1]}: give even numbers from 64 to 4096")
     check_flags(args, {"episodes": (1, 100_000), "video_episodes": (1, 100_000), "seed": (0, 1000)})
-    check_output("--json", args.json, (".json",))
-    check_output("--video", args.video, (".mp4", ".gif"))
-    check_output("--plot", args.plot, (".png",))
-    check_output("--export", args.export, (".onnx",))
+    check_output("--json", args.json, (".json",), args.subject.model)
+    check_output("--video", args.video, (".mp4", ".gif"), args.subject.model)
+    check_output("--plot", args.plot, (".png",), args.subject.model)
+    check_output("--export", args.export, (".onnx",), args.subject.model)
     if args.export and args.subject.model is None:
         raise SO101Error("--export needs --model: the checkpoint to export")
     if args.render_mode:

@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 
 from so101.base import BasePolicy
-from so101.files import has_checksum
+from so101.files import has_checksum, is_file
 from so101.trust import OWN_SCRIPTS, Trust
 from so101_sim.errors import SO101Error, check_ranges
 
@@ -55,7 +55,7 @@ def load_file(path: str | Path, *kinds: str) -> dict[str, Any]:
         SO101Error: the file is missing, damaged, or of another kind or version.
     """
     noun = kinds[0].split()[1]
-    if not Path(path).is_file():
+    if not is_file(path):
         raise SO101Error(f"{path}: no such file")
     try:
         content = Path(path).read_bytes()
@@ -75,7 +75,7 @@ def load_file(path: str | Path, *kinds: str) -> dict[str, Any]:
         raise SO101Error(f"{path}: damaged, its checksum is wrong or missing; take another {noun}")
     try:
         _check_content(saved, SCHEMAS[saved["format"]])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SO101Error(f"{path}: {error}; take another {noun}") from error
     return saved
 
@@ -92,7 +92,7 @@ def _check_content(saved: dict[Any, Any], schema: dict[str, Any]) -> None:
             raise ValueError(f"{key} is {value}")
         _check_finite(value, key)
     for name, tensor in saved["agent"].items():
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float32:
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float32:
             raise ValueError(f"weight {name} is not a tensor of floats")
 
 
@@ -106,7 +106,7 @@ def _check_finite(value: Any, name: str) -> None:
         for i, item in enumerate(value):
             _check_finite(item, f"{name}[{i}]")
     elif isinstance(value, torch.Tensor):
-        if value.layout != torch.strided or value.is_quantized or not torch.isfinite(value).all():
+        if value.layout != torch.strided or value.device.type != "cpu" or not torch.isfinite(value).all():
             raise ValueError(f"{name} is not finite")
     elif isinstance(value, float):
         if not math.isfinite(value):

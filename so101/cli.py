@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import io
+import itertools
 import os
 import shlex
 import signal
@@ -145,22 +147,30 @@ def command_of(script: str) -> str:
 def parse(cls: type[Settings], description: str, default: Settings | None = None) -> Settings:
     """The command line as an instance of a dataclass, whose fields, also those of nested dataclasses, are flags.
 
-    Raises SO101Error for a flag that does not exist, with the one that is probably meant, and for an empty text.
+    Raises SO101Error for a flag that does not exist, with the one that is probably meant, and for a value that cannot
+    be read, or that is an empty text.
     """
     _check_names(default or cls)
-    options = {} if default is None else {"default": default}
+    options, errors = {} if default is None else {"default": default}, io.StringIO()
     with contextlib.ExitStack() as stack:
-        if not is_main():  # all ranks parse the same command line; rank 0 prints the help and the errors
-            null = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(null))
-            stack.enter_context(contextlib.redirect_stderr(null))
-        settings = tyro.cli(cls, description=description, config=(tyro.conf.OmitArgPrefixes,), **options)
+        if not is_main():  # all ranks parse the same command line; rank 0 prints the help
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        stack.enter_context(contextlib.redirect_stderr(errors))
+        try:
+            settings = tyro.cli(cls, description=description, config=(tyro.conf.OmitArgPrefixes,), **options)
+        except SystemExit as stop:
+            if not stop.code:  # --help
+                raise
+            # tyro draws a box: a title, what is wrong, and after a line the help text of the flag
+            lines = [line.strip("│ ") for line in errors.getvalue().splitlines() if not line.startswith(("╭", "╰"))]
+            wrong = itertools.takewhile(lambda line: not line.startswith("──"), lines)
+            raise SO101Error(f"{' '.join(wrong)}; --help describes all flags") from stop
     _check_texts(settings)
     return settings
 
 
 def _check_texts(settings: Any) -> None:
-    """Raise SO101Error, naming the flag, for the first text in a dataclass that is empty, or that is in a tuple.
+    """Raise SO101Error, naming the flag, for the first text in a dataclass that is empty or not UTF-8, also in tuples.
 
     An empty instruction is none: policies without language ignore it.
     """
@@ -168,9 +178,11 @@ def _check_texts(settings: Any) -> None:
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
             _check_texts(value)
-        texts = value if isinstance(value, (tuple, list)) else (value,)
-        if field.name != "instruction" and any(isinstance(text, str) and not text.strip() for text in texts):
-            raise SO101Error(f"{flag_of(field.name)} is empty: give it a value, or drop it for the default")
+        for text in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(text, str) and text.encode(errors="ignore").decode() != text:
+                raise SO101Error(f"{flag_of(field.name)} {text!a}: is not UTF-8; rename it")
+            if isinstance(text, str) and not text.strip() and field.name != "instruction":
+                raise SO101Error(f"{flag_of(field.name)} is empty: give it a value, or drop it for the default")
 
 
 def _check_names(settings: Any) -> None:
@@ -281,15 +293,27 @@ def check_memory(flags: str, need_bytes: int) -> None:
         raise SO101Error(f"needs {need:.1f} GB of memory, and this machine has {have:.1f} GB: lower {flags}")
 
 
-def check_output(flag: str, path: str | None, suffixes: tuple[str, ...] = ()) -> None:
-    """Raise SO101Error, before any work is done, if a result cannot be written to path; None passes."""
+def check_output(flag: str, path: str | None, suffixes: tuple[str, ...] = (), model: str | None = None) -> None:
+    """Raise SO101Error, before any work is done, if a result cannot be written to path; None passes.
+
+    Args:
+        flag: the flag that names it.
+        path: where symbolic links lead counts, too; what lies there is only replaced if it is a file of such a result.
+        suffixes: possible ends; none for a directory.
+        model: an input, which must not be replaced.
+    """
     if path is None:
         return
-    if suffixes and Path(path).suffix not in suffixes:
-        raise SO101Error(f"{flag} {path}: must end in {' or '.join(suffixes)}")
-    if not Path(path).name or (suffixes and Path(path).is_dir()):
+    target = Path(os.path.realpath(path))
+    if suffixes and not {Path(path).suffix, target.suffix} <= {*suffixes}:
+        raise SO101Error(f"{flag} {path}: must end in {' or '.join(suffixes)}, also where a link leads")
+    if not Path(path).name or (suffixes and target.is_dir()):
         raise SO101Error(f"{flag} {path!r}: is a directory; name a file in it")
-    if not os.access(Path(path).resolve().parent, os.W_OK):
+    if suffixes and os.path.lexists(target) and not target.is_file():
+        raise SO101Error(f"{flag} {path}: exists and is not a file; name another one")
+    if model is not None and target == Path(os.path.realpath(model)):
+        raise SO101Error(f"{flag} {path}: is the model itself; name another file")
+    if not os.access(target.parent, os.W_OK):
         raise SO101Error(f"{flag} {path}: its directory does not exist or cannot be written; create it or name another")
 
 

@@ -102,7 +102,7 @@ def check_args(args: Args) -> None:
     }  # fmt: skip
     check_flags(args, ranges)
     check_flags(args.server, Server.RANGES)
-    check_output("--json", args.json, (".json",))
+    check_output("--json", args.json, (".json",), args.model)
     kind, _, port = args.robot.partition(":")
     if args.robot != "sim" and (kind != "lerobot" or not port):
         raise SO101Error(f"--robot {args.robot}: give sim, or lerobot:PORT, as in lerobot:/dev/ttyACM0")

@@ -35,12 +35,19 @@ def disk_error(path: str | Path, error: OSError) -> DiskError:
     return DiskError(f"{path}: cannot be written ({reason}); {full}name another place")
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether there is a file to read: not a directory, pipe or device, nor a name that no file can have."""
+    return "\0" not in str(path) and Path(path).is_file()
+
+
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a new file beside path, flush it, and rename it: path is either complete or unchanged.
 
     Raises DiskError if it is full or cannot be written.
     """
     path = Path(os.path.realpath(path))  # a symbolic link stays one
+    if os.path.lexists(path) and not path.is_file():
+        raise DiskError(f"{path}: exists and is not a file; name another place")
     try:
         descriptor, name = tempfile.mkstemp(path.suffix, f"{path.stem}.tmp", path.parent)
     except OSError as error:

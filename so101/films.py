@@ -105,7 +105,10 @@ def plot(envs: ArmVectorEnv, episodes: list[dict[str, Any]], title: str, path: P
     distance = 1000 * np.array([episode["initial_distance_m"] for episode in episodes])
     success = np.array([episode["success"] for episode in episodes])
     low, high = wilson(int(success.sum()), len(success))
-    figure.suptitle(f"{title}\n{success.mean():.0%} success in {len(success)} episodes [{low:.0%}, {high:.0%}]")
+    title = title.encode(errors="replace").decode()
+    figure.suptitle(
+        f"{title}\n{success.mean():.0%} success in {len(success)} episodes [{low:.0%}, {high:.0%}]", parse_math=False
+    )
     edges = np.arange(distance.min() // 20 * 20, distance.max() + 20, 20)
     for start, end in zip(edges[:-1], edges[1:]):
         chosen = success[(distance >= start) & (distance < end)]

@@ -29,7 +29,7 @@ import torch.nn as nn
 from so101.base import StackedPolicy, flat_observation
 from so101.checkpoints import CHECKPOINT, MAX_COUNT, check_base, load_checkpoint, load_file, restore_settings
 from so101.extras import import_extra
-from so101.files import CHECKSUM_BYTES, checksum, has_checksum, write_atomic
+from so101.files import CHECKSUM_BYTES, checksum, has_checksum, is_file, write_atomic
 from so101.policies import load_policy
 from so101.run_dirs import describe_run
 from so101.server import Server
@@ -115,6 +115,8 @@ class OnnxPolicy(StackedPolicy):
 
 def _read(path: str) -> bytes:
     """The content of a file. Raises SO101Error if it cannot be read."""
+    if not is_file(path):
+        raise SO101Error(f"{path}: no such file")
     try:
         return Path(path).read_bytes()
     except OSError as error:

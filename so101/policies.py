@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,15 @@ def load_policy(spec: str, server: Server | None = None) -> BasePolicy | None:
     Raises:
         SO101Error: an unknown spec, a file that cannot be used, a class that is not a BasePolicy.
     """
-    server, (kind, _, rest) = server or Server(), spec.partition(":")
+    try:
+        return _load_policy(spec, server or Server())
+    except RecursionError as error:
+        raise BasePolicyError(f"base policy {spec:.200}: leads to itself, or to base policies without end") from error
+
+
+def _load_policy(spec: str, server: Server) -> BasePolicy | None:
+    """See load_policy."""
+    kind, _, rest = spec.partition(":")
     trust = server.trust
     if spec == "zero":
         return None
@@ -113,6 +122,8 @@ def _own_policy(module_name: str, class_name: str, *arguments: Any) -> BasePolic
     where = f"base policy {module_name}:{class_name}"
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise BasePolicyError(f"{where}: {module_name!r} is not the name of a module; known specs: {SPECS}")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -122,4 +133,8 @@ def _own_policy(module_name: str, class_name: str, *arguments: Any) -> BasePolic
     cls = getattr(module, class_name, None)
     if not isinstance(cls, type) or not issubclass(cls, BasePolicy) or cls.act is BasePolicy.act:
         raise BasePolicyError(f"{where}: must be a class in {module.__file__} that derives from BasePolicy, with act")
+    try:
+        inspect.signature(cls).bind(*arguments)
+    except TypeError as error:
+        raise BasePolicyError(f"{where}: does not fit its constructor ({error}); MODULE:CLASS[:ARGUMENT]") from error
     return cls(*arguments)

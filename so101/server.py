@@ -80,7 +80,7 @@ class ServerPolicy(BasePolicy):
     def __init__(self, address: str, options: Server):
         host, _, port = address.rpartition(":")
         self.address, host = address, host.strip("[]")
-        if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
+        if not host or not (port.isascii() and port.isdigit()) or not 1 <= int(port) <= 65535:
             raise BasePolicyError(f"base policy server:{address}: give server:HOST:PORT, as in server:127.0.0.1:5555")
         token, remote = os.environ.get("SO101_API_TOKEN"), not _is_loopback(host)
         if remote and not options.trust.allow_remote:

@@ -296,9 +296,9 @@ class PolicyClient:
             try:
                 socket.create_connection((self.host, self.port), timeout=5.0).close()
                 break
-            except OSError as error:
+            except (OSError, UnicodeError) as error:  # UnicodeError: what cannot be the name of a machine
                 if time.monotonic() >= deadline:
-                    reason = error.strerror or type(error).__name__
+                    reason = getattr(error, "strerror", None) or type(error).__name__
                     raise WireError(f"nothing answers there ({reason}); start the server first") from error
             time.sleep(POLL_S)
         self._socket = zmq.Context.instance().socket(zmq.REQ)  # a separate context can hang when collected

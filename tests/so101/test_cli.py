@@ -1,9 +1,12 @@
 """Command lines: every user error is one line with exit code 2."""
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +15,9 @@ from conftest import ROOT, error_of, run_script, train
 
 from so101 import cli
 from so101.cli import parse
+from so101.files import write_json
 from so101.server import Server
+from so101_env import SO101Error
 
 
 def assert_error(done: subprocess.CompletedProcess, *words: str) -> None:
@@ -49,6 +54,19 @@ def assert_error(done: subprocess.CompletedProcess, *words: str) -> None:
         ("--log-dir README.md", "--log-dir README.md"),
         ("--track", "--track"),
         ("--run-name ../elsewhere", "--run-name '../elsewhere'"),
+        ("--run-name \udcff", "--run-name '\\udcff': is not UTF-8"),
+        ("--total-timesteps 1e5", "--total-timesteps: invalid literal for int() with base 10: '1e5'"),
+        ("--total-timesteps=", "--total-timesteps: invalid literal"),
+        ("--learning-rate 0x1p-8", "--learning-rate"),
+        ("--seed 1 2", "2"),
+        ("--units degrees --base-policy jacobian", "--units"),
+        ("--gamma", "--gamma"),
+        ("--base-policy ..x:Y", "'..x' is not the name of a module"),
+        ("--base-policy :x", "is not the name of a module"),
+        ("--base-policy so101.pusher:JacobianPolicy:3", "does not fit its constructor"),
+        ("--base-policy onnx:/dev/stdin", "/dev/stdin: no such file"),
+        ("--base-policy server:127.0.0.1:\N{SUPERSCRIPT TWO} --units deg", "give server:HOST:PORT"),
+        ("--base-policy server:a..b:1 --units deg --allow-remote", "nothing answers there"),
     ],
 )
 def test_bad_flags_of_the_trainer(tmp_path, monkeypatch, flags, words):
@@ -114,6 +132,29 @@ def test_bad_flags_of_the_others(small_run, monkeypatch, script, flags, words):
     model = str(small_run / "final_model.pt")
     line = error_of(monkeypatch, script, *flags.replace("MODEL", model).split())
     assert words.replace("MODEL", model) in line and "\n" not in line
+
+
+def test_an_output_replaces_nothing_but_an_older_output(tmp_path, monkeypatch):
+    """Neither the model, nor a pipe or a device, not even through links; and this is known before any work."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "assets" / "pretrained.pt", "model.json")
+    shutil.copy("model.json", "model.pt")
+    os.mkfifo("pipe.json")
+    links = {"to_model": "model.pt", "to_null": "/dev/null", "loop": "loop.json", "also": "model.json"}
+    for name, target in links.items():
+        os.symlink(target, f"{name}.json")
+    before = {path: path.lstat().st_ino for path in tmp_path.iterdir()}
+    for name, words in (
+        ("model", "is the model itself"), ("also", "is the model itself"), ("to_model", "must end in .json"),
+        ("to_null", "must end in .json"), ("loop", "is not a file"), ("pipe", "is not a file"),
+    ):  # fmt: skip
+        flags = ["--model", "model.json", "--json", f"{name}.json"]
+        assert words in error_of(monkeypatch, "eval_so101.py", *flags)
+    for path in ("to_null.json", "loop.json", "pipe.json"):  # nor by a function that does not check first
+        with pytest.raises(SO101Error, match="is not a file"):
+            write_json(Path(path), {})
+    assert {path: path.lstat().st_ino for path in tmp_path.iterdir()} == before
+    assert Path("model.json").read_bytes() == Path("model.pt").read_bytes()
 
 
 @pytest.mark.parametrize(

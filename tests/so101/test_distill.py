@@ -339,7 +339,7 @@ def test_a_base_policy_that_fails_loses_nothing(calls, tmp_path, monkeypatch):
     (tmp_path / "flaky.py").write_text(FLAKY)
     flags = "--base-policy flaky:Flaky --total-timesteps 512 --eval-every 0 --eval-episodes 1 --final-eval-episodes 0"
     path = str(train(tmp_path / "teacher", *flags.split()) / "final_model.pt")
-    flags = ["--model", path, *TINY]
+    flags = ["--model", path, "--allow", "flaky:Flaky", *TINY]
     flags[flags.index("--eval-every") + 1] = "300"
     whole = distil(tmp_path / "whole", *flags)
     # before: evaluations of 400 steps, of the teacher, at step 0 and at step 384
@@ -347,8 +347,8 @@ def test_a_base_policy_that_fails_loses_nothing(calls, tmp_path, monkeypatch):
     line = error_of(monkeypatch, "so101.distill", "--log-dir", str(tmp_path / "logs"), *flags)
     (run,) = (tmp_path / "logs").iterdir()
     model = run / "interrupted_model.pt"
-    assert "the cable is out" in line and line.endswith(f"--resume {model}")
+    assert "the cable is out" in line and line.endswith(f"--resume {model} --allow flaky:Flaky")
     assert 0 < load(model)["global_step"] < 1000
     (tmp_path / "calls_left").unlink()
-    resumed = distil(tmp_path / "logs", "--resume", str(model))
+    resumed = distil(tmp_path / "logs", "--resume", str(model), "--allow", "flaky:Flaky")
     assert_same(load(resumed / "final_model.pt")["agent"], load(whole / "final_model.pt")["agent"])

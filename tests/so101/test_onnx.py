@@ -176,7 +176,7 @@ def test_what_is_no_policy_is_refused(tmp_path, exported, monkeypatch):
     path.write_bytes(b"hello")
     with pytest.raises(SO101Error, match="is not a usable ONNX file"):
         OnnxPolicy(str(path))
-    with pytest.raises(SO101Error, match="cannot be read"):
+    with pytest.raises(SO101Error, match="no such file"):
         OnnxPolicy(str(tmp_path / "none.onnx"))
     model = onnx.load(exported)
     metadata = json.loads(model.metadata_props[0].value)
