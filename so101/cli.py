@@ -293,14 +293,14 @@ def check_memory(flags: str, need_bytes: int) -> None:
         raise SO101Error(f"needs {need:.1f} GB of memory, and this machine has {have:.1f} GB: lower {flags}")
 
 
-def check_output(flag: str, path: str | None, suffixes: tuple[str, ...] = (), model: str | None = None) -> None:
+def check_output(flag: str, path: str | None, suffixes: tuple[str, ...] = (), source: str | None = None) -> None:
     """Raise SO101Error, before any work is done, if a result cannot be written to path; None passes.
 
     Args:
         flag: the flag that names it.
         path: where symbolic links lead counts, too; what lies there is only replaced if it is a file of such a result.
         suffixes: possible ends; none for a directory.
-        model: an input, which must not be replaced.
+        source: an input file, which must not be replaced, or an input directory, which must stay as it is.
     """
     if path is None:
         return
@@ -311,8 +311,8 @@ def check_output(flag: str, path: str | None, suffixes: tuple[str, ...] = (), mo
         raise SO101Error(f"{flag} {path!r}: is a directory; name a file in it")
     if suffixes and os.path.lexists(target) and not target.is_file():
         raise SO101Error(f"{flag} {path}: exists and is not a file; name another one")
-    if model is not None and target == Path(os.path.realpath(model)):
-        raise SO101Error(f"{flag} {path}: is the model itself; name another file")
+    if source is not None and target.is_relative_to(os.path.realpath(source)):
+        raise SO101Error(f"{flag} {path}: is or lies in {source}, which is only read; name another place")
     if not os.access(target.parent, os.W_OK):
         raise SO101Error(f"{flag} {path}: its directory does not exist or cannot be written; create it or name another")
 

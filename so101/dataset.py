@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from so101.extras import import_extra
+from so101.files import is_file
 from so101.groot import JOINT_GROUPS
 from so101_env import ACTION, ENVIRONMENT, ENVIRONMENT_NAMES, STATE, STATE_NAMES, TASK_TEXT, SO101Error
 from so101_sim.control import JOINTS, OLD_UNIT, UNITS, from_rad, to_rad
@@ -265,6 +266,7 @@ def read_info(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
         if not condition:
             raise DatasetError(f"{info_path}: {problem}")
 
+    require(not os.path.exists(info_path) or info_path.is_dir() or is_file(info_path), "is not a file")
     try:
         info = json.loads(info_path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -428,6 +430,8 @@ def _files(directory: Path, stem: str) -> list[Path]:
     for file in directory.glob("chunk-*/*.parquet"):
         if match := re.fullmatch(rf"chunk-([0-9]+)/{stem}([0-9]+)\.parquet", file.relative_to(directory).as_posix()):
             found.append((int(match[1]), int(match[2]), file))
+    if odd := [file for *_, file in found if os.path.exists(file) and not (file.is_dir() or is_file(file))]:
+        raise DatasetError(f"{odd[0]}: is not a file")
     return [file for *_, file in sorted(found)]
 
 

@@ -70,7 +70,7 @@ class OnnxPolicy(StackedPolicy):
         if any(word.encode() in content for word in (FORMAT, CHECKSUM)) and not has_checksum(content):
             raise SO101Error(f"{path}: damaged, its checksum is wrong or missing; export it again")
         self.session, data = _session(content, path)
-        self.metadata = _metadata(self.session, path)
+        self.metadata = _metadata(self.session, content, path)
         spec = trust.spec(self.metadata["base_policy"], path)
         base = load_policy(spec, Server(trust=trust))
         super().__init__(base)
@@ -82,8 +82,8 @@ class OnnxPolicy(StackedPolicy):
         width = OBS_DIM + ACT_DIM * self.observe_base
         if len(source.shape) != 2 or source.shape[1] != width or source.type != "tensor(float)":
             raise SO101Error(f"{path}: takes {source.shape} {source.type}, not observations (N, {width}) in float32")
-        if len(sink.shape) != 2 or sink.shape[1] != ACT_DIM:
-            raise SO101Error(f"{path}: returns {sink.shape}, not residuals (N, {ACT_DIM})")
+        if len(sink.shape) != 2 or sink.shape[1] != ACT_DIM or sink.type not in ("tensor(float)", "tensor(double)"):
+            raise SO101Error(f"{path}: returns {sink.shape} {sink.type}, not residuals (N, {ACT_DIM})")
         self.input, self.batch = source.name, source.shape[0] if isinstance(source.shape[0], int) else None
         self.fingerprint = hashlib.sha256(content + data).hexdigest()
         self.residuals(np.zeros((2, width), np.float32))  # fails early if the graph does not run
@@ -98,8 +98,9 @@ class OnnxPolicy(StackedPolicy):
         except Exception as error:  # onnxruntime raises its own class for every kind of fault
             raise SO101Error(f"{self.path}: cannot be run ({' '.join(str(error).split())[:120]})") from error
         action = np.concatenate(parts)
-        if action.shape != (len(padded), ACT_DIM):
-            raise SO101Error(f"{self.path}: returns {action.shape} for observations {padded.shape}")
+        if action.shape != (len(padded), ACT_DIM) or not np.isfinite(action[:count]).all():
+            text = f"returns {action.shape} for observations {padded.shape}, or numbers that are not finite"
+            raise SO101Error(f"{self.path}: {text}; export it again")
         return np.clip(action[:count], -1.0, 1.0)
 
     def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
@@ -152,7 +153,7 @@ def _session(content: bytes, path: str | Path) -> tuple[Any, bytes]:
             raise SO101Error(f"{path}: is not a usable ONNX file ({reason}); export it again") from error
 
 
-def _metadata(session: Any, path: str | Path) -> dict[str, Any]:
+def _metadata(session: Any, content: bytes, path: str | Path) -> dict[str, Any]:
     """The metadata in the file, or what is assumed of a file without them."""
     inputs, outputs = ([each.name for each in each_kind] for each_kind in (session.get_inputs(), session.get_outputs()))
     if len(inputs) != 1 or len(outputs) != 1:
@@ -167,10 +168,12 @@ def _metadata(session: Any, path: str | Path) -> dict[str, Any]:
     try:
         metadata = json.loads(text)
         found = metadata["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SO101Error(f"{path}: its metadata are damaged ({error!r}); export it again") from error
     if found != FORMAT:
         raise SO101Error(f"{path}: has format {found!r}, and this version reads {FORMAT!r}; export it again")
+    if not has_checksum(content):
+        raise SO101Error(f"{path}: damaged, its checksum is wrong or missing; export it again")
     kinds = {
         "base_policy": str, "base_fingerprint": str, "task": dict, "observe_base": bool, "global_step": int,
         "scale_rad": float, "script": str, "git": dict, "versions": dict,

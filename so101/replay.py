@@ -132,8 +132,8 @@ def main() -> int:
     """Replay, and print the deviations; returns the exit code."""
     args = parse(Args, __doc__)
     check_flags(args, {"episode": (0, 10**9), "tape_margin": Task.RANGES["tape_margin"]})
-    check_output("--video", args.video, (".mp4", ".gif"))
-    check_output("--json", args.json, (".json",))
+    check_output("--video", args.video, (".mp4", ".gif"), args.dataset)
+    check_output("--json", args.json, (".json",), args.dataset)
     path = Path(args.dataset)
     info = read_info(path, (STATE, ACTION))
     keys = (STATE, ACTION)

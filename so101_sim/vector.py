@@ -18,7 +18,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import TimeLimit
 
-from so101_sim.batch import Arms, check_arrays
+from so101_sim.batch import LARGEST, Arms, check_arrays
 from so101_sim.control import ACT_DIM, clamp
 from so101_sim.errors import SO101Error, require
 from so101_sim.scene import CONTROL_HZ, Look, Renderer, VisualRandomization, add_noise, camera_names
@@ -255,6 +255,9 @@ class ArmVectorEnv(gym.vector.VectorEnv):
 
         Returns:
             Observations and info as from step, for episodes that have no steps yet.
+
+        Raises:
+            ValueError: the mask, the seeds or the positions do not fit.
         """
         mask = np.ones(self.num_envs, bool)
         if options and "reset_mask" in options:
@@ -270,7 +273,12 @@ class ArmVectorEnv(gym.vector.VectorEnv):
         for i in np.flatnonzero(mask):
             if seeds[i] is not None or self._rngs[i] is None:
                 self._rngs[i] = seeding.np_random(seeds[i])[0]
-        self._start_episodes(np.flatnonzero(mask), options.get("qpos") if options else None)
+        qpos = options.get("qpos") if options else None
+        if qpos is not None:
+            qpos, shape = np.asarray(qpos, np.float64), (self.num_envs, self.model.nq)
+            if qpos.shape != shape or not (np.abs(qpos) <= LARGEST).all():
+                raise SO101Error(f"options['qpos'] must be finite positions {shape}, got shape {qpos.shape}")
+        self._start_episodes(np.flatnonzero(mask), qpos)
         return self.observation, self._info(self.scene())
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -296,7 +304,8 @@ class ArmVectorEnv(gym.vector.VectorEnv):
             raise RuntimeError("step() needs a running episode: call reset() first")
         action = np.asarray(actions, np.float64)
         if action.shape != (self.num_envs, ACT_DIM) or not np.isfinite(action).all():
-            raise SO101Error(f"actions must be finite, of shape ({self.num_envs}, {ACT_DIM}); got {action.shape}")
+            found = f"{action.shape}" + ", with numbers that are not finite" * (not np.isfinite(action).all())
+            raise SO101Error(f"actions must be finite, of shape ({self.num_envs}, {ACT_DIM}); the policy gives {found}")
         action = clamp(action, -1.0, 1.0)
 
         targets = self.joint_targets(action, active)

@@ -145,7 +145,7 @@ def test_an_output_replaces_nothing_but_an_older_output(tmp_path, monkeypatch):
         os.symlink(target, f"{name}.json")
     before = {path: path.lstat().st_ino for path in tmp_path.iterdir()}
     for name, words in (
-        ("model", "is the model itself"), ("also", "is the model itself"), ("to_model", "must end in .json"),
+        ("model", "is or lies in model.json"), ("also", "is or lies in model.json"), ("to_model", "must end in .json"),
         ("to_null", "must end in .json"), ("loop", "is not a file"), ("pipe", "is not a file"),
     ):  # fmt: skip
         flags = ["--model", "model.json", "--json", f"{name}.json"]

@@ -750,6 +750,9 @@ def test_unreadable_datasets_end_with_one_line(demos, tmp_path, monkeypatch):
     info.unlink()
     info.mkdir()
     assert "cannot be read (Is a directory" in error_of(monkeypatch, "so101.clone", "--dataset", str(path))
+    info.rmdir()
+    os.mkfifo(info)  # opening it would wait for ever
+    assert "is not a file" in error_of(monkeypatch, "so101.clone", "--dataset", str(path))
     path = broken(demos, tmp_path / "truncated")
     file = next((path / "data").glob("*/*.parquet"))
     file.write_bytes(file.read_bytes()[:1000])
@@ -761,6 +764,9 @@ def test_unreadable_datasets_end_with_one_line(demos, tmp_path, monkeypatch):
     assert "no parquet file" in error_of(monkeypatch, "so101.replay", "--dataset", str(path))
     assert "--units rad" in error_of(monkeypatch, "so101.clone", "--dataset", str(demos), "--units", "rad")
     assert "--episode 99" in error_of(monkeypatch, "so101.replay", "--dataset", str(demos), "--episode", "99")
+    inside = str(demos / "meta" / "info.json")
+    line = error_of(monkeypatch, "so101.replay", "--dataset", str(demos), "--json", inside)
+    assert "which is only read" in line and dataset.read_info(demos, KEYS)
 
 
 def test_replay_of_targets_out_of_reach_is_refused(demos, tmp_path, monkeypatch):
