@@ -279,7 +279,7 @@ def test_a_robot_of_lerobot(fake_lerobot):
 def test_refusals(monkeypatch):
     for flags, text in (
         (["--robot", "lerobot"], "give sim, or lerobot:PORT"),
-        (["--model", "none.onnx"], "none.onnx: cannot be read"),
+        (["--model", "none.onnx"], "none.onnx: no such file"),
         (["--max-speed", "9"], "--max-speed must be in"),
         (["--robot", "lerobot:/dev/none"], "needs LeRobot's environment"),
     ):
