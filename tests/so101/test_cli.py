@@ -135,22 +135,22 @@ def test_bad_flags_of_the_others(small_run, monkeypatch, script, flags, words):
 
 
 def test_an_output_replaces_nothing_but_an_older_output(tmp_path, monkeypatch):
-    """Neither the model, nor a pipe or a device, not even through links; and this is known before any work."""
+    """Neither the model nor a pipe, not even through links; and this is known before any work."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "assets" / "pretrained.pt", "model.json")
     shutil.copy("model.json", "model.pt")
     os.mkfifo("pipe.json")
-    links = {"to_model": "model.pt", "to_null": "/dev/null", "loop": "loop.json", "also": "model.json"}
+    links = {"to_model": "model.pt", "to_pipe": "pipe.json", "loop": "loop.json", "also": "model.json"}
     for name, target in links.items():
         os.symlink(target, f"{name}.json")
     before = {path: path.lstat().st_ino for path in tmp_path.iterdir()}
     for name, words in (
         ("model", "is or lies in model.json"), ("also", "is or lies in model.json"), ("to_model", "must end in .json"),
-        ("to_null", "must end in .json"), ("loop", "is not a file"), ("pipe", "is not a file"),
+        ("to_pipe", "is not a file"), ("loop", "is not a file"), ("pipe", "is not a file"),
     ):  # fmt: skip
         flags = ["--model", "model.json", "--json", f"{name}.json"]
         assert words in error_of(monkeypatch, "eval_so101.py", *flags)
-    for path in ("to_null.json", "loop.json", "pipe.json"):  # nor by a function that does not check first
+    for path in ("to_pipe.json", "loop.json", "pipe.json"):  # nor by a function that does not check first
         with pytest.raises(SO101Error, match="is not a file"):
             write_json(Path(path), {})
     assert {path: path.lstat().st_ino for path in tmp_path.iterdir()} == before
