@@ -29,7 +29,7 @@ from so101.evaluation import BLOCK, TEST_SEED, evaluate, no_residual, residual_t
 from so101.files import write_json
 from so101.films import HOLD_S, plot, write_video
 from so101.subject import Loaded, Subject, parse_subject
-from so101.trust import OWN_SCRIPTS, Trust, allow_flags
+from so101.trust import Trust, allow_flags
 from so101_env import SO101Error
 from so101_sim.vector import ArmVectorEnv
 from so101_sim.viewer import Viewer, check_display
@@ -90,7 +90,7 @@ def export(model: str, path: str, trust: Trust) -> None:
     made = export_onnx(model, Path(path), trust)
     print(f"{model} ({made['global_step']} steps, base policy {made['base_policy']}) exported to {path}")
     print(f"largest difference on {CHECKED_OBSERVATIONS} observations: {made['difference']:.1g}")
-    allow = allow_flags(OWN_SCRIPTS[0], [made["base_policy"]])
+    allow = allow_flags([made["base_policy"]])
     print(f"evaluate: {command_of('eval_so101.py')} --model {path}{allow}")
 
 

@@ -256,8 +256,7 @@ def restore_args(
     """
     args, trust = restore_settings(cls, values, path), trust or Trust()
     if hasattr(args, "base"):
-        spec, server = trust.spec(args.base.base_policy, path), dataclasses.replace(args.base.server, trust=trust)
-        args.base = dataclasses.replace(args.base, base_policy=spec, server=server)
+        args.base = trusted_base(args.base, path, trust)
     if hasattr(args, "trust"):
         args.trust = trust
     try:
@@ -265,6 +264,15 @@ def restore_args(
     except SO101Error as error:
         raise SO101Error(f"{path}: {error}") from error
     return args
+
+
+def trusted_base(base: Any, path: str | Path, trust: Trust) -> Any:
+    """A dataclass with base_policy and server from a file, with the permissions of the person.
+
+    Raises SO101Error as Trust.spec does.
+    """
+    server = dataclasses.replace(base.server, trust=trust)
+    return dataclasses.replace(base, base_policy=trust.spec(base.base_policy, path), server=server)
 
 
 def hash_weights(state_dict: dict[str, torch.Tensor], also: str = "") -> str:

@@ -233,7 +233,7 @@ def main() -> int:
     print(
         f"{len(parts[0])} episodes, {len(obs)} frames, {wall_time:.1f} s; validation loss {valid_loss:.4f} (variance 1)"
     )
-    allow = allow_flags(SCRIPT, [])
+    allow = allow_flags([SCRIPT])
     print(f"evaluate:  {command_of('eval_so101.py')} --base-policy bc:{model} --episodes 100{allow}")
     flags = "--log-std-init -1.5 --residual-penalty 0.05 --num-steps 256"
     print(f"reinforce: {command_of('ppo_residual_so101.py')} --base-policy bc:{model} {flags}{allow}")

@@ -39,11 +39,12 @@ from so101.checkpoints import (
     restore_optimizer,
     restore_settings,
     restoring,
+    trusted_base,
 )
 from so101.cli import check_cameras, check_flags, check_memory, parse_run, run_script
 from so101.distributed import World
 from so101.evaluation import VALIDATION_SEED, episode_mean, evaluate, no_residual, training_seeds
-from so101.files import to_numpy, to_plain
+from so101.files import is_file, to_numpy, to_plain
 from so101.networks import MEASURED_DIM, POSE_SCALE, SheetFinder, scaled_pose
 from so101.policies import CheckpointPolicy, load_policy
 from so101.recorder import Recorder, Run
@@ -232,9 +233,9 @@ def load_student(saved: dict[str, Any], path: str, trust: Trust) -> StudentPolic
 
     Raises SO101Error if it does not fit, or its base policy is not allowed.
     """
-    args, base = restore_args(Args, check_args, saved["args"], path), restore_settings(Base, saved["base"], path)
-    server = dataclasses.replace(base.server, trust=trust)
-    student, base_policy = Student(args.networks), load_policy(trust.spec(base.base_policy, path), server)
+    args = restore_args(Args, check_args, saved["args"], path)
+    base = trusted_base(restore_settings(Base, saved["base"], path), path, trust)
+    student, base_policy = Student(args.networks), load_policy(base.base_policy, base.server)
     check_base(saved, base.base_policy, base_policy, path)
     load_weights(student, saved["agent"], path)
     policy = StudentPolicy(student, base_policy, args.networks, restore_settings(Task, saved["task"], path))
@@ -248,7 +249,7 @@ def load_teacher(saved: dict[str, Any], path: str, trust: Trust) -> CheckpointPo
     Raises SO101Error if it is missing, or what it needs is not allowed.
     """
     teacher = restore_settings(Args, saved["args"], path).model
-    if not Path(teacher).is_file():
+    if not is_file(teacher):
         raise SO101Error(f"{path}: its teacher, {teacher}, is missing; evaluate without it: --no-base")
     policy = CheckpointPolicy(teacher, trust=trust)
     if policy.fingerprint != saved["teacher_fingerprint"]:

@@ -30,7 +30,7 @@ from so101.evaluation import VALIDATION_SEED, episode_mean, evaluate, no_residua
 from so101.files import DiskError, copy_file, disk_error, save_tensors, write_atomic, write_json
 from so101.films import write_video
 from so101.run_dirs import ROOT, describe_run, new_run_dir, reason_for_new_dir, run_dir_of, stem_of
-from so101.trust import OWN_SCRIPTS, allow_flags, trust_of
+from so101.trust import allow_flags, trust_of
 from so101_env import BasePolicyError, SO101Error, SO101ResidualVectorEnv
 
 RECENT = 100  # training episodes that the curves under rollout/ average over
@@ -394,10 +394,10 @@ class Recorder:
             else f"--model {self.args.model}"
         )
 
-    def _allow_flags(self, script: str = OWN_SCRIPTS[0]) -> str:
-        """The flag that lets a command use the script that wrote this run's files, and its base policy."""
+    def _allow_flags(self, *script: str) -> str:
+        """The flag that lets a command use the base policy of this run's files, and the script that wrote them."""
         spec = self.args.base.base_policy if hasattr(self.args, "base") else "zero"
-        return allow_flags(script, [*trust_of(self.args).allow, spec])
+        return allow_flags([*script, *trust_of(self.args).allow, spec])
 
     def _own_command(self) -> str:
         name = Path(self.script)

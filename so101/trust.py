@@ -30,7 +30,8 @@ class Trust:
 
     def also(self, *names: str | None) -> Trust:
         """With more names that the person has given on the command line."""
-        return dataclasses.replace(self, allow=(*self.allow, *(name.removeprefix("opencv:") for name in names if name)))
+        foreign = [_foreign(name) for name in names if name]
+        return dataclasses.replace(self, allow=(*self.allow, *filter(None, foreign)))
 
     def spec(self, spec: str, path: str | Path) -> str:
         """The base policy's spec to load for the file at path, which names `spec`.
@@ -40,24 +41,28 @@ class Trust:
         Raises:
             SO101Error: the spec is code, or a server, that the person has not named.
         """
-        kind, _, rest = spec.partition(":")
-        if kind == "opencv" and rest:
-            return f"opencv:{self.spec(rest, path)}"
-        if spec in OWN_POLICIES or kind in FILES:
-            return spec
-        if kind == "server":
+        foreign = _foreign(spec)
+        if foreign.startswith("server:"):
             named = [each for each in self.allow if each.startswith("server:")]
             if not named:
-                raise _refusal(path, "its base policy is behind", spec)
-            return named[-1]
-        if spec not in self.allow:
-            raise _refusal(path, "its base policy is the code", spec)
+                raise _refusal(path, "its base policy is behind", foreign)
+            return spec.removesuffix(foreign) + named[-1]
+        if foreign and foreign not in self.allow:
+            raise _refusal(path, "its base policy is the code", foreign)
         return spec
 
     def check_script(self, name: str, path: str | Path) -> None:
         """Raise SO101Error if the script that wrote the file at path is neither this project's nor named."""
         if name not in OWN_SCRIPTS and name not in self.allow:
             raise _refusal(path, "was written by the script", name)
+
+
+def _foreign(spec: str) -> str:
+    """The code or the server within a base policy's spec; "" if there is none."""
+    kind, _, rest = spec.partition(":")
+    if kind == "opencv" and rest:
+        return _foreign(rest)
+    return "" if spec in OWN_POLICIES or kind in FILES else spec
 
 
 def _refusal(path: str | Path, what: str, name: str) -> SO101Error:
@@ -74,11 +79,7 @@ def trust_of(settings: Any) -> Trust:
     return next((trust for trust in found if trust != Trust()), Trust())
 
 
-def allow_flags(script: str, specs: Iterable[str]) -> str:
-    """The flag that lets a run's own files use its script and its base policies: " --allow ...", or nothing."""
-    foreign = [] if script in OWN_SCRIPTS else [script]
-    for spec in specs:
-        inner = spec.removeprefix("opencv:")
-        if inner not in OWN_POLICIES and inner.partition(":")[0] not in FILES:
-            foreign.append(inner)
+def allow_flags(names: Iterable[str]) -> str:
+    """The flag that lets files use scripts and base policies: " --allow ...", or nothing if all are the project's."""
+    foreign = [name for name in dict.fromkeys(map(_foreign, names)) if name and name not in OWN_SCRIPTS]
     return f" --allow {shlex.join(foreign)}" if foreign else ""
