@@ -30,10 +30,12 @@ from so101.cli import Stop, Stoppable, check_flags, check_output, parse, run_scr
 from so101.evaluation import TEST_SEED
 from so101.extras import import_extra
 from so101.files import write_json
+from so101.lerobot_arm import LeRobotRobot
 from so101.opencv import CAMERA, OpenCVPolicy
 from so101.policies import load_policy
-from so101.robot import LEROBOT_P, LeRobotRobot, Picture, Robot, RobotError, SimulatedRobot
+from so101.robot import LEROBOT_P, Picture, Robot, RobotError
 from so101.server import Server
+from so101.simulated_arm import SimulatedRobot
 from so101_env import (
     HOME_RAD,
     MAX_EPISODE_STEPS,

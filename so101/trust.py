@@ -39,8 +39,10 @@ class Trust:
         For a server it is the address that the person has named, wherever the file's own points to.
 
         Raises:
-            SO101Error: the spec is code, or a server, that the person has not named.
+            SO101Error: the spec is empty, or it is code, or a server, that the person has not named.
         """
+        if not spec:
+            raise SO101Error(f"{path}: names no base policy")
         foreign = _foreign(spec)
         if foreign.startswith("server:"):
             named = [each for each in self.allow if each.startswith("server:")]

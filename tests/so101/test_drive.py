@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from conftest import ROOT, error_of
 
-from so101 import drive
-from so101 import robot as robots_module
+from so101 import drive, lerobot_arm, simulated_arm
 from so101.base import BasePolicy
 from so101.drive import ASIDE_RAD, RAISED_RAD, Blind, Clock, Loop, resize
+from so101.lerobot_arm import LeRobotRobot
 from so101.opencv import OpenCVPolicy
 from so101.policies import load_policy
-from so101.robot import LeRobotRobot, Picture, Robot, RobotError, SimulatedArm, SimulatedRobot
+from so101.robot import Picture, Robot, RobotError
+from so101.simulated_arm import SimulatedArm, SimulatedRobot
 from so101_env import HOME_RAD, Task, load_model
 from so101_sim.control import BACKLASH_RAD, JOINTS, LATENCY_S, Controller
 from so101_sim.errors import SO101Error
@@ -197,7 +198,7 @@ def test_something_in_the_way_is_told():
 
 def test_a_simulated_robot_begins_anew_and_is_unplugged(monkeypatch):
     """After a reset, no picture of the episode before. When its process dies, the next read says so."""
-    monkeypatch.setattr(robots_module, "ANSWER_S", 30.0)  # on a machine that is busy with other tests
+    monkeypatch.setattr(simulated_arm, "ANSWER_S", 30.0)  # on a machine that is busy with other tests
     expected, robot = VirtualRobot(), SimulatedRobot(TASK)
     try:
         for number in range(4):
@@ -253,7 +254,7 @@ def fake_lerobot(monkeypatch, tmp_path):
     for name in ("lerobot", "lerobot.robots"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "lerobot.robots.so_follower", module)
-    monkeypatch.setattr(robots_module, "Camera", lambda source: types.SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(lerobot_arm, "Camera", lambda source: types.SimpleNamespace(close=lambda: None))
     return state
 
 

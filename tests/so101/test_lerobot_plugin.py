@@ -38,8 +38,8 @@ assert batch["observation.images.top"].shape == (2, 3, 64, 64) and batch["observ
 assert envs.call("_max_episode_steps")[0] == 400 and "tape" in envs.call("task_description")[0]
 
 robot = make_robot_from_config(RobotConfig.get_choice_class("so101_residual_sim")(id="sim"))
-import so101.robot
-so101.robot.ANSWER_S = 30.0
+import so101.simulated_arm
+so101.simulated_arm.ANSWER_S = 30.0
 robot.connect()
 before = robot.get_observation()
 assert set(before) == set(robot.observation_features) and before["top"].shape == (240, 320, 3)

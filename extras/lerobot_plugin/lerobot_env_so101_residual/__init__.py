@@ -19,7 +19,8 @@ from lerobot.envs.configs import EnvConfig
 from lerobot.robots import Robot, RobotConfig
 
 from so101.base import BasePolicy
-from so101.robot import LEROBOT_P, SimulatedRobot
+from so101.robot import LEROBOT_P
+from so101.simulated_arm import SimulatedRobot
 from so101_env import COMMAND, MAX_EPISODE_STEPS, TASK_TEXT, SO101ResidualVectorEnv, Task
 from so101_sim.control import ACT_DIM, JOINTS, from_rad, to_rad
 from so101_sim.scene import CONTROL_HZ
