@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 from typing import NamedTuple
 
 import numpy as np
 
+from so101_sim.control import Calibration
 from so101_sim.errors import SO101Error
 
 LEROBOT_P = 16  # P coefficient that LeRobot's driver sets
@@ -13,6 +15,10 @@ LEROBOT_P = 16  # P coefficient that LeRobot's driver sets
 
 class RobotError(SO101Error):
     """The arm or its camera can no longer be used."""
+
+
+class ServoFault(RobotError):
+    """A servo is stalled, overloaded or too hot: it must not be asked to move any more."""
 
 
 class Picture(NamedTuple):
@@ -25,6 +31,16 @@ class Picture(NamedTuple):
 class Robot:
     """Interface of an arm. All methods raise RobotError once the arm or its camera is lost."""
 
+    ranges: Calibration | None = None  # joint ranges of its calibration; None: those of the model
+    enabled = False  # whether servos may be under torque by `enable`
+    servo_gain = 1.0  # believed gain of its servos, relative to the model's at the same P coefficient
+
+    def __init__(self) -> None:
+        self.events: collections.Counter[str] = collections.Counter()  # what happened and how often, for the report
+
+    def enable(self) -> None:
+        """Switch the torque on. The arm holds its present position."""
+
     def read(self) -> tuple[np.ndarray, float]:
         """Joint positions (6,), rad, as the encoders measure them, and the time.monotonic() of the measurement."""
         raise NotImplementedError
@@ -36,6 +52,13 @@ class Robot:
     def picture(self) -> Picture:
         """The newest picture of the camera."""
         raise NotImplementedError
+
+    def watch(self) -> None:
+        """Check a part of the servos' state; called after each command. Raises ServoFault if the arm must stop."""
+
+    def relax(self) -> list[str]:
+        """Switch the torque off, if `enable` was called; returns the joints that did not confirm it."""
+        return []
 
     def close(self) -> None:
         """Release arm and camera."""

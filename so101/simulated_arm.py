@@ -172,6 +172,7 @@ class SimulatedRobot(Robot):
     """
 
     def __init__(self, task: Task, visual: bool = True, size: tuple[int, int] = (240, 320)):
+        super().__init__()
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_run_arm, args=(theirs, task, visual, size), daemon=True)

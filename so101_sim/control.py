@@ -29,6 +29,12 @@ BACKLASH_RAD = float(np.deg2rad(1.0))  # typical backlash of the servos
 FIRMWARE_P = 32  # assets/so101.xml has the servo gain for this P; the gain is proportional. LeRobot's drivers set 16
 LATENCY_S = 2 / CONTROL_HZ  # upper bound on command latency; not measured on a real arm
 TICKS_PER_TURN = 4096  # encoder resolution
+# Accepted spans of the joints that a hand sweeps from stop to stop, degrees. In published calibrations of SO-101
+# followers they are 182 to 242, 203 to 222, 192 to 196, 198 to 211 and, of the gripper, 109 to 140.
+SPANS_DEG = {
+    "shoulder_pan": (170, 300), "shoulder_lift": (185, 240), "elbow_flex": (180, 215), "wrist_flex": (180, 230),
+    "wrist_roll": (180, 360), "gripper": (85, 160),
+}  # fmt: skip
 
 
 def clamp(x: np.ndarray, low: object, high: object) -> np.ndarray:
@@ -58,7 +64,7 @@ def read_calibration(path: str | Path) -> Calibration:
     closed at range_min.
 
     Raises:
-        SO101Error: there is no such file, or it is not the calibration of an SO-101.
+        SO101Error: there is no such file, it is not the calibration of an SO-101, or a joint's range is impossible.
     """
     try:
         motors = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -68,9 +74,14 @@ def read_calibration(path: str | Path) -> Calibration:
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         reason = f"{error!r:.200}"
         raise SO101Error(f"calibration {path}: is not a LeRobot calibration of an SO-101 ({reason})") from error
-    spans = np.ptp(ticks, axis=1) * 2 * np.pi / TICKS_PER_TURN
-    if not (ticks[:, 0] < ticks[:, 1]).all() or spans.max() > 2 * np.pi:
-        raise SO101Error(f"calibration {path}: a joint's range_min is not below its range_max; calibrate the arm again")
+    spans = (ticks[:, 1] - ticks[:, 0]) * 2 * np.pi / TICKS_PER_TURN
+    for joint, span in zip(JOINTS, np.rad2deg(spans)):
+        low, high = SPANS_DEG[joint]
+        if not low <= span <= high:
+            raise SO101Error(
+                f"calibration {path}: {joint} has a range of {span:.0f} degrees, and should have {low} to {high}; "
+                "calibrate again: start with every joint in the middle, and move it to both of its stops"
+            )
     closed = _usual_ranges().low_rad[GRIPPER]
     low, high = -spans / 2, spans / 2
     low[GRIPPER], high[GRIPPER] = closed, closed + spans[GRIPPER]
@@ -142,7 +153,7 @@ def from_rad(joints_rad: np.ndarray, unit: str, ranges: Calibration | None = Non
 # the controller
 
 
-BEYOND_RANGE_RAD = float(np.deg2rad(5.0))
+BEYOND_RANGE_RAD = float(np.deg2rad(5.0))  # a joint may be measured so far outside of its range
 WATCHDOG_S = 0.1  # a measurement older than this is not used
 
 
@@ -151,26 +162,33 @@ class Controller:
 
     Args:
         model: the scene, with the arm's kinematics, joint limits, and servo gains at P = 32.
-        firmware_p: the P coefficient the servos are set to. The servo gain is proportional to it and the command window
-            inversely proportional, so the force of a fingertip does not depend on it.
+        firmware_p: the P coefficient the servos are set to, times the gain of their variant relative to the model's.
+            The servo gain is proportional to it and the command window inversely proportional, so the force of a
+            fingertip does not depend on it.
         backlash_rad: play before a servo reacts; the window is wider by half of it.
         latency_s: largest command latency; the window of a moving joint is wider by the motion in this time.
         max_speed_rad_s: largest speed of the targets of `move`.
+        measured: joint ranges of the arm's calibration, within which `measure` accepts readings, too: an arm that is
+            folded lies beyond the limits of the model, because a hand presses it against its stops.
     """
 
     def __init__(
         self,
         model: mujoco.MjModel,
-        firmware_p: int = FIRMWARE_P,
+        firmware_p: float = FIRMWARE_P,
         backlash_rad: float = 0.0,
         latency_s: float = 0.0,
         max_speed_rad_s: float = 2.0,
+        measured: Calibration | None = None,
     ):
         self.gain = model.actuator_gainprm[:, 0] * (firmware_p / FIRMWARE_P)  # N m/rad, (6,)
         self.damping = model.dof_damping[:ACT_DIM].copy()  # N m s/rad, (6,)
         self.latency_s = latency_s
         self.window_rad = COMMAND_WINDOW_RAD * FIRMWARE_P / firmware_p + backlash_rad / 2
         self.low_rad, self.high_rad = model.actuator_ctrlrange.T.copy()
+        measured = measured or Calibration(self.low_rad, self.high_rad)
+        self._lowest_rad = np.minimum(self.low_rad, measured.low_rad) - BEYOND_RANGE_RAD
+        self._highest_rad = np.maximum(self.high_rad, measured.high_rad) + BEYOND_RANGE_RAD
         self.max_step_rad = max_speed_rad_s / CONTROL_HZ
         self._model = model
         self.reset()
@@ -199,7 +217,8 @@ class Controller:
         if self.latency_s:  # plus the lag for any latency from none to this
             lead = velocity_rad_s * self.latency_s
             lower, upper = lower + np.minimum(lead, 0.0), upper + np.maximum(lead, 0.0)
-        return clamp(target_rad, np.maximum(self.low_rad, lower), np.minimum(self.high_rad, upper))
+        # the window comes last: an arm outside of its limits, as one that is folded, moves in at the window's pace
+        return clamp(clamp(target_rad, self.low_rad, self.high_rad), lower, upper)
 
     # -- one arm that is measured
 
@@ -223,12 +242,11 @@ class Controller:
         joints_rad = np.asarray(joints_rad, np.float64)
         if not np.isfinite(joints_rad).all():
             raise SO101Error(f"the arm reports joint positions {joints_rad}: check cables and power")
-        outside = np.maximum(self.low_rad - joints_rad, joints_rad - self.high_rad)
-        if (outside > BEYOND_RANGE_RAD).any():
+        outside = np.maximum(self._lowest_rad - joints_rad, joints_rad - self._highest_rad)
+        if (outside > 0).any():
             joint = int(outside.argmax())
-            raise SO101Error(
-                f"{JOINTS[joint]} is {np.rad2deg(outside[joint]):.0f} degrees outside its range: calibrate the arm"
-            )
+            degrees = np.rad2deg(outside[joint] + BEYOND_RANGE_RAD)
+            raise SO101Error(f"{JOINTS[joint]} is {degrees:.0f} degrees outside its range: calibrate the arm")
         elapsed, moved = time_s - self.time_s, joints_rad - self.joints_rad
         self.velocity_rad_s = moved / elapsed if 0 < elapsed < WATCHDOG_S else np.zeros(ACT_DIM)
         self.joints_rad, self.time_s = joints_rad, time_s

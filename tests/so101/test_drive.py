@@ -3,22 +3,20 @@
 import json
 import sys
 import time
-import types
 
 import numpy as np
 import pytest
 from conftest import ROOT, error_of
 
-from so101 import drive, lerobot_arm, simulated_arm
+from so101 import drive, simulated_arm
 from so101.base import BasePolicy
-from so101.drive import ASIDE_RAD, RAISED_RAD, Blind, Clock, Loop, resize
-from so101.lerobot_arm import LeRobotRobot
+from so101.loop import ASIDE_RAD, RAISED_RAD, Blind, Clock, Loop, resize
 from so101.opencv import OpenCVPolicy
 from so101.policies import load_policy
 from so101.robot import Picture, Robot, RobotError
 from so101.simulated_arm import SimulatedArm, SimulatedRobot
 from so101_env import HOME_RAD, Task, load_model
-from so101_sim.control import BACKLASH_RAD, JOINTS, LATENCY_S, Controller
+from so101_sim.control import BACKLASH_RAD, LATENCY_S, Controller
 from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ, Renderer
 
@@ -34,6 +32,7 @@ class VirtualRobot(Robot):
     """A SimulatedArm whose time passes when a VirtualClock says so."""
 
     def __init__(self, task: Task = TASK):
+        super().__init__()
         self.arm, self.time_s, self.sent = SimulatedArm(task), 100.0, []
         self.reset(SEED)
         self.truth = self.arm.truth
@@ -217,64 +216,6 @@ def test_a_simulated_robot_begins_anew_and_is_unplugged(monkeypatch):
     finally:
         robot.close()
         expected.close()
-
-
-@pytest.fixture
-def fake_lerobot(monkeypatch, tmp_path):
-    """LeRobot's follower as far as it is used, at rest at home; its gripper opens by 90 degrees."""
-    state = {"said": dict.fromkeys(JOINTS, 0.0), "written": [], "torn": False}
-    calibration = tmp_path / "arm.json"
-    calibration.write_text(json.dumps({joint: {"range_min": 1024, "range_max": 2048} for joint in JOINTS}))
-
-    class Bus:
-        def write(self, what, joint, value):
-            state["written"].append((what, joint, value))
-
-        def sync_read(self, what):
-            if state["torn"]:
-                raise ConnectionError("no status packet")
-            return state["said"]
-
-        def sync_write(self, what, values):
-            state["goal"] = values
-
-    class Follower:
-        def __init__(self, config):
-            self.bus, self.calibration, self.calibration_fpath = Bus(), config.id == "mine", calibration
-            self.is_connected, state["config"] = False, config
-
-        def connect(self, calibrate):
-            self.is_connected = True
-
-        def disconnect(self):
-            self.is_connected = False
-
-    module = types.ModuleType("lerobot.robots.so_follower")
-    module.SO101Follower, module.SO101FollowerConfig = Follower, lambda **given: types.SimpleNamespace(**given)
-    for name in ("lerobot", "lerobot.robots"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, "lerobot.robots.so_follower", module)
-    monkeypatch.setattr(lerobot_arm, "Camera", lambda source: types.SimpleNamespace(close=lambda: None))
-    return state
-
-
-def test_a_robot_of_lerobot(fake_lerobot):
-    """Degrees there, rad here; the gripper's ends by calibration; the gain it is run with; a cable that is pulled."""
-    robot = LeRobotRobot("/dev/none", "mine", "0", firmware_p=24)
-    assert fake_lerobot["config"].use_degrees and fake_lerobot["config"].port == "/dev/none"
-    assert fake_lerobot["written"] == [("P_Coefficient", joint, 24) for joint in JOINTS]
-    fake_lerobot["said"] |= {"shoulder_lift": 90.0, "gripper": 100.0}
-    joints, _ = robot.read()
-    assert joints[1] == pytest.approx(np.pi / 2) and joints[5] == pytest.approx(np.pi / 2 - 0.17453)
-    robot.write(np.array([0.1, -0.2, 0.0, 0.0, 0.0, -0.17453]))
-    assert fake_lerobot["goal"] == pytest.approx(
-        {**dict.fromkeys(JOINTS, 0.0), "shoulder_pan": np.rad2deg(0.1), "shoulder_lift": -np.rad2deg(0.2)}
-    )
-    fake_lerobot["torn"] = True
-    with pytest.raises(RobotError, match="no status packet"):
-        robot.read()
-    with pytest.raises(RobotError, match="lerobot-calibrate"):
-        LeRobotRobot("/dev/none", "another", "0")
 
 
 def test_refusals(monkeypatch):

@@ -1,0 +1,277 @@
+"""The control loop: thirty times a second from joints and picture to joint targets."""
+
+from __future__ import annotations
+
+import collections
+import sys
+import time
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from so101.base import BasePolicy
+from so101.cli import Stop
+from so101.extras import import_extra
+from so101.robot import Picture, Robot, RobotError, ServoFault
+from so101_env import (
+    HOME_RAD,
+    SUCCESS_STEPS,
+    TAPE_CENTER_M,
+    BaseObservation,
+    base_observation,
+    make_observation,
+    sheet_inside,
+)
+from so101_sim.control import ACT_DIM, JOINTS, Controller, from_rad
+from so101_sim.errors import SO101Error
+from so101_sim.scene import CONTROL_HZ
+
+HOME_SPEED_RAD_S, HOME_NEAR_RAD, HOME_WAIT_S = 0.4, 0.015, 15.0  # slow motions, between poses
+HOME_SHARE = 0.2  # share of the remaining distance per step; with more, an arm with latency oscillates about its goal
+RAISED_RAD = HOME_RAD - np.array([0.0, 0.35, 0, 0, 0, 0])  # tip well above the table, for the way to and from home
+ASIDE_RAD = np.array([0.9, 0.0, 0, 0, 0, 0])  # from RAISED_RAD to either side, out of the camera's view
+# Folded, the fingertip 23 mm above the table: without torque the model's joints fall by at most 4 degrees. On the
+# straight way from RAISED_RAD no part of the arm touches the table.
+REST_RAD = np.array([0.0, -1.70, 1.50, 1.20, HOME_RAD[4], 0.0])
+PICTURE_AGE_S = 0.25  # older pictures are not used
+POSE_ERROR_M = 0.003  # a sheet counts as seen inside the tape if it is at least this far from the tape
+MISSED_MANY, SAY_AGAIN_S = 8, 5.0  # deadlines missed in a second that are worth a line, and how often it is printed
+
+
+def say(text: str) -> None:
+    """Print a line to stderr, beside a progress bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+class Blind(SO101Error):
+    """The policy has no view of what it needs to see. The message is the reason."""
+
+
+class Clock:
+    """Ticks at CONTROL_HZ, counts missed deadlines, and says so when there are many in a second."""
+
+    def __init__(self) -> None:
+        self.ticks, self.missed, self.worst_s = 0, 0, 0.0
+        self._late = collections.deque([0.0] * CONTROL_HZ, CONTROL_HZ)  # of the last second, s
+        self._said_s = -np.inf
+        self.start()
+
+    def now(self) -> float:
+        """Time in s, of the same clock as the robot's measurements."""
+        return time.monotonic()
+
+    def start(self) -> None:
+        """Start counting: this is a tick."""
+        self.due = self.now()
+
+    def wait(self) -> None:
+        """Wait until the next tick. If it has passed already, it counts as missed, and the next wait starts now."""
+        self.due, now = self.due + 1 / CONTROL_HZ, self.now()
+        self.ticks, self.worst_s = self.ticks + 1, max(self.worst_s, now - self.due + 1 / CONTROL_HZ)
+        self._late.append(now - self.due)
+        if now > self.due:
+            self.missed, self.due = self.missed + 1, now
+            missed = sum(late > 0 for late in self._late)
+            if missed >= MISSED_MANY and now - self._said_s > SAY_AGAIN_S:
+                self._said_s = now
+                worst_ms = 1000 * (max(self._late) + 1 / CONTROL_HZ)
+                step = f"the longest step took {worst_ms:.0f} ms"
+                say(f"{missed} of {CONTROL_HZ} deadlines missed, {step}: close other programs")
+        self.sleep(self.due - now)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait for some seconds."""
+        time.sleep(seconds)
+
+
+class Loop:
+    """The control loop of a policy on an arm.
+
+    Args:
+        robot: the arm.
+        policy: sees the camera; with `estimate`, the sheet's pose.
+        controller: limits the targets.
+        clock: keeps the rate.
+        dry_run: print the targets instead of sending them.
+        offset_rad: encoder minus true joint positions (6,), rad, as `so101.drive --check` finds them.
+    """
+
+    def __init__(
+        self, robot: Robot, policy: BasePolicy, controller: Controller, clock: Clock, dry_run: bool = False,
+        offset_rad: np.ndarray | None = None,
+    ):  # fmt: skip
+        self.robot, self.policy, self.controller, self.clock = robot, policy, controller, clock
+        self.dry_run, self.offset_rad = dry_run, np.zeros(ACT_DIM) if offset_rad is None else offset_rad
+
+    def measure(self) -> None:
+        """Read the joints."""
+        joints_rad, time_s = self.robot.read()
+        self.controller.measure(joints_rad - self.offset_rad, time_s)
+
+    def move(self, delta_rad: np.ndarray) -> None:
+        """Send the last targets plus delta (6,), rad, within limits; in a dry run print them."""
+        target = self.controller.move(delta_rad, self.clock.now())
+        if not self.dry_run:
+            self.robot.write(target + self.offset_rad)
+            self.robot.watch()
+            return
+        joints = "  ".join(f"{joint} {degrees:7.2f}" for joint, degrees in zip(JOINTS, from_rad(target, "deg")))
+        tqdm.write(f"would send  {joints}", file=sys.stdout)
+
+    def go(self, goal_rad: np.ndarray) -> None:
+        """Move slowly to joint positions (6,), rad. Raises RobotError if the arm does not arrive."""
+        step = HOME_SPEED_RAD_S / CONTROL_HZ
+        self.clock.start()
+        for _ in range(round(HOME_WAIT_S * CONTROL_HZ)):
+            self.measure()
+            left = goal_rad - self.controller.joints_rad
+            if np.abs(left).max() < HOME_NEAR_RAD:
+                return
+            self.move(np.clip(HOME_SHARE * left, -step, step))
+            self.clock.wait()
+        joint = int(np.abs(left).argmax())
+        raise RobotError(
+            f"{JOINTS[joint]} stays {np.rad2deg(abs(left[joint])):.0f} degrees short of its goal: is something "
+            "in its way, or its torque off?"
+        )
+
+    def lift(self) -> None:
+        """Lift the tip off the sheet."""
+        goal = self.controller.joints_rad.copy()
+        goal[1] += RAISED_RAD[1] - HOME_RAD[1]
+        self.go(np.maximum(goal, self.controller.low_rad + HOME_NEAR_RAD))
+
+    def leave(self, ended: BaseException | None) -> None:
+        """The way out on an arm under torque: fold it slowly, then switch its torque off, and print what was done.
+
+        A signal on the way, or an arm that cannot be moved, switches the torque off at once.
+
+        Args:
+            ended: what has ended the run; after a ServoFault the arm is not moved any more.
+        """
+        if not self.robot.enabled:
+            return
+        where = "where it was: hold the arm, it falls"
+        try:
+            if isinstance(ended, ServoFault):
+                say("the arm is not moved any more")
+            else:
+                say("the arm folds itself slowly; Ctrl+C switches its torque off at once")
+                self.rest()
+                where = "at rest"
+        except (SO101Error, Stop) as error:  # the first error is the one that is reported at the end
+            say("stopped on the way" if isinstance(error, Stop) else f"stopped on the way: {error}")
+        if failed := self.robot.relax():
+            say(f"torque NOT off in {', '.join(failed)}: switch the arm's power off")
+        else:
+            say(f"torque off {where}")
+
+    def rest(self) -> None:
+        """Fold the arm slowly, from wherever it is, to where it does not fall without torque.
+
+        Raises RobotError if the arm does not arrive there.
+        """
+        self.controller.reset()
+        self.measure()
+        if self.controller.joints_rad[1] > RAISED_RAD[1]:
+            self.lift()
+        self.go(REST_RAD)
+
+    def observe(self, picture: Picture) -> BaseObservation:
+        """The policy's observation. The sheet's pose in it is a placeholder: the policy must see the sheet itself."""
+        c = self.controller
+        placeholder = np.append(TAPE_CENTER_M, 0.0)[None]
+        flat = make_observation(c.joints_rad[None], c.velocity_rad_s[None], c.tip_m[None], placeholder)
+        height, width = self.policy.image_size
+
+        def image(camera: str, ids: np.ndarray) -> np.ndarray:
+            return resize(picture.image, (height, width))[None][ids]
+
+        return base_observation(flat, c.command_rad[None], cameras=self.policy.cameras, render=image)
+
+    def episode(self, max_steps: int, tape_margin: float) -> dict[str, Any]:
+        """Act until the sheet is seen inside the tape for SUCCESS_STEPS steps, or for max_steps control steps.
+
+        With a policy that has no estimate of the sheet's pose, only max_steps end the episode.
+
+        Args:
+            max_steps: control steps until the episode ends without success.
+            tape_margin: m between sheet and tape.
+
+        Returns:
+            seen_inside, whether it ended in success; ticks, its control steps; missed, the deadlines missed in it.
+
+        Raises:
+            RobotError: the arm or its camera is lost.
+            Blind: tape or sheet cannot be seen.
+        """
+        mask, streak, done, clear_m = np.ones(1, bool), 0, False, tape_margin - POSE_ERROR_M
+        self.policy.reset(mask)
+        self.measure()
+        try:
+            delta = self._ask(mask)  # the first picture takes longer to process; nothing moves yet
+        except Blind as blind:
+            if self.dry_run:
+                raise
+            delta = self._look_from_aside(mask, blind)
+        self.clock.start()
+        before = self.clock.ticks, self.clock.missed
+        for _ in range(max_steps):
+            if self.policy.quit:
+                break
+            self.move(delta)
+            self.clock.wait()
+            self.measure()
+            delta, pose = self._ask(mask), self.policy.estimate
+            seen = pose is not None and np.isfinite(pose).all()
+            inside = seen and sheet_inside(pose[:, :2], pose[:, 2], clear_m)[0]
+            streak = (streak + 1) * bool(inside)
+            if done := streak >= SUCCESS_STEPS:
+                break
+        ticks, missed = self.clock.ticks - before[0], self.clock.missed - before[1]
+        return {"seen_inside": done, "ticks": ticks, "missed": missed}
+
+    def _look_from_aside(self, mask: np.ndarray, blind: Blind) -> np.ndarray:
+        """Move the arm out of the view, look, and return home; the policy's joint deltas (6,), rad, there.
+
+        Raises Blind if tape or sheet cannot be seen from either side.
+        """
+        self.go(RAISED_RAD)
+        for side in (1, -1):
+            self.go(RAISED_RAD + side * ASIDE_RAD)
+            try:
+                self._ask(mask)
+                break
+            except Blind as error:
+                blind = error
+        else:
+            raise blind
+        for goal in (RAISED_RAD, HOME_RAD):  # only the arm moves meanwhile, so the pose remains valid
+            self.go(goal)
+        return self._ask(mask)
+
+    def _ask(self, mask: np.ndarray) -> np.ndarray:
+        """The policy's joint deltas (6,), rad, for the present measurement and picture."""
+        picture = self.robot.picture()
+        if (age := self.clock.now() - picture.time_s) > PICTURE_AGE_S:
+            raise RobotError(f"the camera's newest picture is {1000 * age:.0f} ms old")
+        delta = self.policy.act(self.observe(picture), mask)[0]
+        if self.policy.trouble:
+            raise Blind(self.policy.trouble)
+        if self.clock.now() - self.controller.time_s > 1 / CONTROL_HZ:  # the policy was slow: measure again
+            self.measure()
+        return delta
+
+
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Cut the middle of a picture (H, W, 3) uint8 to the shape of `size`, height and width, and scale it to that size.
+
+    The result is what a camera with this shape of picture would see.
+    """
+    cv2 = import_extra("cv2", "arm", "python -m so101.drive")
+    height, width = image.shape[:2]
+    share = min(1.0, size[1] / size[0] * height / width), min(1.0, size[0] / size[1] * width / height)
+    columns, rows = round(width * share[0]), round(height * share[1])
+    left, top = (width - columns) // 2, (height - rows) // 2
+    return cv2.resize(image[top : top + rows, left : left + columns], size[::-1], interpolation=cv2.INTER_AREA)
