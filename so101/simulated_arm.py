@@ -9,17 +9,22 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import signal
+import sys
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, ClassVar
 
+import mujoco
 import numpy as np
 from gymnasium.utils import seeding
 
 from so101.robot import Picture, Robot, RobotError
 from so101_env import (
+    FINGERS,
+    TAPE_CENTER_M,
     DomainRandomization,
     PaperVisuals,
     Task,
@@ -38,38 +43,143 @@ from so101_sim.scene import CONTROL_HZ, Renderer, add_noise, camera_names
 ANSWER_S = 0.05  # a bus without an answer for this long counts as lost
 
 
+HALF_TURN = np.array([0.0, 0.0, 0.0, 1.0])  # quaternion, about the vertical
+
+
+@dataclasses.dataclass(frozen=True)
+class Flaws:
+    """What is wrong with an arm, its servos, its table or its camera. The defaults are an arm in good order."""
+
+    joint_offset_deg: tuple[float, float, float, float, float, float] = (0.0,) * ACT_DIM
+    """degrees that each joint's encoder reads too much: a calibration that is off, shoulder_pan first"""
+    gain: float = 1.0
+    """factor on the gain of all servos"""
+    backlash_deg: float = float(np.rad2deg(BACKLASH_RAD))
+    """degrees of play of every joint"""
+    latency_s: float = 0.0
+    """s until a command takes effect"""
+    picture_latency_s: float = 0.0
+    """s until a picture is delivered"""
+    finger_friction: float | None = None
+    """friction between fingertips and sheet; None: that of the model, 1.2"""
+    table_friction: float | None = None
+    """friction between sheet and table; None: that of the model, 0.3"""
+    table_height_m: float = 0.0
+    """m that the table is higher than the arm's foot"""
+    camera_turned: bool = False
+    """the camera stands on the arm's side of the table and looks away from the arm"""
+
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = {
+        "gain": (0.1, 4.0), "backlash_deg": (0.0, 10.0), "latency_s": (0.0, 1.0), "picture_latency_s": (0.0, 2.0),
+        "finger_friction": (0.05, 3.0), "table_friction": (0.05, 3.0), "table_height_m": (-0.05, 0.05),
+    }  # fmt: skip
+
+
 class SimulatedArm:
     """Physics of one arm, sheet and table, stepped by 1/240 s, with effects that the training simulation leaves out.
 
     Commands have a latency in continuous time, encoders have the resolution of real ones, and every joint has backlash.
-    The rest is drawn as with --full-randomization.
 
     Args:
         task: settings of the task; firmware_p is that of the servos.
-        backlash_rad: play of every joint.
+        backlash_rad: play of every joint; with flaws, theirs counts.
+        flaws: what is wrong with this arm. Nothing is drawn then but the start of the sheet and the look. None:
+            everything is drawn as with --full-randomization.
+        joint_range_deg: where the joints' end stops are, (6, 2). None: where those of the model are, at which the
+            servos' targets end, too.
     """
 
-    def __init__(self, task: Task, backlash_rad: float = BACKLASH_RAD):
+    def __init__(
+        self,
+        task: Task,
+        backlash_rad: float = BACKLASH_RAD,
+        flaws: Flaws | None = None,
+        joint_range_deg: np.ndarray | None = None,
+    ):
         full = DomainRandomization.full()
-        self.task, self.max_latency_s = task, full.latency_steps / CONTROL_HZ
+        self.task, self.flaws = task, flaws
+        self.max_latency_s = full.latency_steps / CONTROL_HZ
         # latency is simulated here, in physics steps instead of control steps
-        self.ranges = dataclasses.replace(full, latency_steps=0, backlash_rad=(backlash_rad, backlash_rad))
+        drawn = full
+        if flaws is not None:
+            backlash_rad = float(np.deg2rad(flaws.backlash_deg))
+            drawn = dataclasses.replace(DomainRandomization.nominal(), limp_sheet=True)
+        self.ranges = dataclasses.replace(drawn, latency_steps=0, backlash_rad=(backlash_rad, backlash_rad))
         self.arms = make_arms(1, task, self.ranges, num_threads=1)
         self.model, self.timestep_s = self.arms.model, self.arms.model.opt.timestep
         self._active = np.ones(1, bool)
+        self._torque_n_m = self.arms.batch.bind("actuator_force")
+        # set by whoever simulates the servos' firmware, see Arms.substep
+        self.strength: np.ndarray | None = None
+        self.max_torque_n_m: np.ndarray | None = None
+        if joint_range_deg is not None:
+            for name, rows in (("jnt_range", slice(0, ACT_DIM)), ("actuator_ctrlrange", slice(None))):
+                self._change(name, rows, np.deg2rad(joint_range_deg))
+        if flaws is not None:
+            self._apply(flaws)
 
-    def reset(self, seed: int) -> None:
-        """Draw another arm, start of the sheet, look and latency; the arm rests at home."""
+    def _change(self, name: str, rows: Any, value: Any) -> None:
+        """Set rows of a field of the model, which the batch has copied already."""
+        getattr(self.model, name)[rows] = value
+        field = self.arms.fields[name] if name in self.arms.fields else self.arms.batch.expand(name)
+        field[(0, *rows) if isinstance(rows, tuple) else (0, rows)] = value
+
+    def _apply(self, flaws: Flaws) -> None:
+        """Change the model by what does not differ between episodes."""
+        model = self.model
+        table = ["sheet_table", *(f"{finger}_spot_table" for finger in FINGERS)]
+        tips = [f"{finger}_finger_sheet" for finger in FINGERS]
+        for names, friction in ((table, flaws.table_friction), (tips, flaws.finger_friction)):
+            if friction is None:
+                continue
+            scale = friction / model.pair_friction[model.pair(names[0]).id, 0]
+            for row in [model.pair(name).id for name in names]:
+                self._change("pair_friction", (row, slice(0, 3)), model.pair_friction[row, :3] * scale)
+            if names is table:  # the limp sheet's own weight, too
+                rows = slice(ACT_DIM, None)
+                self._change("dof_frictionloss", rows, model.dof_frictionloss[rows] * scale)
+        self._change("body_pos", (model.body("base").id, 2), -flaws.table_height_m)
+        if flaws.camera_turned:
+            camera = model.camera("top").id
+            turned = np.zeros(4)
+            mujoco.mju_mulQuat(turned, HALF_TURN, model.cam_quat[camera])
+            model.cam_pos[camera, 0] = 2 * TAPE_CENTER_M[0] - model.cam_pos[camera, 0]
+            model.cam_quat[camera] = turned
+
+    def reset(self, seed: int, start_rad: np.ndarray | None = None) -> None:
+        """Draw another start of the sheet; without flaws also another arm, look and latency.
+
+        Args:
+            seed: of everything that is drawn.
+            start_rad: where the joints rest, (6,), rad; None: at home.
+        """
         rng = seeding.np_random(seed)[0]
         self.arms.qpos[0] = start_qpos(self.arms, draw_start(rng, self.ranges, self.task.tape_margin))
         resample_sheet(self.arms, 0, rng, self.ranges)
         self.arms.resample(0, rng)
-        self.arms.start(np.array([0]))
+        if start_rad is None:
+            self.arms.start(np.array([0]))
+        else:
+            self.place(start_rad)
         self.look = PaperVisuals().draw(self.model, seed)
         self.latency_s = float(np.random.default_rng(seed).uniform(0, self.max_latency_s))
+        if self.flaws is not None:
+            self.arms.joint_offset[0] = np.deg2rad(self.flaws.joint_offset_deg)
+            self.latency_s = self.flaws.latency_s
         self.target_rad = self.arms.command[0].copy()
         self.pending: list[tuple[float, np.ndarray]] = []  # commands, and when they take effect, s
         self.time_s, self.count = 0.0, 0  # since the reset; count is in physics steps
+
+    def place(self, joints_rad: np.ndarray) -> None:
+        """Put the joints at rest at positions (6,), rad; the sheet stays where it is."""
+        self.arms.qpos[0, :ACT_DIM] = joints_rad
+        self.arms.start(np.array([0]), at_home=False)
+
+    def lay_sheet(self, seed: int) -> None:
+        """Put the sheet where reset(seed) puts it; the arm stays where it is."""
+        start = draw_start(seeding.np_random(seed)[0], self.ranges, self.task.tape_margin)
+        self.arms.qpos[0, ACT_DIM:] = start_qpos(self.arms, start)[ACT_DIM:]
+        self.arms.qvel[0, ACT_DIM:] = 0.0
 
     @property
     def qpos(self) -> np.ndarray:
@@ -77,10 +187,25 @@ class SimulatedArm:
         return self.arms.qpos[0].copy()
 
     @property
+    def velocity_rad_s(self) -> np.ndarray:
+        """True joint velocities (6,), rad/s."""
+        return self.arms.joint_vel[0].copy()
+
+    @property
+    def torque_n_m(self) -> np.ndarray:
+        """Torques of the servos (6,), N m, in the last step."""
+        return self._torque_n_m[0].copy()
+
+    @property
+    def encoders_rad(self) -> np.ndarray:
+        """Joint positions (6,), rad, with the error of the calibration, but at an unlimited resolution."""
+        return self.arms.joints_rad[0].copy()
+
+    @property
     def joints_rad(self) -> np.ndarray:
         """Joint positions (6,), rad, as the encoders measure them."""
         tick = 2 * np.pi / TICKS_PER_TURN
-        return np.round((self.arms.qpos[0, :ACT_DIM] + self.arms.joint_offset[0]) / tick) * tick
+        return np.round(self.encoders_rad / tick) * tick
 
     def command(self, target_rad: np.ndarray) -> None:
         """Joint targets (6,), rad, that take effect latency_s later."""
@@ -92,7 +217,7 @@ class SimulatedArm:
             self.target_rad = self.pending.pop(0)[1]
         if self.count % self.arms.substeps == 0:
             support_presses(self.arms, self._active)
-        self.arms.substep(self.target_rad[None], self._active)
+        self.arms.substep(self.target_rad[None], self._active, self.strength, self.max_torque_n_m)
         self.time_s, self.count = self.time_s + self.timestep_s, self.count + 1
 
     def truth(self) -> dict[str, Any]:
@@ -100,6 +225,101 @@ class SimulatedArm:
         scene, qpos = scene_of(self.arms), self.qpos
         inside = sheet_inside(scene.sheet_xy_m, scene.sheet_yaw_rad, self.task.tape_margin)
         return {"sheet": qpos[[6, 7, 9]], "inside": bool(inside[0]), "qpos": qpos}
+
+
+class RealTime:
+    """Steps a simulation as fast as time passes, in short turns, so that requests are answered between them.
+
+    On a machine that is too slow the simulation falls behind. Arrears beyond MAX_LAG_S are dropped, and `report` gets
+    a sentence about the speed, every REPORT_S at most.
+
+    Args:
+        step: one step of the simulation.
+        timestep_s: simulated time of a step.
+        report: takes the sentence.
+        clock: time in s.
+    """
+
+    TURN_S = 0.004  # wall time of a turn, at most, but for its last step
+    MAX_LAG_S = 0.1
+    REPORT_S = 5.0
+    REPORTED_SHARE = 0.95  # of real time; a slower simulation is reported
+
+    def __init__(
+        self,
+        step: Callable[[], None],
+        timestep_s: float,
+        report: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.step, self.timestep_s, self.report, self.clock = step, timestep_s, report, clock
+        self.restart()
+
+    def restart(self) -> None:
+        """Start from the present time."""
+        self._due_s = self._since_s = self.clock()  # when the next step is due; when this report began
+        self._steps = 0  # since then
+
+    def wait_s(self) -> float:
+        """Wall time until the next step is due; 0 if it is due already."""
+        return max(self._due_s - self.clock(), 0.0)
+
+    def advance(self) -> None:
+        """Do the steps that are due, in one turn."""
+        began = now = self.clock()
+        while self._due_s <= now and now - began < self.TURN_S:
+            self.step()
+            self._due_s, self._steps = self._due_s + self.timestep_s, self._steps + 1
+            now = self.clock()
+        self._due_s = max(self._due_s, now - self.MAX_LAG_S)
+        if (elapsed := now - self._since_s) >= self.REPORT_S:
+            share = self._steps * self.timestep_s / elapsed
+            if share < self.REPORTED_SHARE:
+                self.report(f"the simulated arm runs at {100 * share:.0f} % of real time: this machine is too slow")
+            self._since_s, self._steps = now, 0
+
+
+def film(
+    arm: SimulatedArm,
+    size: tuple[int, int],
+    stop: threading.Event,
+    publish: Callable[[Picture], None],
+    visual: bool,
+    episode: Callable[[], Any] = lambda: 0,
+) -> None:
+    """Take a picture with the camera `top` every control step until `stop`; runs in a thread.
+
+    Args:
+        arm: whose scene is filmed.
+        size: height and width, pixels.
+        stop: ends it.
+        publish: takes each picture.
+        visual: whether the scene looks as drawn for the episode.
+        episode: number of the present episode. A picture during which it changes is discarded.
+
+    Raises:
+        SO101Error: this machine cannot render.
+    """
+    renderer = Renderer(arm.model, size, fast=True)
+    try:
+        number, due = camera_names(arm.model).index("top"), time.monotonic()
+        while not stop.is_set():
+            before = episode()
+            taken, qpos, look = time.monotonic(), arm.qpos, arm.look if visual else None
+            image = renderer.render(qpos, "top", look)
+            if look is not None:
+                add_noise(image, look, arm.count, number)
+            if episode() == before:  # otherwise the picture shows the last episode, or parts of both
+                publish(Picture(image, taken))
+            due = max(due + 1 / CONTROL_HZ, time.monotonic())
+            stop.wait(due - time.monotonic())
+    finally:
+        renderer.close()
+
+
+def report_speed(line: str) -> None:
+    """Print a sentence of RealTime's."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _run_arm(pipe: Connection, task: Task, visual: bool, size: tuple[int, int]) -> None:
@@ -110,51 +330,36 @@ def _run_arm(pipe: Connection, task: Task, visual: bool, size: tuple[int, int]) 
     newest: dict[str, Any] = {"episode": 0}
     stop = threading.Event()
 
-    def film() -> None:
-        """Take a picture every control step."""
+    def run_camera() -> None:
         try:
-            renderer = Renderer(arm.model, size, fast=True)
+            film(arm, size, stop, lambda picture: newest.update(picture=picture), visual, lambda: newest["episode"])
         except SO101Error as error:
             newest["problem"] = str(error)  # the next request for a picture raises it in the other process
-            return
-        number, due = camera_names(arm.model).index("top"), time.monotonic()
-        while not stop.is_set():
-            episode = newest["episode"]
-            taken, qpos, look = time.monotonic(), arm.qpos, arm.look if visual else None
-            image = renderer.render(qpos, "top", look)
-            if look is not None:
-                add_noise(image, look, arm.count, number)
-            if newest["episode"] == episode:  # otherwise the picture shows the last episode, or parts of both
-                newest["picture"] = Picture(image, taken)
-            due = max(due + 1 / CONTROL_HZ, time.monotonic())
-            stop.wait(due - time.monotonic())
-        renderer.close()
 
-    camera = threading.Thread(target=film)
+    camera = threading.Thread(target=run_camera)
     camera.start()
-    began = time.monotonic()
+    real_time = RealTime(arm.step, arm.timestep_s, report_speed)
     try:
         while True:
-            while arm.count * arm.timestep_s < time.monotonic() - began:
-                arm.step()
-            if not pipe.poll(max(began + arm.count * arm.timestep_s - time.monotonic(), 0.0)):
-                continue
-            word, value = pipe.recv()
-            if word == "read":
-                pipe.send((arm.joints_rad, time.monotonic()))
-            elif word == "write":
-                arm.command(value)
-            elif word == "picture":
-                pipe.send(newest.get("problem") or newest.get("picture"))
-            elif word == "reset":
-                newest["episode"] = None  # discards the picture that is being rendered
-                arm.reset(value)
-                newest.pop("picture", None)
-                newest["episode"] = value
-                began = time.monotonic()
-                pipe.send(None)
-            elif word == "truth":
-                pipe.send(arm.truth())
+            waiting = pipe.poll(real_time.wait_s())
+            if waiting:
+                word, value = pipe.recv()
+                if word == "read":
+                    pipe.send((arm.joints_rad, time.monotonic()))
+                elif word == "write":
+                    arm.command(value)
+                elif word == "picture":
+                    pipe.send(newest.get("problem") or newest.get("picture"))
+                elif word == "reset":
+                    newest["episode"] = None  # discards the picture that is being rendered
+                    arm.reset(value)
+                    newest.pop("picture", None)
+                    newest["episode"] = value
+                    real_time.restart()
+                    pipe.send(None)
+                elif word == "truth":
+                    pipe.send(arm.truth())
+            real_time.advance()
     except (EOFError, ConnectionError):
         return  # the other process has closed the pipe, or has ended: so does this one
     finally:

@@ -173,14 +173,31 @@ class Arms:
             self.start(np.flatnonzero(broken))
         return broken
 
-    def substep(self, command_rad: np.ndarray, active: np.ndarray) -> None:
+    def substep(
+        self,
+        command_rad: np.ndarray,
+        active: np.ndarray,
+        strength: np.ndarray | None = None,
+        max_torque_n_m: np.ndarray | None = None,
+    ) -> None:
         """One physics step with backlash: servos of the arms in active, (N,) bool, track command_rad (N, 6).
 
         A servo does not react to the part of its error that is within the backlash. No latency is simulated here.
+
+        Args:
+            command_rad: in encoder coordinates.
+            active: the arms that are stepped.
+            strength: factor on the servo gain, (N, 6); a servo with 0 is limp. None: 1.
+            max_torque_n_m: limit on the torque of each servo, (N, 6), below that of the model. None: none.
         """
         rows, ids = _rows_and_ids(active)
         error = command_rad - self.joint_offset - self.joint_pos
         felt = error - clamp(error, -self._backlash / 2, self._backlash / 2)
+        if strength is not None:
+            felt = felt * strength
+        if max_torque_n_m is not None:
+            largest = max_torque_n_m / self._gain
+            felt = clamp(felt, -largest, largest)
         self._ctrl[rows] = (self.joint_pos + felt)[rows]
         self.batch.step(ids, nstep=1, stage=STAGE)
 
