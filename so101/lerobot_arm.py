@@ -68,9 +68,9 @@ class LeRobotArm(Robot):
             from lerobot.robots.so_follower import SO101Follower, SO101FollowerConfig
 
             self.arm = SO101Follower(SO101FollowerConfig(port=port, id=robot_id, use_degrees=True))
-        except ImportError as error:
-            text = f"lerobot:{port}: needs LeRobot's environment, see docs/arm.md ({error.name} is missing)"
-            raise RobotError(text) from error
+        except (ImportError, RuntimeError) as error:  # torch raises RuntimeError beside another torchvision
+            reason = " ".join(str(error).split())
+            raise RobotError(f"lerobot:{port}: needs LeRobot's environment, see docs/arm.md ({reason:.120})") from error
         self.port, self.firmware_p, self.say, self.bus = port, firmware_p, say, self.arm.bus
         flags = f"--robot.type=so101_follower --robot.port={port} --robot.id={robot_id}"
         self.calibrate_command = f"lerobot-calibrate {flags}"
@@ -218,7 +218,8 @@ class LeRobotArm(Robot):
         if len(silent) == ACT_DIM:
             return RobotError(f"lerobot:{self.port}: no servo answers; check the power supply and the cable")
         names = " and ".join(f"{joint} (id {self.bus.motors[joint].id})" for joint in silent)
-        return RobotError(f"lerobot:{self.port}: {names} does not answer; check its cable, and its id")
+        verb = "does" if len(silent) == 1 else "do"
+        return RobotError(f"lerobot:{self.port}: {names} {verb} not answer; check cable and id")
 
     def _lost(self, error: Exception) -> RobotError:
         """The error for a request that has failed: which servo is it?"""
