@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from so101.camera import Camera
+from so101.capture import Camera
 from so101.robot import LEROBOT_P, Picture, Robot, RobotError, ServoFault
 from so101_sim.control import ACT_DIM, JOINTS, TICKS_PER_TURN, WATCHDOG_S, from_rad, read_calibration, to_rad
 

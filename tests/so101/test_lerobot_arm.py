@@ -18,7 +18,7 @@ from conftest import ROOT
 from lerobot_stub import Time, install
 from virtual import VirtualProcess
 
-from so101 import camera, drive, lerobot_arm
+from so101 import capture, drive, lerobot_arm
 from so101.cli import run_script
 from so101.loop import REST_RAD, Clock
 from so101.robot import Picture, ServoFault
@@ -391,9 +391,9 @@ class Capture:
     def read(self):
         frame = next(self.frames, "end")
         if isinstance(frame, str):
-            camera.time.sleep(0.01)
+            capture.time.sleep(0.01)
             return False, None
-        camera.time.sleep(0.002)
+        capture.time.sleep(0.002)
         return frame is not None, frame
 
     def release(self):
@@ -401,17 +401,17 @@ class Capture:
 
 
 def test_a_camera_with_pictures_that_fail_or_repeat(monkeypatch):
-    cv2 = camera.import_extra("cv2", "arm", "the test")
+    cv2 = capture.import_extra("cv2", "arm", "the test")
     rng = np.random.default_rng(0)
     frames = [rng.integers(0, 255, (4, 6, 3), np.uint8) for _ in range(3)]
     shown = [frames[0], None, frames[1], None, None, frames[2], *[frames[2]] * 10]
     monkeypatch.setattr(cv2, "VideoCapture", lambda source: Capture(shown))
-    monkeypatch.setattr(camera, "GIVE_UP_S", 0.3)
-    source = camera.Camera("7")
+    monkeypatch.setattr(capture, "GIVE_UP_S", 0.3)
+    source = capture.Camera("7")
     while source.running and source.newest.image[0, 0, 0] != frames[2][0, 0, 2]:
-        camera.time.sleep(0.001)
+        capture.time.sleep(0.001)
     taken = source.picture().time_s
-    camera.time.sleep(0.05)
+    capture.time.sleep(0.05)
     assert source.skipped >= 3 and source.picture().time_s == taken  # frozen: it counts as taken when it was new
     source.thread.join(10)
     with pytest.raises(SO101Error, match="delivers no more pictures"):
@@ -470,7 +470,7 @@ def test_with_lerobots_own_driver(tmp_path, event, code, text, under_torque):
         if code and not before:
             while not (state := virtual.state())["torque_on"]["gripper"] or state["joints_deg"]["shoulder_lift"] < 0:
                 assert driver.poll() is None, driver.communicate()[1]
-                camera.time.sleep(0.2)
+                capture.time.sleep(0.2)
             driver.send_signal(event) if isinstance(event, signal.Signals) else virtual.fault(event)
         _, err = driver.communicate(timeout=180)
         state = virtual.state()
