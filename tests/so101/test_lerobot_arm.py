@@ -100,6 +100,8 @@ class Evening:
         self.monkeypatch.setattr(sys, "argv", words)
         code = run_script(drive.main)
         self.out, err = self.capsys.readouterr()
+        self.time.on_sleep = lambda: None
+        self.time.sleep(2.0)  # without torque the arm falls to its stops
         self.state = self.virtual.state()
         return code, err
 
@@ -125,7 +127,7 @@ def torque(evening):
 def test_an_episode_ends_at_rest_and_limp(evening):
     code, err = evening.run()
     assert code == 0 and evening.report["seen_inside_rate"] == 1 and evening.state["inside"]
-    assert torque(evening) == [] and evening.off_rest_deg() < 6
+    assert torque(evening) == [] and evening.off_rest_deg() < 10
     assert err.splitlines()[-1] == "torque off at rest"
     assert evening.report["missed_deadlines"] == 0 and "stopped" not in evening.report
 
@@ -185,7 +187,7 @@ def test_what_ends_a_run(evening, fault, text, under_torque):
     if under_torque or fault.startswith("power"):
         assert re.search("torque NOT off in .*" + ", ".join(under_torque), err)
     if fault.startswith("frozen"):  # the arm can still be moved
-        assert evening.off_rest_deg() < 6 and "torque off at rest" in err
+        assert evening.off_rest_deg() < 10 and "torque off at rest" in err
     if fault.startswith("overload"):  # it is not asked to move any more
         assert "not moved any more" in err and evening.off_rest_deg() > 20
 
@@ -195,7 +197,7 @@ def test_lost_and_damaged_answers_are_asked_for_again(evening):
     code, err = evening.run()
     assert code == 0, err
     assert evening.report["events"]["answers asked for again"] > 3
-    assert torque(evening) == [] and evening.off_rest_deg() < 6
+    assert torque(evening) == [] and evening.off_rest_deg() < 10
 
 
 def test_a_reading_that_stays_where_it_jumped_to_stops_the_arm(evening):
@@ -233,7 +235,7 @@ def test_a_signal_folds_the_arm_slowly_and_lets_it_go_limp(evening, monkeypatch,
     evening.at(7, stop)
     code, err = evening.run("--episode-steps", "100000")
     assert code == 128 + signum and "torque off at rest" in err
-    assert torque(evening) == [] and evening.off_rest_deg() < 6
+    assert torque(evening) == [] and evening.off_rest_deg() < 10
     # until the joints fall by a few degrees in the end, it moves at about HOME_SPEED_RAD_S
     assert 0.3 < max(fastest[5:-1]) < 1.0
     assert evening.report["stopped"] == f"signal {signum}"
@@ -254,7 +256,7 @@ def test_a_closed_terminal_ends_after_what_is_complete(evening):
     evening.enters = 1
     code, err = evening.run("--episodes", "3")
     assert code == 2 and "no terminal to press Enter at" in err
-    assert evening.report["episodes"] == 1 and torque(evening) == [] and evening.off_rest_deg() < 6
+    assert evening.report["episodes"] == 1 and torque(evening) == [] and evening.off_rest_deg() < 10
 
 
 def test_a_fault_in_the_policy_folds_the_arm_too(evening, monkeypatch):
@@ -271,7 +273,7 @@ def test_a_fault_in_the_policy_folds_the_arm_too(evening, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         evening.run()
     evening.state = evening.virtual.state()
-    assert torque(evening) == [] and evening.off_rest_deg() < 6
+    assert torque(evening) == [] and evening.off_rest_deg() < 10
 
 
 def test_servos_that_are_calibrated_otherwise_are_refused(evening):
@@ -287,7 +289,7 @@ def test_a_folded_arm_moves_in_from_its_stops(monkeypatch, capsys, tmp_path):
     evening = Evening(monkeypatch, capsys, tmp_path, start_rad=np.deg2rad([0.0, -105.9, 98.9, 97.9, 0, -10]))
     code, err = evening.run()
     assert code == 0, err
-    assert evening.report["seen_inside_rate"] == 1 and evening.off_rest_deg() < 6
+    assert evening.report["seen_inside_rate"] == 1 and evening.off_rest_deg() < 10
 
 
 def test_a_weak_servo_is_believed_to_be_one(monkeypatch, capsys, tmp_path):
@@ -479,4 +481,4 @@ def test_with_lerobots_own_driver(tmp_path, event, code, text, under_torque):
     if event == "dry run" or before and code:
         assert state["writes"] == 0
     if "at rest" in text or event == signal.SIGHUP:
-        assert np.abs(np.array([*state["joints_deg"].values()]) - np.rad2deg(REST_RAD))[:4].max() < 6
+        assert np.abs(np.array([*state["joints_deg"].values()]) - np.rad2deg(REST_RAD))[:4].max() < 10
