@@ -15,6 +15,7 @@ if __name__ == "__main__":  # Ctrl+C during the imports ends the program without
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import base64
 import collections
 import contextlib
 import dataclasses
@@ -39,6 +40,7 @@ import tyro
 from PIL import Image
 
 from so101.cli import Stop, Stoppable, check_flags, check_output, parse, run_script
+from so101.extras import import_extra
 from so101.feetech import ERRORS, READ, REGISTERS, SYNC_READ, Bus, Packet, Reader, Servo
 from so101.files import write_json
 from so101.robot import Picture
@@ -258,8 +260,8 @@ class VirtualArm:
     # -- physics
 
     def _sense(self) -> None:
-        """Let the servos measure."""
-        raw = MOUNTED_TICKS + (self.arm.encoders_rad - MIDDLE_RAD) / TICK_RAD
+        """Let the servos measure everything."""
+        raw = _raw_ticks(self.arm.encoders_rad)
         velocity, load = self.arm.velocity_rad_s / TICK_RAD, self.arm.torque_n_m / self.stall_n_m
         volts = next((fault.number for fault in self._active("voltage")), self.volts)
         hot = {fault.joint for fault in self._active("hot")}
@@ -278,7 +280,7 @@ class VirtualArm:
             servo.set("Homing_Offset", servo.get("Homing_Offset") + round(np.deg2rad(fault.number) / TICK_RAD))
             self.faults.remove(fault)
         target = arm.encoders_rad
-        for number, servo in enumerate(self.servos):
+        for number, (servo, servo.raw) in enumerate(zip(self.servos, _raw_ticks(target).tolist())):
             servo.silent = unpowered or number in silent
             servo.overloaded |= number in overloaded
             if unpowered:
@@ -297,9 +299,10 @@ class VirtualArm:
             arm.step()
         else:
             arm.place(self.hand.joints_rad(arm.time_s))
-            arm.time_s += seconds
+            arm.time_s, arm.count = arm.time_s + seconds, arm.count + 1
         self.age_s += seconds
-        self._sense()
+        if arm.count % arm.arms.substeps == 0:
+            self._sense()
 
     def _active(self, name: str) -> list[Fault]:
         """The faults of a name that have begun."""
@@ -317,8 +320,8 @@ class VirtualArm:
     def receive(self, data: bytes, time_s: float) -> list[bytes]:
         """Answers to bytes that have arrived on the bus at time_s."""
         answers = []
-        data = self._disturb(data) if data else data
-        for packet in self.reader.feed(data, time_s):
+        for packet in self.reader.feed(self._disturb(data), time_s):
+            self._sense()
             jumps = [fault for fault in self._active("jump") if _reads_position(packet)]
             for fault in jumps:
                 servo, ticks = self.servos[fault.joint], np.deg2rad(fault.number) / TICK_RAD
@@ -328,11 +331,10 @@ class VirtualArm:
             answers += [self._disturb(answer) for answer in self.bus.handle(packet)]
             if self.hand is not None and sum(servo.written["Homing_Offset"] for servo in self.servos) > homed:
                 self.hand.homed_s = self.arm.time_s
-            self._sense()  # a homing offset may have changed
         return [answer for answer in answers if answer]
 
     def _disturb(self, data: bytes) -> bytes:
-        """What arrives of a packet."""
+        """What arrives of a packet, which is what arrives at one time."""
         for fault in self._active("lost"):
             if self.rng.random() < fault.number:
                 return b""
@@ -361,6 +363,7 @@ class VirtualArm:
 
     def state(self) -> dict[str, Any]:
         """The ground truth, and what the bus has done."""
+        self._sense()
         truth, written = self.arm.truth(), collections.Counter()
         for servo in self.servos:
             written.update(servo.written)
@@ -383,6 +386,11 @@ class VirtualArm:
         }
 
 
+def _raw_ticks(joints_rad: np.ndarray) -> np.ndarray:
+    """The encoders' own positions, ticks, at joint positions (6,), rad, as they measure them."""
+    return MOUNTED_TICKS + (joints_rad - MIDDLE_RAD) / TICK_RAD
+
+
 def _reads_position(packet: Packet) -> bool:
     """Whether a packet asks for Present_Position."""
     if packet.instruction not in (READ, SYNC_READ) or len(packet.parameters) < 2:
@@ -398,14 +406,48 @@ HANDS = ("none", "still", "swing", "sweep")
 # the camera
 
 
+class Publisher:
+    """Sends pictures over ZeroMQ as LeRobot's ImageServer does, whose cameras are of type zmq.
+
+    JSON: timestamps and images by camera, base64 of JPEG. LeRobot encodes and decodes it with red and blue swapped.
+
+    Args:
+        port: on 127.0.0.1.
+
+    Raises:
+        SO101Error: the port is in use, or pyzmq is not installed.
+    """
+
+    def __init__(self, port: int):
+        self.zmq = import_extra("zmq", "server", "--camera-zmq")
+        self.socket = self.zmq.Context.instance().socket(self.zmq.PUB)
+        self.socket.setsockopt(self.zmq.SNDHWM, 2)  # late pictures are dropped
+        self.socket.setsockopt(self.zmq.LINGER, 0)
+        try:
+            self.socket.bind(f"tcp://127.0.0.1:{port}")
+        except self.zmq.ZMQError as error:
+            self.socket.close()
+            raise SO101Error(f"--camera-zmq {port}: {error.strerror}; name another port") from error
+
+    def send(self, image: np.ndarray) -> None:
+        """Send a picture (H, W, 3) uint8, RGB; nobody needs to listen."""
+        text = base64.b64encode(_jpeg(image[:, :, ::-1])).decode()
+        self.socket.send_string(json.dumps({"timestamps": {"top": time.time()}, "images": {"top": text}}))
+
+    def close(self) -> None:
+        """Free the port."""
+        self.socket.close()
+
+
 class CameraServer:
     """Pictures of a VirtualArm over HTTP: an MJPEG stream under any path, one picture under /snapshot.jpg.
 
-    Pictures are only taken while somebody watches.
+    Pictures are only taken while somebody watches, or if there is a publisher.
 
     Args:
         virtual: whose camera it is.
         port: on 127.0.0.1; 0: any free one, see `url`.
+        publisher: also gets the pictures; closed with the camera. None: none.
         size: height and width, pixels.
         visual: whether the scene looks as drawn from the seed.
 
@@ -413,10 +455,13 @@ class CameraServer:
         SO101Error: the port is in use.
     """
 
-    def __init__(self, virtual: VirtualArm, port: int, size: tuple[int, int], visual: bool):
-        self.virtual, self.problem = virtual, ""  # problem: why there are no pictures
+    def __init__(
+        self, virtual: VirtualArm, port: int, publisher: Publisher | None, size: tuple[int, int], visual: bool
+    ):
+        self.virtual, self.publisher, self.problem = virtual, publisher, ""  # problem: why there are no pictures
         self._stop, self._changed = threading.Event(), threading.Condition()
         self._watchers, self._number, self._jpeg = 0, 0, b""
+        self._image: np.ndarray | None = None  # the newest
         self._late: collections.deque[Picture] = collections.deque()  # taken, but not delivered yet
         self._rng = np.random.default_rng(port)
         try:
@@ -441,7 +486,7 @@ class CameraServer:
     def _publish(self, picture: Picture) -> None:
         """Deliver a picture, or wait until somebody watches; the picture is old by then."""
         with self._changed:
-            if not self._watchers:
+            if not self._watchers and self.publisher is None:
                 self._late.clear()
                 self._changed.wait_for(lambda: self._watchers or self._stop.is_set())
                 return
@@ -451,11 +496,15 @@ class CameraServer:
             image = self._late.popleft().image
             if self.virtual.begun("stalled"):
                 continue
-            jpeg = self._jpeg if self._jpeg and self.virtual.begun("frozen") else _jpeg(image)
-            broken = self.virtual.begun("broken")
-            sent = jpeg[: len(jpeg) // 3] if broken and self._rng.random() < broken.number else jpeg
+            if self._image is not None and self.virtual.begun("frozen"):
+                image = self._image
+            self._image, jpeg = image, _jpeg(image)
+            if (broken := self.virtual.begun("broken")) and self._rng.random() < broken.number:
+                jpeg = jpeg[: len(jpeg) // 3]
+            elif self.publisher:
+                self.publisher.send(image)
             with self._changed:
-                self._jpeg, self._sent, self._number = jpeg, sent, self._number + 1
+                self._jpeg, self._number = jpeg, self._number + 1
                 self._changed.notify_all()
 
     def watch(self, deliver: Callable[[bytes], Any], once: bool) -> None:
@@ -469,7 +518,7 @@ class CameraServer:
                     self._changed.wait(1.0)
                     if self._number == number:
                         continue
-                    number, jpeg = self._number, self._sent
+                    number, jpeg = self._number, self._jpeg
                 deliver(jpeg)
                 if once:
                     return
@@ -486,6 +535,8 @@ class CameraServer:
         self.server.server_close()
         for thread in self._threads:
             thread.join()
+        if self.publisher:
+            self.publisher.close()
 
 
 class _Server(http.server.ThreadingHTTPServer):
@@ -701,6 +752,8 @@ class Args:
     """path of the serial port to make, a symbolic link to a pseudo-terminal"""
     camera: int | None = None
     """port on 127.0.0.1 at which the camera's pictures are served over HTTP; 0: any free one; default: no camera"""
+    camera_zmq: int | None = None
+    """port on 127.0.0.1 at which LeRobot's cameras of type zmq get the pictures; default: not at all"""
     camera_size: tuple[int, int] = (480, 640)
     """height and width of the pictures, pixels"""
     visual_randomization: bool = False
@@ -727,11 +780,21 @@ class Args:
 def main() -> int:
     """Run the virtual arm until a signal; returns the exit code."""
     args = parse(Args, __doc__)
-    check_flags(args, {"camera": (0, 65535), "seed": (0, 2**32 - 1), "tape_margin": Task.RANGES["tape_margin"]})
+    check_flags(
+        args,
+        {
+            "camera": (0, 65535),
+            "camera_zmq": (1, 65535),
+            "seed": (0, 2**32 - 1),
+            "tape_margin": Task.RANGES["tape_margin"],
+        },
+    )
     check_flags(args.flaws, Flaws.RANGES)
     if not all(8 <= side <= 2048 for side in args.camera_size):
         raise SO101Error(f"--camera-size {args.camera_size}: both must be in [8, 2048]")
     check_output("--write-calibration", args.write_calibration, (".json",))
+    if args.camera_zmq is not None and args.camera is None:
+        raise SO101Error("--camera-zmq needs --camera: --camera 0 takes any free port")
     faults = [parse_fault(text) for text in args.fault]
     if args.write_calibration:
         write_json(Path(args.write_calibration), factory_calibration())
@@ -744,7 +807,9 @@ def main() -> int:
         camera = program = None
         try:
             if args.camera is not None:
-                camera = CameraServer(virtual, args.camera, tuple(args.camera_size), args.visual_randomization)
+                publisher = None if args.camera_zmq is None else Publisher(args.camera_zmq)
+                size = tuple(args.camera_size)
+                camera = CameraServer(virtual, args.camera, publisher, size, args.visual_randomization)
             program = Program(virtual, args.port, camera)
             where = f", camera {camera.url}" if camera else ""
             print(f"ready: port {args.port} ({program.port.name}){where}; Ctrl+C ends", flush=True)
