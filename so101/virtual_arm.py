@@ -15,39 +15,33 @@ if __name__ == "__main__":  # Ctrl+C during the imports ends the program without
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import base64
 import collections
 import contextlib
 import dataclasses
 import errno
-import http.server
-import io
 import json
 import os
 import select
 import signal
 import sys
 import termios
-import threading
 import time
 import tty
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
-from PIL import Image
 
 from so101.cli import Stop, Stoppable, check_flags, check_output, parse, run_script
-from so101.extras import import_extra
 from so101.feetech import ERRORS, READ, REGISTERS, SYNC_READ, Bus, Packet, Reader, Servo
 from so101.files import write_json
-from so101.robot import Picture
-from so101.simulated_arm import Flaws, RealTime, SimulatedArm, film, report_speed
+from so101.simulated_arm import Flaws, RealTime, SimulatedArm, report_speed
+from so101.virtual_camera import Camera
 from so101_env import HOME_RAD, TAPE_MARGIN_M, Task
 from so101_sim.control import ACT_DIM, FIRMWARE_P, GRIPPER, JOINTS, TICKS_PER_TURN, WRIST_ROLL
 from so101_sim.errors import SO101Error
+from so101_sim.scene import CONTROL_HZ
 
 TICK_RAD = 2 * np.pi / TICKS_PER_TURN
 # End stops. Those of printed arms are a few degrees wider than the model's: 13 public calibrations of SO-101 arms span
@@ -251,6 +245,7 @@ class VirtualArm:
         for servo in self.servos:
             servo.set("Torque_Enable", 0)
         self.arm.reset(seed, self.start_rad)
+        self.seed = seed  # of the sheet's start and the look
         self.arm.strength, self.arm.max_torque_n_m = np.zeros((1, ACT_DIM)), np.zeros((1, ACT_DIM))
         self._target_rad = self.arm.target_rad
         if self.hand is not None:
@@ -280,7 +275,8 @@ class VirtualArm:
             servo.set("Homing_Offset", servo.get("Homing_Offset") + round(np.deg2rad(fault.number) / TICK_RAD))
             self.faults.remove(fault)
         target = arm.encoders_rad
-        for number, (servo, servo.raw) in enumerate(zip(self.servos, _raw_ticks(target).tolist())):
+        for number, (servo, raw) in enumerate(zip(self.servos, _raw_ticks(target).tolist())):
+            servo.raw = raw
             servo.silent = unpowered or number in silent
             servo.overloaded |= number in overloaded
             if unpowered:
@@ -353,6 +349,8 @@ class VirtualArm:
         if len(degrees) != ACT_DIM or not all(low <= degrees) or not all(degrees <= high):
             raise SO101Error(f"place {degrees}: needs six degrees, from {low.tolist()} to {high.tolist()}")
         self.arm.place(np.deg2rad(degrees))
+        if self.hand is not None:
+            self.grasp(self.hand.name)  # where the arm is now
         self._sense()
 
     def grasp(self, name: str) -> None:
@@ -360,6 +358,12 @@ class VirtualArm:
         if name not in HANDS:
             raise SO101Error(f"hand {name}: known are {', '.join(HANDS)}")
         self.hand = None if name == "none" else Hand(name, self.arm.qpos[:ACT_DIM], self.arm.time_s)
+
+    def picture(self) -> tuple[np.ndarray, int, int, bool, bool, float]:
+        """What the camera needs to know, see Camera.show."""
+        frozen, stalled, broken = (self.begun(name) for name in ("frozen", "stalled", "broken"))
+        share = broken.number if broken else 0.0
+        return self.arm.qpos, self.seed, self.arm.count, frozen is not None, stalled is not None, share
 
     def state(self) -> dict[str, Any]:
         """The ground truth, and what the bus has done."""
@@ -400,181 +404,6 @@ def _reads_position(packet: Packet) -> bool:
 
 
 HANDS = ("none", "still", "swing", "sweep")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the camera
-
-
-class Publisher:
-    """Sends pictures over ZeroMQ as LeRobot's ImageServer does, whose cameras are of type zmq.
-
-    JSON: timestamps and images by camera, base64 of JPEG. LeRobot encodes and decodes it with red and blue swapped.
-
-    Args:
-        port: on 127.0.0.1.
-
-    Raises:
-        SO101Error: the port is in use, or pyzmq is not installed.
-    """
-
-    def __init__(self, port: int):
-        self.zmq = import_extra("zmq", "server", "--camera-zmq")
-        self.socket = self.zmq.Context.instance().socket(self.zmq.PUB)
-        self.socket.setsockopt(self.zmq.SNDHWM, 2)  # late pictures are dropped
-        self.socket.setsockopt(self.zmq.LINGER, 0)
-        try:
-            self.socket.bind(f"tcp://127.0.0.1:{port}")
-        except self.zmq.ZMQError as error:
-            self.socket.close()
-            raise SO101Error(f"--camera-zmq {port}: {error.strerror}; name another port") from error
-
-    def send(self, image: np.ndarray) -> None:
-        """Send a picture (H, W, 3) uint8, RGB; nobody needs to listen."""
-        text = base64.b64encode(_jpeg(image[:, :, ::-1])).decode()
-        self.socket.send_string(json.dumps({"timestamps": {"top": time.time()}, "images": {"top": text}}))
-
-    def close(self) -> None:
-        """Free the port."""
-        self.socket.close()
-
-
-class CameraServer:
-    """Pictures of a VirtualArm over HTTP: an MJPEG stream under any path, one picture under /snapshot.jpg.
-
-    Pictures are only taken while somebody watches, or if there is a publisher.
-
-    Args:
-        virtual: whose camera it is.
-        port: on 127.0.0.1; 0: any free one, see `url`.
-        publisher: also gets the pictures; closed with the camera. None: none.
-        size: height and width, pixels.
-        visual: whether the scene looks as drawn from the seed.
-
-    Raises:
-        SO101Error: the port is in use.
-    """
-
-    def __init__(
-        self, virtual: VirtualArm, port: int, publisher: Publisher | None, size: tuple[int, int], visual: bool
-    ):
-        self.virtual, self.publisher, self.problem = virtual, publisher, ""  # problem: why there are no pictures
-        self._stop, self._changed = threading.Event(), threading.Condition()
-        self._watchers, self._number, self._jpeg = 0, 0, b""
-        self._image: np.ndarray | None = None  # the newest
-        self._late: collections.deque[Picture] = collections.deque()  # taken, but not delivered yet
-        self._rng = np.random.default_rng(port)
-        try:
-            self.server = _Server(("127.0.0.1", port), _Handler)
-        except OSError as error:
-            raise SO101Error(f"--camera {port}: {error.strerror}; name another port") from error
-        self.server.camera = self
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/video"
-        self._threads = [
-            threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.1}),
-            threading.Thread(target=self._film, args=(size, visual)),
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def _film(self, size: tuple[int, int], visual: bool) -> None:
-        try:
-            film(self.virtual.arm, size, self._stop, self._publish, visual)
-        except SO101Error as error:
-            self.problem = str(error)
-
-    def _publish(self, picture: Picture) -> None:
-        """Deliver a picture, or wait until somebody watches; the picture is old by then."""
-        with self._changed:
-            if not self._watchers and self.publisher is None:
-                self._late.clear()
-                self._changed.wait_for(lambda: self._watchers or self._stop.is_set())
-                return
-        self._late.append(picture)
-        delay = self.virtual.arm.flaws.picture_latency_s
-        while self._late and self._late[0].time_s <= time.monotonic() - delay:
-            image = self._late.popleft().image
-            if self.virtual.begun("stalled"):
-                continue
-            if self._image is not None and self.virtual.begun("frozen"):
-                image = self._image
-            self._image, jpeg = image, _jpeg(image)
-            if (broken := self.virtual.begun("broken")) and self._rng.random() < broken.number:
-                jpeg = jpeg[: len(jpeg) // 3]
-            elif self.publisher:
-                self.publisher.send(image)
-            with self._changed:
-                self._jpeg, self._number = jpeg, self._number + 1
-                self._changed.notify_all()
-
-    def watch(self, deliver: Callable[[bytes], Any], once: bool) -> None:
-        """Call deliver with each new picture, JPEG, or with one; returns when the camera is closed."""
-        with self._changed:
-            self._watchers, number = self._watchers + 1, self._number
-            self._changed.notify_all()
-        try:
-            while not self._stop.is_set():
-                with self._changed:
-                    self._changed.wait(1.0)
-                    if self._number == number:
-                        continue
-                    number, jpeg = self._number, self._jpeg
-                deliver(jpeg)
-                if once:
-                    return
-        finally:
-            with self._changed:
-                self._watchers -= 1
-
-    def close(self) -> None:
-        """Stop filming and serving."""
-        self._stop.set()
-        with self._changed:
-            self._changed.notify_all()
-        self.server.shutdown()
-        self.server.server_close()
-        for thread in self._threads:
-            thread.join()
-        if self.publisher:
-            self.publisher.close()
-
-
-class _Server(http.server.ThreadingHTTPServer):
-    """An HTTP server with a camera."""
-
-    daemon_threads = True
-    block_on_close = False
-    camera: CameraServer
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    """One HTTP client."""
-
-    server: _Server
-
-    def do_GET(self) -> None:
-        """Send pictures until the client is gone."""
-        once = self.path == "/snapshot.jpg"
-        self.send_response(200)
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("Content-Type", "image/jpeg" if once else "multipart/x-mixed-replace; boundary=picture")
-        self.end_headers()
-        with contextlib.suppress(ConnectionError):  # the client is gone
-            self.server.camera.watch(self.wfile.write if once else self._send_part, once)
-
-    def _send_part(self, jpeg: bytes) -> None:
-        head = f"--picture\r\nContent-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n"
-        self.wfile.write(head.encode() + jpeg + b"\r\n")
-
-    def log_message(self, *args: Any) -> None:
-        """Requests are not logged."""
-
-
-def _jpeg(image: np.ndarray) -> bytes:
-    """A picture (H, W, 3) uint8 as JPEG."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=90)
-    return file.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -640,11 +469,12 @@ class Program:
         camera: None: without.
     """
 
-    def __init__(self, virtual: VirtualArm, link: str, camera: CameraServer | None):
+    def __init__(self, virtual: VirtualArm, link: str, camera: Camera | None):
         self.virtual, self.link, self.camera = virtual, link, camera
         self.port: Port | None = Port(link)
         self.real_time = RealTime(virtual.step, virtual.arm.timestep_s, report_speed)
         self.outbox: collections.deque[tuple[float, bytes]] = collections.deque()  # when it is due, and what
+        self._film_s = 0.0  # when the camera gets the next state
         self.stdin, self._line = _stdin_to_watch(), b""
 
     def run(self) -> None:
@@ -667,8 +497,9 @@ class Program:
             if self.stdin is not None and self.stdin in ready:
                 self._obey()
             self.real_time.advance()
-            if self.camera and self.camera.problem:
-                raise SO101Error(f"--camera: {self.camera.problem}")
+            if self.camera and time.monotonic() >= self._film_s:
+                self._film_s = time.monotonic() + 1 / CONTROL_HZ
+                self.camera.show(*self.virtual.picture())
 
     def _serve(self, port: Port) -> None:
         now = time.monotonic()
@@ -807,9 +638,9 @@ def main() -> int:
         camera = program = None
         try:
             if args.camera is not None:
-                publisher = None if args.camera_zmq is None else Publisher(args.camera_zmq)
-                size = tuple(args.camera_size)
-                camera = CameraServer(virtual, args.camera, publisher, size, args.visual_randomization)
+                look = tuple(args.camera_size), args.visual_randomization, args.flaws, args.tape_margin
+                camera = Camera(args.camera, args.camera_zmq, *look)
+                camera.wait()
             program = Program(virtual, args.port, camera)
             where = f", camera {camera.url}" if camera else ""
             print(f"ready: port {args.port} ({program.port.name}){where}; Ctrl+C ends", flush=True)
