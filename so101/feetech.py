@@ -230,7 +230,7 @@ class Servo:
             self.setpoint = goal
         else:
             self.setpoint += min(max(goal - self.setpoint, -speed * seconds), speed * seconds)
-        strained = self.torque_on and abs(self.get("Present_Load")) >= 10 * self.get("Overload_Torque")
+        strained = abs(self.get("Present_Load")) >= 10 * self.get("Overload_Torque") and self.torque_on
         self._strained_s = self._strained_s + seconds if strained else 0.0
         if self._strained_s >= self.get("Protection_Time") / 100:
             self.overloaded = True

@@ -280,7 +280,7 @@ class RealTime:
 
 
 def film(
-    arm: SimulatedArm,
+    arm: Any,
     size: tuple[int, int],
     stop: threading.Event,
     publish: Callable[[Picture], None],
@@ -290,7 +290,7 @@ def film(
     """Take a picture with the camera `top` every control step until `stop`; runs in a thread.
 
     Args:
-        arm: whose scene is filmed.
+        arm: whose scene is filmed: a SimulatedArm, or what has its model, qpos, look and count.
         size: height and width, pixels.
         stop: ends it.
         publish: takes each picture.

@@ -19,33 +19,29 @@ import collections
 import contextlib
 import dataclasses
 import errno
-import http.server
-import io
 import json
 import os
 import select
 import signal
 import sys
 import termios
-import threading
 import time
 import tty
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
-from PIL import Image
 
 from so101.cli import Stop, Stoppable, check_flags, check_output, parse, run_script
 from so101.feetech import ERRORS, READ, REGISTERS, SYNC_READ, Bus, Packet, Reader, Servo
 from so101.files import write_json
-from so101.robot import Picture
-from so101.simulated_arm import Flaws, RealTime, SimulatedArm, film, report_speed
+from so101.simulated_arm import Flaws, RealTime, SimulatedArm, report_speed
+from so101.virtual_camera import Camera
 from so101_env import HOME_RAD, TAPE_MARGIN_M, Task
 from so101_sim.control import ACT_DIM, FIRMWARE_P, GRIPPER, JOINTS, TICKS_PER_TURN, WRIST_ROLL
 from so101_sim.errors import SO101Error
+from so101_sim.scene import CONTROL_HZ
 
 TICK_RAD = 2 * np.pi / TICKS_PER_TURN
 # End stops. Those of printed arms are a few degrees wider than the model's: 13 public calibrations of SO-101 arms span
@@ -249,6 +245,7 @@ class VirtualArm:
         for servo in self.servos:
             servo.set("Torque_Enable", 0)
         self.arm.reset(seed, self.start_rad)
+        self.seed = seed  # of the sheet's start and the look
         self.arm.strength, self.arm.max_torque_n_m = np.zeros((1, ACT_DIM)), np.zeros((1, ACT_DIM))
         self._target_rad = self.arm.target_rad
         if self.hand is not None:
@@ -258,8 +255,8 @@ class VirtualArm:
     # -- physics
 
     def _sense(self) -> None:
-        """Let the servos measure."""
-        raw = MOUNTED_TICKS + (self.arm.encoders_rad - MIDDLE_RAD) / TICK_RAD
+        """Let the servos measure everything."""
+        raw = _raw_ticks(self.arm.encoders_rad)
         velocity, load = self.arm.velocity_rad_s / TICK_RAD, self.arm.torque_n_m / self.stall_n_m
         volts = next((fault.number for fault in self._active("voltage")), self.volts)
         hot = {fault.joint for fault in self._active("hot")}
@@ -278,7 +275,8 @@ class VirtualArm:
             servo.set("Homing_Offset", servo.get("Homing_Offset") + round(np.deg2rad(fault.number) / TICK_RAD))
             self.faults.remove(fault)
         target = arm.encoders_rad
-        for number, servo in enumerate(self.servos):
+        for number, (servo, raw) in enumerate(zip(self.servos, _raw_ticks(target).tolist())):
+            servo.raw = raw
             servo.silent = unpowered or number in silent
             servo.overloaded |= number in overloaded
             if unpowered:
@@ -297,9 +295,10 @@ class VirtualArm:
             arm.step()
         else:
             arm.place(self.hand.joints_rad(arm.time_s))
-            arm.time_s += seconds
+            arm.time_s, arm.count = arm.time_s + seconds, arm.count + 1
         self.age_s += seconds
-        self._sense()
+        if arm.count % arm.arms.substeps == 0:
+            self._sense()
 
     def _active(self, name: str) -> list[Fault]:
         """The faults of a name that have begun."""
@@ -317,8 +316,8 @@ class VirtualArm:
     def receive(self, data: bytes, time_s: float) -> list[bytes]:
         """Answers to bytes that have arrived on the bus at time_s."""
         answers = []
-        data = self._disturb(data) if data else data
-        for packet in self.reader.feed(data, time_s):
+        for packet in self.reader.feed(self._disturb(data), time_s):
+            self._sense()
             jumps = [fault for fault in self._active("jump") if _reads_position(packet)]
             for fault in jumps:
                 servo, ticks = self.servos[fault.joint], np.deg2rad(fault.number) / TICK_RAD
@@ -328,11 +327,10 @@ class VirtualArm:
             answers += [self._disturb(answer) for answer in self.bus.handle(packet)]
             if self.hand is not None and sum(servo.written["Homing_Offset"] for servo in self.servos) > homed:
                 self.hand.homed_s = self.arm.time_s
-            self._sense()  # a homing offset may have changed
         return [answer for answer in answers if answer]
 
     def _disturb(self, data: bytes) -> bytes:
-        """What arrives of a packet."""
+        """What arrives of a packet, which is what arrives at one time."""
         for fault in self._active("lost"):
             if self.rng.random() < fault.number:
                 return b""
@@ -351,6 +349,8 @@ class VirtualArm:
         if len(degrees) != ACT_DIM or not all(low <= degrees) or not all(degrees <= high):
             raise SO101Error(f"place {degrees}: needs six degrees, from {low.tolist()} to {high.tolist()}")
         self.arm.place(np.deg2rad(degrees))
+        if self.hand is not None:
+            self.grasp(self.hand.name)  # where the arm is now
         self._sense()
 
     def grasp(self, name: str) -> None:
@@ -359,8 +359,15 @@ class VirtualArm:
             raise SO101Error(f"hand {name}: known are {', '.join(HANDS)}")
         self.hand = None if name == "none" else Hand(name, self.arm.qpos[:ACT_DIM], self.arm.time_s)
 
+    def picture(self) -> tuple[np.ndarray, int, int, bool, bool, float]:
+        """What the camera needs to know, see Camera.show."""
+        frozen, stalled, broken = (self.begun(name) for name in ("frozen", "stalled", "broken"))
+        share = broken.number if broken else 0.0
+        return self.arm.qpos, self.seed, self.arm.count, frozen is not None, stalled is not None, share
+
     def state(self) -> dict[str, Any]:
         """The ground truth, and what the bus has done."""
+        self._sense()
         truth, written = self.arm.truth(), collections.Counter()
         for servo in self.servos:
             written.update(servo.written)
@@ -383,6 +390,11 @@ class VirtualArm:
         }
 
 
+def _raw_ticks(joints_rad: np.ndarray) -> np.ndarray:
+    """The encoders' own positions, ticks, at joint positions (6,), rad, as they measure them."""
+    return MOUNTED_TICKS + (joints_rad - MIDDLE_RAD) / TICK_RAD
+
+
 def _reads_position(packet: Packet) -> bool:
     """Whether a packet asks for Present_Position."""
     if packet.instruction not in (READ, SYNC_READ) or len(packet.parameters) < 2:
@@ -392,138 +404,6 @@ def _reads_position(packet: Packet) -> bool:
 
 
 HANDS = ("none", "still", "swing", "sweep")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the camera
-
-
-class CameraServer:
-    """Pictures of a VirtualArm over HTTP: an MJPEG stream under any path, one picture under /snapshot.jpg.
-
-    Pictures are only taken while somebody watches.
-
-    Args:
-        virtual: whose camera it is.
-        port: on 127.0.0.1; 0: any free one, see `url`.
-        size: height and width, pixels.
-        visual: whether the scene looks as drawn from the seed.
-
-    Raises:
-        SO101Error: the port is in use.
-    """
-
-    def __init__(self, virtual: VirtualArm, port: int, size: tuple[int, int], visual: bool):
-        self.virtual, self.problem = virtual, ""  # problem: why there are no pictures
-        self._stop, self._changed = threading.Event(), threading.Condition()
-        self._watchers, self._number, self._jpeg = 0, 0, b""
-        self._late: collections.deque[Picture] = collections.deque()  # taken, but not delivered yet
-        self._rng = np.random.default_rng(port)
-        try:
-            self.server = _Server(("127.0.0.1", port), _Handler)
-        except OSError as error:
-            raise SO101Error(f"--camera {port}: {error.strerror}; name another port") from error
-        self.server.camera = self
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/video"
-        self._threads = [
-            threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.1}),
-            threading.Thread(target=self._film, args=(size, visual)),
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def _film(self, size: tuple[int, int], visual: bool) -> None:
-        try:
-            film(self.virtual.arm, size, self._stop, self._publish, visual)
-        except SO101Error as error:
-            self.problem = str(error)
-
-    def _publish(self, picture: Picture) -> None:
-        """Deliver a picture, or wait until somebody watches; the picture is old by then."""
-        with self._changed:
-            if not self._watchers:
-                self._late.clear()
-                self._changed.wait_for(lambda: self._watchers or self._stop.is_set())
-                return
-        self._late.append(picture)
-        delay = self.virtual.arm.flaws.picture_latency_s
-        while self._late and self._late[0].time_s <= time.monotonic() - delay:
-            image = self._late.popleft().image
-            if self.virtual.begun("stalled"):
-                continue
-            jpeg = self._jpeg if self._jpeg and self.virtual.begun("frozen") else _jpeg(image)
-            broken = self.virtual.begun("broken")
-            sent = jpeg[: len(jpeg) // 3] if broken and self._rng.random() < broken.number else jpeg
-            with self._changed:
-                self._jpeg, self._sent, self._number = jpeg, sent, self._number + 1
-                self._changed.notify_all()
-
-    def watch(self, deliver: Callable[[bytes], Any], once: bool) -> None:
-        """Call deliver with each new picture, JPEG, or with one; returns when the camera is closed."""
-        with self._changed:
-            self._watchers, number = self._watchers + 1, self._number
-            self._changed.notify_all()
-        try:
-            while not self._stop.is_set():
-                with self._changed:
-                    self._changed.wait(1.0)
-                    if self._number == number:
-                        continue
-                    number, jpeg = self._number, self._sent
-                deliver(jpeg)
-                if once:
-                    return
-        finally:
-            with self._changed:
-                self._watchers -= 1
-
-    def close(self) -> None:
-        """Stop filming and serving."""
-        self._stop.set()
-        with self._changed:
-            self._changed.notify_all()
-        self.server.shutdown()
-        self.server.server_close()
-        for thread in self._threads:
-            thread.join()
-
-
-class _Server(http.server.ThreadingHTTPServer):
-    """An HTTP server with a camera."""
-
-    daemon_threads = True
-    block_on_close = False
-    camera: CameraServer
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    """One HTTP client."""
-
-    server: _Server
-
-    def do_GET(self) -> None:
-        """Send pictures until the client is gone."""
-        once = self.path == "/snapshot.jpg"
-        self.send_response(200)
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("Content-Type", "image/jpeg" if once else "multipart/x-mixed-replace; boundary=picture")
-        self.end_headers()
-        with contextlib.suppress(ConnectionError):  # the client is gone
-            self.server.camera.watch(self.wfile.write if once else self._send_part, once)
-
-    def _send_part(self, jpeg: bytes) -> None:
-        head = f"--picture\r\nContent-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n"
-        self.wfile.write(head.encode() + jpeg + b"\r\n")
-
-    def log_message(self, *args: Any) -> None:
-        """Requests are not logged."""
-
-
-def _jpeg(image: np.ndarray) -> bytes:
-    """A picture (H, W, 3) uint8 as JPEG."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=90)
-    return file.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -589,11 +469,12 @@ class Program:
         camera: None: without.
     """
 
-    def __init__(self, virtual: VirtualArm, link: str, camera: CameraServer | None):
+    def __init__(self, virtual: VirtualArm, link: str, camera: Camera | None):
         self.virtual, self.link, self.camera = virtual, link, camera
         self.port: Port | None = Port(link)
         self.real_time = RealTime(virtual.step, virtual.arm.timestep_s, report_speed)
         self.outbox: collections.deque[tuple[float, bytes]] = collections.deque()  # when it is due, and what
+        self._film_s = 0.0  # when the camera gets the next state
         self.stdin, self._line = _stdin_to_watch(), b""
 
     def run(self) -> None:
@@ -616,8 +497,9 @@ class Program:
             if self.stdin is not None and self.stdin in ready:
                 self._obey()
             self.real_time.advance()
-            if self.camera and self.camera.problem:
-                raise SO101Error(f"--camera: {self.camera.problem}")
+            if self.camera and time.monotonic() >= self._film_s:
+                self._film_s = time.monotonic() + 1 / CONTROL_HZ
+                self.camera.show(*self.virtual.picture())
 
     def _serve(self, port: Port) -> None:
         now = time.monotonic()
@@ -701,6 +583,8 @@ class Args:
     """path of the serial port to make, a symbolic link to a pseudo-terminal"""
     camera: int | None = None
     """port on 127.0.0.1 at which the camera's pictures are served over HTTP; 0: any free one; default: no camera"""
+    camera_zmq: int | None = None
+    """port on 127.0.0.1 at which LeRobot's cameras of type zmq get the pictures; default: not at all"""
     camera_size: tuple[int, int] = (480, 640)
     """height and width of the pictures, pixels"""
     visual_randomization: bool = False
@@ -727,11 +611,21 @@ class Args:
 def main() -> int:
     """Run the virtual arm until a signal; returns the exit code."""
     args = parse(Args, __doc__)
-    check_flags(args, {"camera": (0, 65535), "seed": (0, 2**32 - 1), "tape_margin": Task.RANGES["tape_margin"]})
+    check_flags(
+        args,
+        {
+            "camera": (0, 65535),
+            "camera_zmq": (1, 65535),
+            "seed": (0, 2**32 - 1),
+            "tape_margin": Task.RANGES["tape_margin"],
+        },
+    )
     check_flags(args.flaws, Flaws.RANGES)
     if not all(8 <= side <= 2048 for side in args.camera_size):
         raise SO101Error(f"--camera-size {args.camera_size}: both must be in [8, 2048]")
     check_output("--write-calibration", args.write_calibration, (".json",))
+    if args.camera_zmq is not None and args.camera is None:
+        raise SO101Error("--camera-zmq needs --camera: --camera 0 takes any free port")
     faults = [parse_fault(text) for text in args.fault]
     if args.write_calibration:
         write_json(Path(args.write_calibration), factory_calibration())
@@ -744,7 +638,9 @@ def main() -> int:
         camera = program = None
         try:
             if args.camera is not None:
-                camera = CameraServer(virtual, args.camera, tuple(args.camera_size), args.visual_randomization)
+                look = tuple(args.camera_size), args.visual_randomization, args.flaws, args.tape_margin
+                camera = Camera(args.camera, args.camera_zmq, *look)
+                camera.wait()
             program = Program(virtual, args.port, camera)
             where = f", camera {camera.url}" if camera else ""
             print(f"ready: port {args.port} ({program.port.name}){where}; Ctrl+C ends", flush=True)
