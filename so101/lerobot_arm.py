@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import signal
+import termios
 import time
 from collections.abc import Callable
 from typing import Any
@@ -190,8 +191,8 @@ class LeRobotArm(Robot):
         port.is_using = False
         try:
             port.ser.reset_input_buffer()
-        except Exception as error:  # termios.error, OSError, SerialException
-            raise self._lost(error) from error
+        except (OSError, termios.error) as error:
+            raise self._gone(error) from error
 
     def _silent(self) -> list[str]:
         """The joints whose servos do not answer a ping. Raises RobotError if the port is gone."""
@@ -229,7 +230,7 @@ class LeRobotArm(Robot):
         if isinstance(error, RuntimeError):  # LeRobot raises it for a servo that answers with an error
             text = f"a servo reports an error ({reason:.160}); check the supply, and switch it off and on"
             return ServoFault(f"lerobot:{self.port}: {text}")
-        if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+        if isinstance(error, (OSError, termios.error)) and not isinstance(error, ConnectionError):
             return self._gone(error)
         try:
             if silent := self._silent():

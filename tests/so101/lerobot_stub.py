@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import termios
 import types
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class Port:
 
     def reset_input_buffer(self) -> None:
         if self.time.virtual.begun("unplug"):
-            raise OSError(5, "Input/output error")
+            raise termios.error(5, "Input/output error")  # what pyserial lets through
 
     def fileno(self) -> int:
         return self.file.fileno()
