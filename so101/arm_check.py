@@ -1,0 +1,392 @@
+"""Measures an arm before its first run: servo gain, joint offsets, the camera's side, directions, fingertip friction.
+
+`ArmCheck` has one method per step. Each moves the arm through the loop of so101.drive and returns what it measured.
+`ArmProfile` is the file that keeps the results; `CorrectedRobot` applies the joint offsets in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mujoco
+import numpy as np
+
+from so101.files import write_json
+from so101.opencv import NotSeen, SheetLocator, project
+from so101.robot import Picture, Robot, RobotError
+from so101_env import FINGER_RADIUS_M, HOME_RAD, PAN_AXIS_M, TAPE_CENTER_M, load_model
+from so101_sim.control import ACT_DIM, BACKLASH_RAD, ELBOW_FLEX, JOINTS, LATENCY_S, SHOULDER_LIFT, Controller
+from so101_sim.errors import SO101Error
+from so101_sim.scene import CONTROL_HZ
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what an arm is known to be
+
+
+class CorrectedRobot(Robot):
+    """A robot whose joint positions and targets are the true ones.
+
+    Args:
+        robot: the arm, in the coordinates of its encoders.
+        offset_rad: encoder minus true position, (6,), rad.
+    """
+
+    def __init__(self, robot: Robot, offset_rad: np.ndarray):
+        self.robot, self.offset_rad = robot, np.asarray(offset_rad, np.float64)
+
+    def read(self) -> tuple[np.ndarray, float]:
+        """See Robot."""
+        joints_rad, time_s = self.robot.read()
+        return joints_rad - self.offset_rad, time_s
+
+    def write(self, target_rad: np.ndarray) -> None:
+        """See Robot."""
+        self.robot.write(target_rad + self.offset_rad)
+
+    def picture(self) -> Picture:
+        """See Robot."""
+        return self.robot.picture()
+
+    def close(self) -> None:
+        """See Robot."""
+        self.robot.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# kinematics of the fingertip
+
+OPEN_RAD = 0.4  # of the gripper: only the fixed finger touches the table
+
+
+class Place(NamedTuple):
+    """Where and how the fixed fingertip is held."""
+
+    reach_m: float  # horizontal distance from the shoulder_pan axis
+    pan_rad: float  # positive to the right of the arm, as the joint counts
+    tilt_rad: float  # from the gripper's pitch at home, where it points down; negative points outwards
+
+
+class Fingertip:
+    """Kinematics of the fixed finger's lowest point."""
+
+    def __init__(self) -> None:
+        self.model = load_model()
+        self.data = mujoco.MjData(self.model)
+        self.geom = self.model.geom("fixed_finger_col").id
+        self.body = int(self.model.geom_bodyid[self.geom])
+
+    def point_m(self, joints_rad: np.ndarray) -> np.ndarray:
+        """Position (3,), m, of the point at joint positions (6,), rad."""
+        self.data.qpos[:ACT_DIM] = joints_rad
+        mujoco.mj_kinematics(self.model, self.data)
+        return self.data.geom_xpos[self.geom] - (0.0, 0.0, FINGER_RADIUS_M)
+
+    def jacobian(self, joints_rad: np.ndarray) -> np.ndarray:
+        """Motion of the point per motion of each joint, (3, 6), m per rad."""
+        point = self.point_m(joints_rad) + (0.0, 0.0, FINGER_RADIUS_M)
+        mujoco.mj_comPos(self.model, self.data)
+        matrix = np.zeros((3, self.model.nv))
+        mujoco.mj_jac(self.model, self.data, matrix, None, point, self.body)
+        return matrix[:, :ACT_DIM]
+
+    def gravity_n_m(self, joints_rad: np.ndarray) -> np.ndarray:
+        """Torque (6,), N m, that holds the joints at rest at joint positions (6,), rad."""
+        self.data.qpos[:ACT_DIM], self.data.qvel[:] = joints_rad, 0.0
+        mujoco.mj_forward(self.model, self.data)
+        return self.data.qfrc_bias[:ACT_DIM].copy()
+
+    def joints_at(self, place: Place, height_m: float) -> np.ndarray:
+        """Joint positions (6,), rad, with the point at a place and height above the table, gripper open."""
+        joints = np.array([place.pan_rad, *HOME_RAD[1:5], OPEN_RAD])
+        joints[3] += place.tilt_rad
+        out = np.array([np.cos(place.pan_rad), -np.sin(place.pan_rad)])  # positive pan turns to the right
+        for _ in range(30):
+            left = self.point_m(joints)
+            left = np.array([place.reach_m - (left[:2] - PAN_AXIS_M) @ out, height_m - left[2]])
+            if np.abs(left).max() < 1e-6:
+                return joints
+            matrix = self.jacobian(joints)
+            plane = np.stack([out @ matrix[:2], matrix[2]])
+            # wrist_flex turns back what the other two turn, so that the gripper keeps its pitch
+            plane = plane[:, SHOULDER_LIFT : ELBOW_FLEX + 1] - plane[:, [3]]
+            step = np.linalg.solve(plane.T @ plane + 1e-8 * np.eye(2), plane.T @ left)
+            step *= min(1.0, 0.3 / np.abs(step).max())
+            joints[1:4] += *step, -step.sum()
+        raise SO101Error(f"no posture of the arm puts its fingertip {1000 * place.reach_m:.0f} mm ahead of its axis")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the servo gain, from the sag under gravity
+
+# The two joints that carry most weight each move down and up slowly, high above the table: number, pose at the start,
+# and travel, rad. The torque keeps its sign, and changes by a factor of two to three.
+SWEEPS = (
+    (SHOULDER_LIFT, np.array([0.0, -0.35, -0.60, 0.80, HOME_RAD[4], OPEN_RAD]), 0.65),
+    (ELBOW_FLEX, np.array([0.0, -0.40, -0.75, 0.60, HOME_RAD[4], OPEN_RAD]), 0.85),
+)
+SWEEP_RAD_S, SWEEP_SETTLE_S = 0.12, 0.6
+# With less torque than this, friction and damping can turn its sign, and backlash no longer adds a constant
+SWEEP_MIN_N_M = 0.2
+# Width of the command window for motions in the air. Servos with 0.4 of the assumed gain sag by this much more. It
+# allows a torque of 1.2 N m against an obstacle, so nothing may be in reach of the arm.
+AIR_WINDOW_RAD = 0.14
+GAIN_RANGE = (0.35, 2.5)  # plausible factors; others stop the check
+
+
+class Gain(NamedTuple):
+    """The servos' gain as measured, as a factor of the gain at their P coefficient."""
+
+    factor: float  # mean of shoulder_lift and elbow_flex
+    error: float  # half of their difference, plus the standard error of the fit
+    joints: tuple[float, float]  # factors of shoulder_lift and elbow_flex
+    backlash_rad: tuple[float, float]  # of shoulder_lift and elbow_flex
+
+
+class Sag(NamedTuple):
+    """One joint's slow motion in the air, in the coordinates of the encoders."""
+
+    joint: int
+    command_rad: np.ndarray  # (T,), of this joint
+    joints_rad: np.ndarray  # (T, 6)
+    direction: np.ndarray  # (T,), 1 or -1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# touching the table
+
+TOUCHES = (Place(0.14, 0.5, -0.45), Place(0.28, 0.25, -0.3), Place(0.32, -0.25, -0.6), Place(0.16, -0.5, -0.6))
+HOVER_M, LOWEST_M = 0.06, -0.03  # height, as measured, at which a touch begins, and at which it is given up
+LOWER_M_S, LIFT_M_S = 0.012, 0.04
+STALL_S, STALL_SHARE, STALL_LAG_M = 0.5, 0.15, 0.004
+OFFSET_PRIOR_RAD = float(np.deg2rad(3.0))  # standard deviation of the offsets that are fitted
+WRIST_PRIOR_RAD = float(np.deg2rad(1.0))
+CONTACT_ERROR_M = 0.0007  # standard deviation of a touch: table, encoder, shape of the fingertip
+
+
+class Offsets(NamedTuple):
+    """Joint offsets as measured by touching the table."""
+
+    offset_rad: np.ndarray  # (6,), encoder minus true position; zero except for lift, elbow and wrist
+    error_rad: np.ndarray  # (6,), standard deviation
+    misfit_m: float  # root mean square of the fingertip's height at the touches, after the correction
+
+
+def fit_offsets(finger: Fingertip, touched_rad: Sequence[np.ndarray]) -> Offsets:
+    """Joint offsets that put the fingertip at the table's height in every touch.
+
+    Only shoulder_lift and elbow_flex are well determined. wrist_flex is kept near zero by a tighter prior; with the
+    gripper pointing down it moves the tip's height little.
+
+    Args:
+        finger: kinematics.
+        touched_rad: joint positions (6,), rad, as the encoders measured them, of each touch.
+    """
+    fitted = [SHOULDER_LIFT, ELBOW_FLEX, 3]
+    prior = np.array([OFFSET_PRIOR_RAD, OFFSET_PRIOR_RAD, WRIST_PRIOR_RAD])
+    offset = np.zeros(ACT_DIM)
+    for _ in range(10):
+        heights = np.array([finger.point_m(each - offset)[2] for each in touched_rad])
+        rows = np.array([-finger.jacobian(each - offset)[2, fitted] for each in touched_rad])
+        information = rows.T @ rows / CONTACT_ERROR_M**2 + np.diag(1 / prior**2)
+        gradient = rows.T @ heights / CONTACT_ERROR_M**2 + offset[fitted] / prior**2
+        offset[fitted] -= np.linalg.solve(information, gradient)
+    heights = np.array([finger.point_m(each - offset)[2] for each in touched_rad])
+    error = np.zeros(ACT_DIM)
+    error[fitted] = np.sqrt(np.diag(np.linalg.inv(information)))
+    return Offsets(offset, error, float(np.sqrt(np.mean(heights**2))))
+
+
+def fit_gain(finger: Fingertip, sags: Sequence[Sag], gain_n_m: np.ndarray, offset_rad: np.ndarray) -> Gain:
+    """The factor of the servo gain that explains how far the joints hang below their commands.
+
+    Command minus position is torque / gain, plus half the backlash in the direction of the torque, plus what friction,
+    damping and latency add in the direction of motion. The fit of all three leaves the gain free of the last two.
+
+    Args:
+        finger: kinematics and masses.
+        sags: slow motions of joints, up and down.
+        gain_n_m: gain (6,), N m/rad, that counts as 1.
+        offset_rad: encoder minus true position, (6,), rad.
+
+    Raises:
+        RobotError: the motion does not fit any plausible servo.
+    """
+    factors, errors, backlashes = [], [], []
+    for sag in sags:
+        torque = np.array([finger.gravity_n_m(each - offset_rad)[sag.joint] for each in sag.joints_rad])
+        hangs = sag.command_rad - sag.joints_rad[:, sag.joint]
+        heavy = np.abs(torque) > SWEEP_MIN_N_M
+        torque, hangs, direction = torque[heavy], hangs[heavy], sag.direction[heavy]
+        columns = np.stack([torque / gain_n_m[sag.joint], np.sign(torque), direction], axis=1)
+        (softness, play, _), residuals, _, _ = np.linalg.lstsq(columns, hangs, rcond=None)
+        # samples are correlated: a second of them counts as three
+        count = len(hangs) * 3 / CONTROL_HZ
+        variance = residuals[0] / len(hangs) / count * np.linalg.inv(columns.T @ columns / len(hangs))[0, 0]
+        low, high = GAIN_RANGE
+        if not 1 / high < softness < 1 / low:
+            raise RobotError(
+                f"{JOINTS[sag.joint]} hangs {np.rad2deg(np.abs(hangs).max()):.1f} degrees below its command, which fits "
+                "no servo: is something in the arm's way, a horn loose, or the supply too weak?"
+            )
+        factors.append(float(1 / softness))
+        errors.append(float(np.sqrt(variance)) / softness**2)
+        backlashes.append(float(max(2 * play, 0.0)))
+    factor = float(np.mean(factors))
+    error = abs(factors[0] - factors[1]) / 2 + float(np.hypot(*errors)) / 2
+    return Gain(factor, error, tuple(factors), tuple(backlashes))
+
+
+class ArmCheck:
+    """The steps of the check that move the arm. Each leaves it raised.
+
+    Args:
+        loop: a so101.drive.Loop on the arm; its policy is not used. Its controller is replaced.
+        firmware_p: P coefficient that the servos are set to.
+        gain_factor: gain of the servos as a factor of that of firmware_p, if it is known.
+        offset_rad: encoder minus true position, (6,), rad, if it is known.
+    """
+
+    def __init__(
+        self, loop: Any, firmware_p: float, gain_factor: float = 1.0, offset_rad: np.ndarray | None = None
+    ):
+        self.loop, self.firmware_p, self.finger = loop, firmware_p, Fingertip()
+        self.robot = CorrectedRobot(loop.robot, np.zeros(ACT_DIM))
+        self.loop.robot = self.robot
+        self.believe(gain_factor, np.zeros(ACT_DIM) if offset_rad is None else offset_rad)
+
+    def believe(self, gain_factor: float, offset_rad: np.ndarray) -> None:
+        """Go on with this gain and these joint offsets (6,), rad. The arm's present targets remain."""
+        old, moved = self.loop.controller, self.robot.offset_rad - offset_rad
+        new = Controller(
+            load_model(), self.firmware_p * gain_factor, BACKLASH_RAD, LATENCY_S,
+            max_speed_rad_s=old.max_step_rad * CONTROL_HZ,
+        )  # fmt: skip
+        if old.command_rad is not None:
+            new.command_rad = old.command_rad + moved
+        self.gain_factor, self.robot.offset_rad, self.loop.controller = gain_factor, offset_rad, new
+        self.loop.measure()
+
+    def follow(self, joints_rad: np.ndarray) -> None:
+        """One control step towards joint positions (6,), rad, on a path; then measure."""
+        c = self.loop.controller
+        self.loop.move(joints_rad + c.gravity_n_m / c.gain - c.command_rad)
+        self.loop.clock.wait()
+        self.loop.measure()
+
+    @contextlib.contextmanager
+    def in_air(self) -> Iterator[None]:
+        """Widen the command window, so that an arm whose gain is not known yet can carry itself."""
+        controller = self.loop.controller
+        window_rad, controller.window_rad = controller.window_rad, AIR_WINDOW_RAD
+        try:
+            yield
+        finally:
+            controller.window_rad = window_rad
+
+    def go(self, joints_rad: np.ndarray) -> None:
+        """Move to joint positions (6,), rad, above the table."""
+        with self.in_air():
+            self.loop.go(joints_rad)
+
+    # -- the gain
+
+    def measure_sag(self) -> list[Sag]:
+        """Move shoulder_lift and elbow_flex up and down in the air.
+
+        Raises:
+            RobotError: a joint does not follow.
+        """
+        loop, sags = self.loop, []
+        with self.in_air():
+            for joint, start_rad, travel_rad in SWEEPS:
+                loop.go(start_rad)
+                step, commands, joints, directions = np.zeros(ACT_DIM), [], [], []
+                loop.clock.start()
+                for direction in (1, -1):
+                    step[joint] = direction * SWEEP_RAD_S / CONTROL_HZ
+                    for tick in range(round(travel_rad / SWEEP_RAD_S * CONTROL_HZ)):
+                        loop.move(step)
+                        loop.clock.wait()
+                        loop.measure()
+                        if tick >= SWEEP_SETTLE_S * CONTROL_HZ:
+                            c = loop.controller
+                            commands.append(c.command_rad[joint] + self.robot.offset_rad[joint])
+                            joints.append(c.joints_rad + self.robot.offset_rad)
+                            directions.append(direction)
+                sags.append(Sag(joint, np.array(commands), np.array(joints), np.array(directions)))
+        return sags
+
+    def fit_gain(self, sags: Sequence[Sag]) -> Gain:
+        """The gain by the motions of measure_sag, with the joint offsets that are known by now."""
+        gain_n_m = self.loop.controller.gain / self.gain_factor
+        return fit_gain(self.finger, sags, gain_n_m, self.robot.offset_rad)
+
+    # -- touching the table
+
+    def touch(self, place: Place, lowest_m: float = LOWEST_M) -> np.ndarray:
+        """Lower the fingertip until it rests on the table, measure, and lift it again.
+
+        The command window bounds the force; the descent ends half a second after the tip has stopped.
+
+        Args:
+            place: where.
+            lowest_m: height, by the joint offsets known so far, below which there should be a table.
+
+        Returns:
+            Joint positions (6,), rad, at rest on the table, in the coordinates of the encoders.
+
+        Raises:
+            RobotError: no table was felt.
+        """
+        self.go(self.finger.joints_at(place, HOVER_M))
+        self.loop.clock.start()
+        try:
+            return self._lower(place, lowest_m)
+        finally:
+            self._lift(place)
+
+    def _lower(self, place: Place, lowest_m: float) -> np.ndarray:
+        """See touch."""
+        count = round(STALL_S * CONTROL_HZ)
+        heights, joints, aim_m = [], [], HOVER_M
+        while True:
+            aim_m -= LOWER_M_S / CONTROL_HZ
+            self.follow(self.finger.joints_at(place, aim_m))
+            joints.append(self.loop.controller.joints_rad)
+            heights.append(self.finger.point_m(joints[-1])[2])
+            if len(heights) > 2 * count:
+                fell = heights[-count - 1] - heights[-1]
+                if fell < STALL_SHARE * LOWER_M_S * STALL_S and aim_m < heights[-1] - STALL_LAG_M:
+                    return np.mean(joints[-count // 2 :], axis=0) + self.robot.offset_rad
+            if min(aim_m + 0.01, heights[-1]) < lowest_m:
+                raise RobotError(
+                    f"no table was felt down to {1000 * -lowest_m:.0f} mm below its height: does the arm stand on the "
+                    "table, at its edge, and is it calibrated?"
+                )
+
+    def _lift(self, place: Place) -> None:
+        """Lift the fingertip to HOVER_M."""
+        height_m = float(self.finger.point_m(self.loop.controller.joints_rad)[2])
+        with self.in_air():
+            while height_m < HOVER_M:
+                height_m += LIFT_M_S / CONTROL_HZ
+                self.follow(self.finger.joints_at(place, height_m))
+
+    def measure_offsets(self, places: Sequence[Place] = TOUCHES) -> tuple[Offsets, list[np.ndarray]]:
+        """Touch the table at several places, and go on with the joint offsets that follow.
+
+        Returns:
+            The offsets, and the joint positions (6,), rad, of each touch in the coordinates of the encoders.
+        """
+        touched: list[np.ndarray] = []
+        for place in places:
+            touched.append(self.touch(place))
+            offsets = fit_offsets(self.finger, touched)
+            self.believe(self.gain_factor, offsets.offset_rad)
+        return offsets, touched
