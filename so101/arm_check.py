@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import mujoco
 import numpy as np
 
+from so101.extras import import_extra
 from so101.files import write_json
 from so101.opencv import NotSeen, SheetLocator, project
 from so101.robot import Picture, Robot, RobotError
@@ -242,6 +243,94 @@ def fit_gain(finger: Fingertip, sags: Sequence[Sag], gain_n_m: np.ndarray, offse
     return Gain(factor, error, tuple(factors), tuple(backlashes))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# directions, the camera's side, friction
+
+# what a person sees when a joint moves in its positive direction, from RAISED_RAD
+DIRECTIONS = (
+    "the arm turn to its right, as seen from behind its base",
+    "the whole arm lean forwards, away from its base",
+    "the forearm go down",
+    "the gripper bend down and back, towards the base",
+    "the gripper turn counterclockwise, as seen from above",
+    "the gripper open",
+)
+RAISED_RAD = HOME_RAD + np.array([0.0, -0.35, 0.0, 0.0, 0.0, OPEN_RAD])  # tip well above the table
+NUDGE_RAD, NUDGE_RAD_S, NUDGE_WAIT_S = float(np.deg2rad(5.0)), 0.3, 0.7
+# how far the joint may be from there, and how far the others may move: friction, backlash and sag
+NUDGE_ERROR_RAD, NUDGE_OTHERS_RAD = float(np.deg2rad(2.5)), float(np.deg2rad(2.0))
+
+
+class Nudge(NamedTuple):
+    """A joint's move of five degrees, as its encoder saw it."""
+
+    joint: int
+    moved_rad: float
+    question: str  # for the person who watches
+
+
+WIGGLE_RAD, WIGGLE_WAIT_S = 0.6, 0.4  # shoulder_pan to either side; until the picture is newer than the motion
+CHANGED = 20.0  # a pixel that differs by this much, in 1/255, after a blur over 5 pixels, shows something that moved
+MIN_CHANGED = 0.003  # share of the picture that the arm must cover
+MAX_RESTLESS = 0.3  # share of the change that may also be between two pictures with the arm in the same pose
+MIN_SHIFT_M, MIN_ALONG = 0.03, 0.7  # across the table, and as the cosine to its y axis, between the arm's two sides
+
+
+class Side(NamedTuple):
+    """On which side of the table the camera stands."""
+
+    turned: bool  # on the arm's side, so that the picture is turned by half a turn
+    shift_m: float  # how far the arm moved to its left in the picture, as if the camera stood opposite the arm
+    along: float  # cosine between that motion and the table's y axis, in [-1, 1]
+
+
+def camera_side(left: np.ndarray, middle: np.ndarray, right: np.ndarray, to_picture: np.ndarray) -> Side:
+    """On which side a camera stands, by where it sees the arm.
+
+    The rectangle of tape looks the same from both sides, so a homography that was found from the tape is that of a
+    camera opposite the arm. The table's y axis in it points to the arm's left. If the arm is seen to move to the right
+    when it moves to the left, the camera stands on the arm's side.
+
+    Args:
+        left, middle, right: pictures (H, W, 3) uint8 with the arm turned to its left, ahead, and to its right.
+        to_picture: homography (3, 3) from the table, m, to pixels, the result of SheetLocator.find_tape.
+
+    Raises:
+        NotSeen: the arm is not seen to move across the picture.
+    """
+    cv2 = import_extra("cv2", "arm", "finding the camera's side")
+    pictures = [cv2.blur(each.astype(np.float32), (5, 5)) for each in (left, middle, right)]
+    background, centers = np.median(pictures, axis=0), []
+    for picture in (pictures[0], pictures[2]):
+        rows, columns = np.nonzero(np.abs(picture - background).max(axis=2) > CHANGED)
+        if len(rows) < MIN_CHANGED * background[..., 0].size:
+            raise NotSeen("the camera does not see the arm move: does it look at the table, and is this its index?")
+        centers.append((columns.mean(), rows.mean()))
+    moved = np.subtract(*centers)
+    ends = project(to_picture, TAPE_CENTER_M + np.array([[0.0, 0.05], [0.0, -0.05]]))
+    axis = (ends[0] - ends[1]) / 0.1  # pixels per m
+    shift_m, along = moved @ axis / (axis @ axis), moved @ axis / np.linalg.norm(axis) / np.linalg.norm(moved)
+    if abs(shift_m) < MIN_SHIFT_M or abs(along) < MIN_ALONG:
+        raise NotSeen(
+            "the camera does not see the arm move along the long sides of the tape: it must stand opposite the arm, or "
+            "behind it, and see both of its sides"
+        )
+    return Side(bool(shift_m < 0), float(shift_m), float(along))
+
+
+DRAG_M, DRAG_LONGEST_M, DRAG_M_S, DRAG_DEPTH_M, DRAG_TILT_RAD = 0.02, 0.05, 0.03, 0.006, -0.3
+ASIDE_RAD = 0.9  # of shoulder_pan: the arm hides neither sheet nor tape
+GRIPS = 0.7  # share of the tip's path that a sheet must follow
+
+
+class Grip(NamedTuple):
+    """How a sheet followed the fingertip that pressed on it."""
+
+    share: float  # the sheet's path as a share of the tip's
+    tip_m: float  # length of the tip's path
+    advice: str  # empty if the fingertip grips
+
+
 class ArmCheck:
     """The steps of the check that move the arm. Each leaves it raised.
 
@@ -390,3 +479,128 @@ class ArmCheck:
             offsets = fit_offsets(self.finger, touched)
             self.believe(self.gain_factor, offsets.offset_rad)
         return offsets, touched
+
+    def measure_servos(self) -> tuple[Gain, Offsets]:
+        """Measure gain and joint offsets, and go on with them.
+
+        The sag gives a first gain, in which joint offsets of a few degrees are worth up to 20 %; touches of the table
+        do with that; the offsets that follow then give the gain to 1 %.
+
+        Raises:
+            RobotError: something is in the arm's way, or the table is not where it should be.
+        """
+        sags = self.measure_sag()
+        self.believe(self.fit_gain(sags).factor, self.robot.offset_rad)
+        offsets, _ = self.measure_offsets()
+        gain = self.fit_gain(sags)
+        self.believe(gain.factor, self.robot.offset_rad)
+        return gain, offsets
+
+    # -- directions
+
+    def nudge(self, joint: int) -> Nudge:
+        """Move one joint by five degrees in its positive direction and back.
+
+        Raises:
+            RobotError: the joint did not move so far, or another one moved.
+        """
+        self.go(RAISED_RAD)
+        before = self._step(joint, 0.0)
+        moved = self._step(joint, NUDGE_RAD) - before
+        self._step(joint, -NUDGE_RAD)
+        others = np.abs(np.delete(moved, joint))
+        if others.max() > NUDGE_OTHERS_RAD:
+            other = [name for name in JOINTS if name != JOINTS[joint]][int(others.argmax())]
+            raise RobotError(
+                f"{other} moved by {np.rad2deg(others.max()):.0f} degrees when {JOINTS[joint]} should: are their servo "
+                "ids swapped? run lerobot-setup-motors"
+            )
+        if abs(moved[joint] - NUDGE_RAD) > NUDGE_ERROR_RAD:
+            raise RobotError(
+                f"{JOINTS[joint]} moved by {np.rad2deg(moved[joint]):.1f} degrees instead of 5: is something in its "
+                "way, its horn loose, or its torque off?"
+            )
+        return Nudge(joint, float(moved[joint]), f"{JOINTS[joint]} moved by 5 degrees and back: did {DIRECTIONS[joint]}?")
+
+    def _step(self, joint: int, delta_rad: float) -> np.ndarray:
+        """Change one joint's target slowly, and return the joint positions (6,), rad, at rest."""
+        loop, step = self.loop, np.zeros(ACT_DIM)
+        count = max(round(abs(delta_rad) / NUDGE_RAD_S * CONTROL_HZ), 1)
+        step[joint] = delta_rad / count
+        loop.clock.start()
+        with self.in_air():
+            for tick in range(count + round(NUDGE_WAIT_S * CONTROL_HZ)):
+                loop.move(step * (tick < count))
+                loop.clock.wait()
+                loop.measure()
+        return loop.controller.joints_rad
+
+    # -- the camera's side
+
+    def find_side(self, locator: SheetLocator) -> Side:
+        """Turn the raised arm to both sides, and find out on which side of the table the camera stands.
+
+        Args:
+            locator: for a camera opposite the arm.
+
+        Raises:
+            NotSeen: the tape is not seen, or not the arm, or something else moves.
+        """
+        pictures = {}
+        for name, pan_rad in (("left", -WIGGLE_RAD), ("middle", 0.0), ("right", WIGGLE_RAD), ("again", -WIGGLE_RAD)):
+            pictures[name] = self.look(pan_rad)
+        left, middle, right, again = pictures.values()
+        restless = [np.abs(each.astype(np.float32) - left).max(axis=2) > 2 * CHANGED for each in (again, right)]
+        if restless[0].sum() > MAX_RESTLESS * restless[1].sum():
+            raise NotSeen("something else than the arm moves in the picture, or its brightness changes: keep clear of it")
+        reason: NotSeen | None = None
+        for picture in (middle, left, right):  # the arm may hide a part of the tape in one of them
+            try:
+                return camera_side(left, middle, right, locator.find_tape(picture))
+            except NotSeen as error:
+                reason = error
+        raise reason
+
+    def look(self, pan_rad: float) -> np.ndarray:
+        """A picture (H, W, 3) uint8 with the arm raised and turned."""
+        self.go(RAISED_RAD + np.array([pan_rad, 0, 0, 0, 0, 0]))
+        self.loop.clock.sleep(WIGGLE_WAIT_S)
+        self.loop.measure()
+        return self.robot.picture().image
+
+    # -- friction of the fingertip
+
+    def measure_grip(self, locator: SheetLocator) -> Grip:
+        """Press on the sheet, drag it by 20 mm towards the base, and see how far it followed.
+
+        Args:
+            locator: for this camera's side.
+
+        Raises:
+            NotSeen: tape or sheet is not seen.
+            RobotError: the sheet is out of reach, or is not felt.
+        """
+        picture = self.look(ASIDE_RAD)
+        to_picture = locator.find_tape(picture)
+        before = locator.locate(picture, to_picture)
+        forward = before[:2] - PAN_AXIS_M
+        place = Place(float(np.hypot(*forward)), float(-np.arctan2(forward[1], forward[0])), DRAG_TILT_RAD)
+        self.go(self.finger.joints_at(place, HOVER_M))
+        self.loop.clock.start()
+        try:
+            self._lower(place, LOWEST_M)
+            start = self.finger.point_m(self.loop.controller.joints_rad)
+            tip, aim = np.zeros(2), place
+            while np.linalg.norm(tip) < DRAG_M:
+                if aim.reach_m < place.reach_m - DRAG_LONGEST_M:
+                    raise RobotError("the pressed fingertip does not move over the paper: is the sheet held, or sticky?")
+                aim = aim._replace(reach_m=aim.reach_m - DRAG_M_S / CONTROL_HZ)
+                self.follow(self.finger.joints_at(aim, start[2] - DRAG_DEPTH_M))
+                tip = (self.finger.point_m(self.loop.controller.joints_rad) - start)[:2]
+            place = place._replace(reach_m=place.reach_m - DRAG_M)
+        finally:
+            self._lift(place)
+        after = locator.locate(self.look(ASIDE_RAD), to_picture)
+        share = float((after - before)[:2] @ tip / (tip @ tip))
+        advice = "" if share >= GRIPS else "the fingertip slips on the paper: put a rubber band around it"
+        return Grip(share, float(np.linalg.norm(tip)), advice)
