@@ -27,7 +27,80 @@ from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what an arm is known to be
+# what is known of an arm
+
+PROFILE_VERSION = 1
+GAIN_RANGE = (0.35, 2.5)  # plausible gains, as factors; others stop the check
+MAX_OFFSET_RAD = float(np.deg2rad(10.0))  # larger ones are for a new calibration, not for a correction
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmProfile:
+    """The results of the check of one arm, and the file that keeps them."""
+
+    robot_id: str
+    """name under which LeRobot has stored the arm's calibration"""
+    offset_rad: tuple[float, ...] = (0.0,) * ACT_DIM
+    """encoder minus true position of each joint, rad"""
+    gain_factor: float = 1.0
+    """servo gain, as a factor of the gain at the servos' P coefficient"""
+    camera_turned: bool = False
+    """whether the camera stands on the arm's side of the table"""
+    steps: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """what each step that is done has measured, by the step's name, with its date"""
+
+    def with_step(self, step: str, result: Mapping[str, Any], **changes: Any) -> ArmProfile:
+        """The profile after a step: its result, plain JSON values, with today's date, and changes of other fields."""
+        date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+        return dataclasses.replace(self, steps={**self.steps, step: {"date": date, **result}}, **changes)
+
+    def save(self, path: Path) -> None:
+        """Write the profile to a JSON file."""
+        write_json(path, {"version": PROFILE_VERSION, **dataclasses.asdict(self)})
+
+    @classmethod
+    def load(cls, path: Path, robot_id: str) -> ArmProfile:
+        """The profile in a file. Raises SO101Error if the file is damaged, or of another arm or version."""
+        try:
+            content = json.loads(Path(path).read_bytes())
+            version = content.pop("version")
+            if version != PROFILE_VERSION:
+                raise ValueError(f"version {version!r:.20}, expected {PROFILE_VERSION}")
+            profile = cls(**{**content, "offset_rad": tuple(content["offset_rad"])})
+            profile._validate({field.name for field in dataclasses.fields(cls)} - {*content})
+        except OSError as error:
+            raise SO101Error(f"{path}: cannot be read ({error.strerror}); run the check first") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = str(error).splitlines()[0][:150]
+            raise SO101Error(
+                f"{path}: is no profile of an arm ({reason}); delete it and run the check again"
+            ) from error
+        if profile.robot_id != robot_id:
+            raise SO101Error(
+                f"{path}: is the profile of {profile.robot_id!r:.50}, not of {robot_id!r}; name another file"
+            )
+        return profile
+
+    def _validate(self, missing: set[str]) -> None:
+        """Raise ValueError for fields that are missing, of a wrong type, or impossible."""
+        low, high = GAIN_RANGE
+        valid = {
+            "robot_id": isinstance(self.robot_id, str),
+            "offset_rad": len(self.offset_rad) == ACT_DIM
+            and all(_is_number(each) and abs(each) <= MAX_OFFSET_RAD for each in self.offset_rad),
+            "gain_factor": _is_number(self.gain_factor) and low <= self.gain_factor <= high,
+            "camera_turned": isinstance(self.camera_turned, bool),
+            "steps": isinstance(self.steps, dict)
+            and all(isinstance(each, dict) and isinstance(each.get("date"), str) for each in self.steps.values()),
+        }
+        for name, good in valid.items():
+            if name in missing or not good:
+                raise ValueError(f"{name} is {'missing' if name in missing else 'impossible'}")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a JSON value is a number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class CorrectedRobot(Robot):
@@ -137,7 +210,6 @@ SWEEP_MIN_N_M = 0.2
 # Width of the command window for motions in the air. Servos with 0.4 of the assumed gain sag by this much more. It
 # allows a torque of 1.2 N m against an obstacle, so nothing may be in reach of the arm.
 AIR_WINDOW_RAD = 0.14
-GAIN_RANGE = (0.35, 2.5)  # plausible factors; others stop the check
 
 
 class Gain(NamedTuple):
@@ -232,8 +304,8 @@ def fit_gain(finger: Fingertip, sags: Sequence[Sag], gain_n_m: np.ndarray, offse
         low, high = GAIN_RANGE
         if not 1 / high < softness < 1 / low:
             raise RobotError(
-                f"{JOINTS[sag.joint]} hangs {np.rad2deg(np.abs(hangs).max()):.1f} degrees below its command, which fits "
-                "no servo: is something in the arm's way, a horn loose, or the supply too weak?"
+                f"{JOINTS[sag.joint]} hangs {np.rad2deg(np.abs(hangs).max()):.1f} degrees below its command, which no "
+                "servo explains: is something in the arm's way, a horn loose, or the supply too weak?"
             )
         factors.append(float(1 / softness))
         errors.append(float(np.sqrt(variance)) / softness**2)
@@ -269,11 +341,11 @@ class Nudge(NamedTuple):
     question: str  # for the person who watches
 
 
-WIGGLE_RAD, WIGGLE_WAIT_S = 0.6, 0.4  # shoulder_pan to either side; until the picture is newer than the motion
+WIGGLE_RAD, WIGGLE_WAIT_S = 0.9, 0.4  # shoulder_pan to either side; until the picture is newer than the motion
 CHANGED = 20.0  # a pixel that differs by this much, in 1/255, after a blur over 5 pixels, shows something that moved
 MIN_CHANGED = 0.003  # share of the picture that the arm must cover
 MAX_RESTLESS = 0.3  # share of the change that may also be between two pictures with the arm in the same pose
-MIN_SHIFT_M, MIN_ALONG = 0.03, 0.7  # across the table, and as the cosine to its y axis, between the arm's two sides
+MIN_SHIFT_M, MIN_ALONG = 0.06, 0.7  # across the table, and as the cosine to its y axis, between the arm's two sides
 
 
 class Side(NamedTuple):
@@ -341,9 +413,7 @@ class ArmCheck:
         offset_rad: encoder minus true position, (6,), rad, if it is known.
     """
 
-    def __init__(
-        self, loop: Any, firmware_p: float, gain_factor: float = 1.0, offset_rad: np.ndarray | None = None
-    ):
+    def __init__(self, loop: Any, firmware_p: float, gain_factor: float = 1.0, offset_rad: np.ndarray | None = None):
         self.loop, self.firmware_p, self.finger = loop, firmware_p, Fingertip()
         self.robot = CorrectedRobot(loop.robot, np.zeros(ACT_DIM))
         self.loop.robot = self.robot
@@ -477,6 +547,12 @@ class ArmCheck:
         for place in places:
             touched.append(self.touch(place))
             offsets = fit_offsets(self.finger, touched)
+            joint = int(np.abs(offsets.offset_rad).argmax())
+            if abs(offsets.offset_rad[joint]) > MAX_OFFSET_RAD:
+                degrees = np.rad2deg(offsets.offset_rad[joint])
+                raise RobotError(
+                    f"the zero of {JOINTS[joint]} is off by {degrees:.0f} degrees: calibrate the arm again"
+                )
             self.believe(self.gain_factor, offsets.offset_rad)
         return offsets, touched
 
@@ -520,7 +596,9 @@ class ArmCheck:
                 f"{JOINTS[joint]} moved by {np.rad2deg(moved[joint]):.1f} degrees instead of 5: is something in its "
                 "way, its horn loose, or its torque off?"
             )
-        return Nudge(joint, float(moved[joint]), f"{JOINTS[joint]} moved by 5 degrees and back: did {DIRECTIONS[joint]}?")
+        return Nudge(
+            joint, float(moved[joint]), f"{JOINTS[joint]} moved by 5 degrees and back: did {DIRECTIONS[joint]}?"
+        )
 
     def _step(self, joint: int, delta_rad: float) -> np.ndarray:
         """Change one joint's target slowly, and return the joint positions (6,), rad, at rest."""
@@ -552,7 +630,9 @@ class ArmCheck:
         left, middle, right, again = pictures.values()
         restless = [np.abs(each.astype(np.float32) - left).max(axis=2) > 2 * CHANGED for each in (again, right)]
         if restless[0].sum() > MAX_RESTLESS * restless[1].sum():
-            raise NotSeen("something else than the arm moves in the picture, or its brightness changes: keep clear of it")
+            raise NotSeen(
+                "something else than the arm moves in the picture, or its brightness changes: keep clear of it"
+            )
         reason: NotSeen | None = None
         for picture in (middle, left, right):  # the arm may hide a part of the tape in one of them
             try:
@@ -593,7 +673,9 @@ class ArmCheck:
             tip, aim = np.zeros(2), place
             while np.linalg.norm(tip) < DRAG_M:
                 if aim.reach_m < place.reach_m - DRAG_LONGEST_M:
-                    raise RobotError("the pressed fingertip does not move over the paper: is the sheet held, or sticky?")
+                    raise RobotError(
+                        "the pressed fingertip does not move over the paper: is the sheet held, or sticky?"
+                    )
                 aim = aim._replace(reach_m=aim.reach_m - DRAG_M_S / CONTROL_HZ)
                 self.follow(self.finger.joints_at(aim, start[2] - DRAG_DEPTH_M))
                 tip = (self.finger.point_m(self.loop.controller.joints_rad) - start)[:2]
