@@ -71,10 +71,8 @@ class ArmProfile:
         except OSError as error:
             raise SO101Error(f"{path}: cannot be read ({error.strerror}); run the check first") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            reason = str(error).splitlines()[0][:150]
-            raise SO101Error(
-                f"{path}: is no profile of an arm ({reason}); delete it and run the check again"
-            ) from error
+            reason = f"{error!r:.150}"
+            raise SO101Error(f"{path}: is no arm profile ({reason}); delete it and run the check again") from error
         if profile.robot_id != robot_id:
             raise SO101Error(
                 f"{path}: is the profile of {profile.robot_id!r:.50}, not of {robot_id!r}; name another file"
@@ -135,6 +133,7 @@ class CorrectedRobot(Robot):
 # ---------------------------------------------------------------------------------------------------------------------
 # kinematics of the fingertip
 
+WRIST_FLEX = 3
 OPEN_RAD = 0.4  # of the gripper: only the fixed finger touches the table
 
 
@@ -175,10 +174,15 @@ class Fingertip:
         mujoco.mj_forward(self.model, self.data)
         return self.data.qfrc_bias[:ACT_DIM].copy()
 
+    def force_n(self, joints_rad: np.ndarray, torque_n_m: np.ndarray) -> float:
+        """Upward force, N, on the point that changes the servos' torques at rest by torque_n_m, (6,)."""
+        matrix = self.jacobian(joints_rad)[:, : WRIST_FLEX + 1]
+        return -float(np.linalg.lstsq(matrix.T, torque_n_m[: WRIST_FLEX + 1], rcond=None)[0][2])
+
     def joints_at(self, place: Place, height_m: float) -> np.ndarray:
         """Joint positions (6,), rad, with the point at a place and height above the table, gripper open."""
         joints = np.array([place.pan_rad, *HOME_RAD[1:5], OPEN_RAD])
-        joints[3] += place.tilt_rad
+        joints[WRIST_FLEX] += place.tilt_rad
         out = np.array([np.cos(place.pan_rad), -np.sin(place.pan_rad)])  # positive pan turns to the right
         for _ in range(30):
             left = self.point_m(joints)
@@ -188,10 +192,10 @@ class Fingertip:
             matrix = self.jacobian(joints)
             plane = np.stack([out @ matrix[:2], matrix[2]])
             # wrist_flex turns back what the other two turn, so that the gripper keeps its pitch
-            plane = plane[:, SHOULDER_LIFT : ELBOW_FLEX + 1] - plane[:, [3]]
+            plane = plane[:, SHOULDER_LIFT:WRIST_FLEX] - plane[:, [WRIST_FLEX]]
             step = np.linalg.solve(plane.T @ plane + 1e-8 * np.eye(2), plane.T @ left)
             step *= min(1.0, 0.3 / np.abs(step).max())
-            joints[1:4] += *step, -step.sum()
+            joints[SHOULDER_LIFT : WRIST_FLEX + 1] += *step, -step.sum()
         raise SO101Error(f"no posture of the arm puts its fingertip {1000 * place.reach_m:.0f} mm ahead of its axis")
 
 
@@ -221,6 +225,23 @@ class Gain(NamedTuple):
     backlash_rad: tuple[float, float]  # of shoulder_lift and elbow_flex
 
 
+MAX_BACKLASH_RAD = float(np.deg2rad(1.75))  # with more, the included policy succeeds less often
+MAX_MISFIT_M = 0.0015
+
+
+def servo_advice(gain: Gain, offsets: Offsets) -> list[str]:
+    """What to mend on an arm before its first run, a sentence each; empty if nothing."""
+    advice = []
+    for joint, backlash_rad in zip((SHOULDER_LIFT, ELBOW_FLEX), gain.backlash_rad):
+        if backlash_rad > MAX_BACKLASH_RAD:
+            degrees = np.rad2deg(backlash_rad)
+            advice.append(f"{JOINTS[joint]} has {degrees:.1f} degrees of backlash: tighten its horn and screws")
+    if offsets.misfit_m > MAX_MISFIT_M:
+        millimetres = 1000 * offsets.misfit_m
+        advice.append(f"the touches miss a level table by {millimetres:.1f} mm: clamp the base, on a flat table")
+    return advice
+
+
 class Sag(NamedTuple):
     """One joint's slow motion in the air, in the coordinates of the encoders."""
 
@@ -233,10 +254,15 @@ class Sag(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 # touching the table
 
-TOUCHES = (Place(0.14, 0.5, -0.45), Place(0.28, 0.25, -0.3), Place(0.32, -0.25, -0.6), Place(0.16, -0.5, -0.6))
-HOVER_M, LOWEST_M = 0.06, -0.03  # height, as measured, at which a touch begins, and at which it is given up
-LOWER_M_S, LIFT_M_S = 0.012, 0.04
-STALL_S, STALL_SHARE, STALL_LAG_M = 0.5, 0.15, 0.004
+# Far apart, so that shoulder_lift and elbow_flex can be told apart, and tilted, so that the tip presses without jamming
+TOUCHES = (Place(0.16, 0.5, -0.6), Place(0.28, 0.25, -0.3), Place(0.33, -0.25, -0.6), Place(0.20, -0.5, -0.6))
+HOVER_M, LOWEST_M = 0.05, -0.03  # height, as measured, at which a touch begins, and at which it is given up
+LOWER_M_S, LIFT_M_S = 0.007, 0.04
+# The tip touches when the servos' torques have changed as by a force of PRESS_N on it, and it has fallen by less than
+# STALL_M in the last STALL_STEPS control steps. Torques are compared with those FREE_STEPS control steps ago, in the
+# air, so that friction, backlash and a gain that is 20 % off are not taken for a force. The tip's goal is at most
+# LEAD_M below the tip.
+PRESS_N, STALL_STEPS, STALL_M, FREE_STEPS, LEAD_M = 0.7, 8, 0.0006, (54, 42), 0.008
 OFFSET_PRIOR_RAD = float(np.deg2rad(3.0))  # standard deviation of the offsets that are fitted
 WRIST_PRIOR_RAD = float(np.deg2rad(1.0))
 CONTACT_ERROR_M = 0.0007  # standard deviation of a touch: table, encoder, shape of the fingertip
@@ -260,7 +286,7 @@ def fit_offsets(finger: Fingertip, touched_rad: Sequence[np.ndarray]) -> Offsets
         finger: kinematics.
         touched_rad: joint positions (6,), rad, as the encoders measured them, of each touch.
     """
-    fitted = [SHOULDER_LIFT, ELBOW_FLEX, 3]
+    fitted = [SHOULDER_LIFT, ELBOW_FLEX, WRIST_FLEX]
     prior = np.array([OFFSET_PRIOR_RAD, OFFSET_PRIOR_RAD, WRIST_PRIOR_RAD])
     offset = np.zeros(ACT_DIM)
     for _ in range(10):
@@ -329,8 +355,9 @@ DIRECTIONS = (
 )
 RAISED_RAD = HOME_RAD + np.array([0.0, -0.35, 0.0, 0.0, 0.0, OPEN_RAD])  # tip well above the table
 NUDGE_RAD, NUDGE_RAD_S, NUDGE_WAIT_S = float(np.deg2rad(5.0)), 0.3, 0.7
-# how far the joint may be from there, and how far the others may move: friction, backlash and sag
-NUDGE_ERROR_RAD, NUDGE_OTHERS_RAD = float(np.deg2rad(2.5)), float(np.deg2rad(2.0))
+SLACK_RAD = float(np.deg2rad(4.0))  # moved before, so that friction and backlash do not count
+# how far the joint may be from there, and how far the others may move: other friction, and sag
+NUDGE_ERROR_RAD, NUDGE_OTHERS_RAD = float(np.deg2rad(2.0)), float(np.deg2rad(2.0))
 
 
 class Nudge(NamedTuple):
@@ -401,6 +428,11 @@ class Grip(NamedTuple):
     share: float  # the sheet's path as a share of the tip's
     tip_m: float  # length of the tip's path
     advice: str  # empty if the fingertip grips
+
+
+def _raised(pan_rad: float) -> np.ndarray:
+    """RAISED_RAD with another shoulder_pan."""
+    return np.append(pan_rad, RAISED_RAD[1:])
 
 
 class ArmCheck:
@@ -491,7 +523,7 @@ class ArmCheck:
     def touch(self, place: Place, lowest_m: float = LOWEST_M) -> np.ndarray:
         """Lower the fingertip until it rests on the table, measure, and lift it again.
 
-        The command window bounds the force; the descent ends half a second after the tip has stopped.
+        The command window bounds the force; the descent ends when the tip presses by about 1 N.
 
         Args:
             place: where.
@@ -503,34 +535,43 @@ class ArmCheck:
         Raises:
             RobotError: no table was felt.
         """
-        self.go(self.finger.joints_at(place, HOVER_M))
-        self.loop.clock.start()
+        self.hover(place)
         try:
             return self._lower(place, lowest_m)
         finally:
             self._lift(place)
 
+    def hover(self, place: Place) -> None:
+        """Move the fingertip to HOVER_M above a place, by way of a raised pose."""
+        for joints_rad in (_raised(place.pan_rad), self.finger.joints_at(place, HOVER_M)):
+            self.go(joints_rad)
+        self.loop.clock.start()
+
     def _lower(self, place: Place, lowest_m: float) -> np.ndarray:
         """See touch."""
-        count = round(STALL_S * CONTROL_HZ)
-        heights, joints, aim_m = [], [], HOVER_M
-        while True:
-            aim_m -= LOWER_M_S / CONTROL_HZ
+        joints, torques, heights, aim_m = [], [], [HOVER_M], HOVER_M
+        while heights[-1] > lowest_m and aim_m > lowest_m - LEAD_M:
+            aim_m = max(aim_m - LOWER_M_S / CONTROL_HZ, heights[-1] - LEAD_M)
             self.follow(self.finger.joints_at(place, aim_m))
-            joints.append(self.loop.controller.joints_rad)
-            heights.append(self.finger.point_m(joints[-1])[2])
-            if len(heights) > 2 * count:
-                fell = heights[-count - 1] - heights[-1]
-                if fell < STALL_SHARE * LOWER_M_S * STALL_S and aim_m < heights[-1] - STALL_LAG_M:
-                    return np.mean(joints[-count // 2 :], axis=0) + self.robot.offset_rad
-            if min(aim_m + 0.01, heights[-1]) < lowest_m:
-                raise RobotError(
-                    f"no table was felt down to {1000 * -lowest_m:.0f} mm below its height: does the arm stand on the "
-                    "table, at its edge, and is it calibrated?"
-                )
+            c = self.loop.controller
+            joints.append(c.joints_rad)
+            torques.append(c.gain * (c.command_rad - c.joints_rad) - c.gravity_n_m)
+            heights.append(float(self.finger.point_m(c.joints_rad)[2]))
+            if len(joints) < FREE_STEPS[0]:
+                continue
+            free = np.mean(torques[-FREE_STEPS[0] : -FREE_STEPS[1]], axis=0)
+            force_n = self.finger.force_n(c.joints_rad, np.mean(torques[-STALL_STEPS // 2 :], axis=0) - free)
+            stalled = heights[-STALL_STEPS - 1] - heights[-1] < STALL_M
+            if stalled and (force_n > PRESS_N or aim_m < heights[-1] - LEAD_M + STALL_M):
+                return np.mean(joints[-STALL_STEPS // 2 :], axis=0) + self.robot.offset_rad
+        raise RobotError(
+            f"no table was felt within {-1000 * lowest_m:.0f} mm of the height of the base: is there a table below the "
+            "fingertip, and was every joint calibrated to both of its stops?"
+        )
 
     def _lift(self, place: Place) -> None:
         """Lift the fingertip to HOVER_M."""
+        self.loop.measure()
         height_m = float(self.finger.point_m(self.loop.controller.joints_rad)[2])
         with self.in_air():
             while height_m < HOVER_M:
@@ -559,8 +600,8 @@ class ArmCheck:
     def measure_servos(self) -> tuple[Gain, Offsets]:
         """Measure gain and joint offsets, and go on with them.
 
-        The sag gives a first gain, in which joint offsets of a few degrees are worth up to 20 %; touches of the table
-        do with that; the offsets that follow then give the gain to 1 %.
+        The sag under gravity gives a first gain. Joint offsets of a few degrees change it by up to 20 %, which is good
+        enough for touching the table. The joint offsets that follow then give the gain to a few percent.
 
         Raises:
             RobotError: something is in the arm's way, or the table is not where it should be.
@@ -575,15 +616,15 @@ class ArmCheck:
     # -- directions
 
     def nudge(self, joint: int) -> Nudge:
-        """Move one joint by five degrees in its positive direction and back.
+        """Move one joint by five degrees in its positive direction and back, after taking up friction and backlash.
 
         Raises:
             RobotError: the joint did not move so far, or another one moved.
         """
         self.go(RAISED_RAD)
-        before = self._step(joint, 0.0)
+        before = self._step(joint, SLACK_RAD)
         moved = self._step(joint, NUDGE_RAD) - before
-        self._step(joint, -NUDGE_RAD)
+        self._step(joint, -NUDGE_RAD - SLACK_RAD)
         others = np.abs(np.delete(moved, joint))
         if others.max() > NUDGE_OTHERS_RAD:
             other = [name for name in JOINTS if name != JOINTS[joint]][int(others.argmax())]
@@ -630,9 +671,7 @@ class ArmCheck:
         left, middle, right, again = pictures.values()
         restless = [np.abs(each.astype(np.float32) - left).max(axis=2) > 2 * CHANGED for each in (again, right)]
         if restless[0].sum() > MAX_RESTLESS * restless[1].sum():
-            raise NotSeen(
-                "something else than the arm moves in the picture, or its brightness changes: keep clear of it"
-            )
+            raise NotSeen("the picture changes while the arm is still: keep out of it, and switch off flickering light")
         reason: NotSeen | None = None
         for picture in (middle, left, right):  # the arm may hide a part of the tape in one of them
             try:
@@ -643,7 +682,7 @@ class ArmCheck:
 
     def look(self, pan_rad: float) -> np.ndarray:
         """A picture (H, W, 3) uint8 with the arm raised and turned."""
-        self.go(RAISED_RAD + np.array([pan_rad, 0, 0, 0, 0, 0]))
+        self.go(_raised(pan_rad))
         self.loop.clock.sleep(WIGGLE_WAIT_S)
         self.loop.measure()
         return self.robot.picture().image
@@ -665,8 +704,7 @@ class ArmCheck:
         before = locator.locate(picture, to_picture)
         forward = before[:2] - PAN_AXIS_M
         place = Place(float(np.hypot(*forward)), float(-np.arctan2(forward[1], forward[0])), DRAG_TILT_RAD)
-        self.go(self.finger.joints_at(place, HOVER_M))
-        self.loop.clock.start()
+        self.hover(place)
         try:
             self._lower(place, LOWEST_M)
             start = self.finger.point_m(self.loop.controller.joints_rad)
