@@ -18,9 +18,10 @@ import cv2
 import mujoco
 import numpy as np
 
+from so101.camera import CAMERA, NominalCamera, NotSeen, project, rectangle
 from so101.cli import check_flags, check_output, parse, run_script
 from so101.files import write_json
-from so101.opencv import CAMERA, NominalCamera, NotSeen, SheetLocator, project, rectangle
+from so101.locator import SheetLocator
 from so101_env import HOME_RAD, SHEET_HALF_M, TAPE_CENTER_M, TAPE_MARGIN_M, load_model
 from so101_sim.geometry import wrap_angle
 from so101_sim.scene import Renderer, nominal_look
