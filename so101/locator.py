@@ -19,7 +19,17 @@ SHEET_POINTS, MIN_SHEET_POINTS = 32, 8  # points on each side of the sheet: exam
 SURE, ENOUGH = 0.59, 0.5
 MIN_USABLE = 0.5  # the share is computed relative to the usable part of the outline, but at least to this much of it
 MIN_CONTRAST = 12.0  # between sheet and table, in 1/255
+DARK = 40.0
+SCALE = (255 * np.log1p(np.arange(256) / DARK) / np.log1p(255 / DARK)).astype(np.float32)
 STARTS = 12  # number of rough poses that are refined
+
+
+def whiteness_of(image: np.ndarray) -> np.ndarray:
+    """Whiteness (H, W) float32, 0 to 255, of a picture (H, W, 3) uint8: the smallest channel, on a logarithmic scale.
+
+    On this scale the step from table to sheet is as high in a shadow as in the light.
+    """
+    return SCALE[image.min(axis=2)]
 
 
 class SheetLocator:
@@ -56,7 +66,7 @@ class SheetLocator:
         Raises:
             NotSeen: the sheet cannot be made out.
         """
-        whiteness, tape = image.min(axis=2).astype(np.float32), is_red(redness_of(image))
+        whiteness, tape = whiteness_of(image), is_red(redness_of(image))
         yaws, starts = np.arange(-0.78, 0.78, 0.06), []
         if last is not None:
             pose, support = self._refine(whiteness, tape, to_picture, last)

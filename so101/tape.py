@@ -7,6 +7,7 @@ Redness is judged relative to brightness, so that shade and exposure change it l
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -73,18 +74,18 @@ def find_tape(image: np.ndarray, opening_half_m: np.ndarray) -> Tape:
             continue
         if best is None or tape.points > best.points:
             best = tape
-        if best.points > 0.7 * 4 * TAPE_POINTS:
+        if best.points > 0.6 * 4 * TAPE_POINTS and best.residual_m < 0.5 * MAX_RESIDUAL_M:
             break
     if best is None:
         raise reasons[0]
     return best
 
 
-def _starts(redness: np.ndarray, camera: NominalCamera, half_m: np.ndarray) -> list[np.ndarray]:
+def _starts(redness: np.ndarray, camera: NominalCamera, half_m: np.ndarray) -> Iterator[np.ndarray]:
     """Rough deviations (7,) of the camera, see `NominalCamera.homography`, the most promising first."""
     nominal, width_m = np.zeros(7), 0.025
     inner, outer = (rectangle(half_m + w, *TAPE_CENTER_M, 0.0) for w in (0.0, width_m))
-    red, starts = is_red(redness), []
+    red = is_red(redness)
 
     def fit(corners: np.ndarray, pixels: np.ndarray) -> np.ndarray:
         """The deviation with which these corners of the table appear at these pixels."""
@@ -98,7 +99,7 @@ def _starts(redness: np.ndarray, camera: NominalCamera, half_m: np.ndarray) -> l
         start = fit(outer, quad)
         # the tape's width was a guess: measure it, and correct the guess
         width_m, _ = _width(redness, camera.homography(start), half_m, 0.035)
-        starts.append(fit(rectangle(half_m + width_m, *TAPE_CENTER_M, 0.0), quad))
+        yield fit(rectangle(half_m + width_m, *TAPE_CENTER_M, 0.0), quad)
     # rings of tape at other places in the picture, and seen from nearer or farther
     cv2 = import_cv2()
     small = cv2.resize(redness, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
@@ -107,20 +108,22 @@ def _starts(redness: np.ndarray, camera: NominalCamera, half_m: np.ndarray) -> l
     pixels = project(camera.homography(nominal), inner)
     for scale in (0.86, 1.0, 1.16):
         for width in (0.014, 0.035):
-            quads = [project(camera.homography(nominal), rectangle(half_m + w, *TAPE_CENTER_M, 0.0)) for w in (width, 0)]
-            quads = [(each - camera.center) * scale * 0.5 for each in quads]
+            rings = (project(camera.homography(nominal), rectangle(half_m + w, *TAPE_CENTER_M, 0.0)) for w in (width, 0))
+            quads = [(each - camera.center) * scale * 0.5 for each in rings]
             low = quads[0].min(0)
             ring = np.zeros(np.ceil(np.ptp(quads[0], axis=0) + 3).astype(int)[::-1], np.uint8)
             for quad, value in zip(quads, (255, 0)):
                 cv2.fillConvexPoly(ring, np.round((quad - low + 1) * 16).astype(np.int32), value, cv2.LINE_AA, 4)
             if (np.array(ring.shape) > np.array(small.shape)).any():
                 continue
-            match = cv2.matchTemplate(small, ring.astype(np.float32) / 255, cv2.TM_CCOEFF_NORMED)
+            pattern = ring / np.float32(ring.std() * np.sqrt(ring.size))
+            match = cv2.matchTemplate(small, pattern, cv2.TM_CCOEFF)
             _, score, _, place = cv2.minMaxLoc(match)
             shift = (np.array(place) + 1 - margin - low - size / 2) * 2
             found.append((score, (pixels - camera.center) * scale + camera.center + shift))
-    starts += [fit(inner, quad) for _, quad in sorted(found, key=lambda each: -each[0])[:2]]
-    return [*starts, nominal]
+    for _, quad in sorted(found, key=lambda each: -each[0])[:2]:
+        yield fit(inner, quad)
+    yield nominal
 
 
 def _outer_corners(red: np.ndarray, expected: np.ndarray) -> np.ndarray | None:
