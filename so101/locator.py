@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from so101.camera import NotSeen, import_cv2, project, rectangle, sample_normals
-from so101.tape import find_tape, is_red, redness_of
+from so101.tape import find_tape, is_tape, redness_of
 from so101_env import SHEET_HALF_M, TAPE_CENTER_M, TAPE_MARGIN_M
 
 SHEET_POINTS, MIN_SHEET_POINTS = 32, 8  # points on each side of the sheet: examined, and required on two sides
@@ -18,9 +18,10 @@ SHEET_POINTS, MIN_SHEET_POINTS = 32, 8  # points on each side of the sheet: exam
 # with one. At 0.59 and above the pose was right to 5 mm; at 0.5 without a recent pose it could be wrong by 50 mm.
 SURE, ENOUGH = 0.59, 0.5
 MIN_USABLE = 0.5  # the share is computed relative to the usable part of the outline, but at least to this much of it
-MIN_CONTRAST = 12.0  # between sheet and table, in 1/255
-DARK = 40.0
+MIN_CONTRAST = 8.0  # between sheet and table, on the scale of `whiteness_of`
+DARK = 100.0
 SCALE = (255 * np.log1p(np.arange(256) / DARK) / np.log1p(255 / DARK)).astype(np.float32)
+BLOOM_POINTS = 6.0
 STARTS = 12  # number of rough poses that are refined
 
 
@@ -66,7 +67,8 @@ class SheetLocator:
         Raises:
             NotSeen: the sheet cannot be made out.
         """
-        whiteness, tape = whiteness_of(image), is_red(redness_of(image))
+        whiteness = whiteness_of(image)
+        tape = is_tape(redness_of(image), to_picture, self.opening_half_m)
         yaws, starts = np.arange(-0.78, 0.78, 0.06), []
         if last is not None:
             pose, support = self._refine(whiteness, tape, to_picture, last)
@@ -121,7 +123,7 @@ class SheetLocator:
 
         Args:
             whiteness: (H, W) float32, the smallest channel of the picture.
-            tape: (H, W) float32, see `is_red`.
+            tape: (H, W) float32, see `is_tape`.
             to_picture: homography (3, 3) from the table, m, to pixels.
             start: approximate pose (3,).
 
@@ -182,13 +184,22 @@ def _fit_rectangle(
     """
     arm = points - pose[:2]
     turning = arm[..., 0] * normals[:, None, 1] - arm[..., 1] * normals[:, None, 0]
-    rows = np.concatenate([np.broadcast_to(normals[:, None], points.shape), turning[..., None]], axis=-1)
-    change, inliers = np.zeros(3), good
+    growing = np.ones(turning.shape)
+    rows = np.concatenate(
+        [np.broadcast_to(normals[:, None], points.shape), turning[..., None], growing[..., None]], axis=-1
+    )
+    prior = np.array([[0, 0, 0, 1.0]])
+    change, inliers = np.zeros(4), good
     for tolerance_m in (0.012, 0.008, 0.005, 0.003, 0.003):
         left = distance - rows @ change
         inliers = good & (np.abs(left) < tolerance_m)
         if inliers.sum() < MIN_SHEET_POINTS:
             break
         weight = np.sqrt(1.0 / np.maximum(np.abs(left[inliers]), 5e-4))[:, None]
-        change = np.linalg.lstsq(rows[inliers] * weight, distance[inliers] * weight[:, 0], rcond=None)[0]
-    return pose + change, inliers
+        stiff = np.sqrt(BLOOM_POINTS / 5e-4)
+        change = np.linalg.lstsq(
+            np.vstack([rows[inliers] * weight, prior * stiff]),
+            np.append(distance[inliers] * weight[:, 0], 0.0),
+            rcond=None,
+        )[0]
+    return pose + change[:3], inliers

@@ -50,8 +50,16 @@ def redness_of(image: np.ndarray) -> np.ndarray:
 
 
 def is_red(redness: np.ndarray) -> np.ndarray:
-    """Pixels that are as red as the tape: (H, W) float32, 1 or 0."""
+    """Pixels that may be tape before it is found: (H, W) float32, 1 or 0."""
     return (redness > max(MIN_REDNESS, 0.6 * np.percentile(redness, 98.5))).astype(np.float32)
+
+
+def is_tape(redness: np.ndarray, to_picture: np.ndarray, opening_half_m: np.ndarray) -> np.ndarray:
+    """Pixels that are as red as the tape, rather than as red as the table inside it: (H, W) float32, 1 or 0."""
+    corners = rectangle(opening_half_m, *TAPE_CENTER_M, 0.0)
+    tape, table = np.moveaxis(sample_normals(redness, to_picture, corners, np.array([0.005, -0.006]), 24)[0], 2, 0)
+    # parts of both are hidden, usually by things that are less red
+    return (redness > 0.5 * (np.nanpercentile(tape, 70) + np.nanpercentile(table, 70))).astype(np.float32)
 
 
 def find_tape(image: np.ndarray, opening_half_m: np.ndarray) -> Tape:
@@ -283,7 +291,7 @@ def _refine(both: np.ndarray, camera: NominalCamera, half_m: np.ndarray, start: 
     # red pixels along the middle of the tape, and next to it, where none should be
     beside_m = max(width_m / 2, FLANK_M)
     offsets = np.array([width_m / 2, width_m + beside_m, -beside_m])
-    along = sample_normals(is_red(redness), homography, corners, offsets, TAPE_POINTS)[0]
+    along = sample_normals(is_tape(redness, homography, half_m), homography, corners, offsets, TAPE_POINTS)[0]
     on, out, within = np.nan_to_num(along).sum(1).T
     if (on <= np.maximum(out, within)).any():
         raise NotSeen("the red tape cannot be distinguished from other red things")
