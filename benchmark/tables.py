@@ -21,8 +21,9 @@ import numpy as np
 from so101.camera import CAMERA, NominalCamera, NotSeen, project, rectangle
 from so101.cli import check_flags, check_output, parse, run_script
 from so101.files import write_json
-from so101.locator import SheetLocator
-from so101_env import HOME_RAD, SHEET_HALF_M, TAPE_CENTER_M, TAPE_MARGIN_M, load_model
+from so101.locator import SheetLocator, overlay
+from so101.tags import CARD_M, CELLS, cells_of, tag_corners
+from so101_env import HOME_RAD, SHEET_HALF_M, TAPE_CENTER_M, TAPE_MARGIN_M, SO101Error, load_model
 from so101_sim.geometry import wrap_angle
 from so101_sim.scene import Renderer, nominal_look
 
@@ -66,6 +67,10 @@ CONDITIONS = {
     "tape 48 mm": Condition(tape_mm=(48, 48)),
     "8 mm too small": Condition(smaller_mm=8.0),
     "16 mm skewed": Condition(skewed_mm=16.0),
+    "tags": Condition(tags=True),
+    "tags, dim": Condition(tags=True, gain=(0.22, 0.28)),
+    "tags, hard shadow": Condition(tags=True, shadow=True),
+    "tags, overexposed": Condition(tags=True, gain=(1.5, 2.2)),
 }
 
 
@@ -107,7 +112,7 @@ def turned(rng: np.random.Generator, field: np.ndarray) -> np.ndarray:
 
 def wood(rng: np.random.Generator) -> np.ndarray:
     """Boards with grain, from pine to walnut, some reddish."""
-    tones = np.array([[0.74, 0.58, 0.40], [0.60, 0.44, 0.29], [0.42, 0.27, 0.16], [0.28, 0.19, 0.13], [0.46, 0.25, 0.16]])
+    tones = np.array([[0.74, 0.58, 0.4], [0.6, 0.44, 0.29], [0.42, 0.27, 0.16], [0.28, 0.19, 0.13], [0.46, 0.25, 0.16]])
     grain = noise(rng, CANVAS_SIZE, (2.0, 120.0)) + noise(rng, CANVAS_SIZE, (9.0, 200.0))
     rings = np.sin(6 * noise(rng, CANVAS_SIZE, (60.0, 400.0)) + 0.5 * grain)
     boards = np.repeat(rng.standard_normal(40), rng.integers(70, 200))[: CANVAS_SIZE[0]]
@@ -172,9 +177,7 @@ def mask_of(polygon_m: np.ndarray, soft_mm: float = 0.0) -> tuple[tuple[slice, s
     return (slice(low[1], high[1]), slice(low[0], high[0])), cv2.GaussianBlur(mask, (0, 0), soft) if soft else mask
 
 
-def lay(
-    canvas: np.ndarray, polygon_m: np.ndarray, color: np.ndarray, soft_mm: float = 0.0, share: float = 1.0
-) -> None:
+def lay(canvas: np.ndarray, polygon_m: np.ndarray, color: np.ndarray, soft_mm: float = 0.0, share: float = 1.0) -> None:
     """Put a colour, (3,) or (H, W, 3), on a polygon of the canvas (H, W, 3), in place."""
     part, mask = mask_of(polygon_m, soft_mm)
     color = color[part] if np.ndim(color) == 3 else color
@@ -214,6 +217,28 @@ def lay_tape(canvas: np.ndarray, rng: np.random.Generator, condition: Condition)
             lay(canvas, corner, color * rng.choice([0.5, 1.3]), 1.5, share=0.5)
 
 
+def lay_tags(canvas: np.ndarray, rng: np.random.Generator) -> None:
+    """Four printed tags, each laid a little crooked."""
+    half = SHEET_HALF_M + TAPE_MARGIN_M
+    corners = tag_corners(half)
+    paper, ink = rng.uniform(0.88, 1.0), rng.uniform(0.03, 0.12)
+    for tag in range(4):
+        # all corners of all cells, row by row from the upper left one
+        upper_left, upper_right, _, lower_left = corners[tag]
+        right, down = (upper_right - upper_left) / CELLS, (lower_left - upper_left) / CELLS
+        angle, shift = np.deg2rad(rng.normal(0, 0.4)), rng.normal(0, 0.0005, 2)
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        middle = corners[tag].mean(0)
+
+        def laid(points: np.ndarray, turn=turn, middle=middle, shift=shift) -> np.ndarray:
+            return (points - middle) @ turn.T + middle + shift
+
+        lay(canvas, laid(rectangle(np.full(2, CARD_M / 2), *middle, 0.0)), np.full(3, paper), 0.3)
+        for row, column in np.argwhere(cells_of(tag)):
+            square = np.array([[0, 0], [0, 1.02], [1.02, 1.02], [1.02, 0]]) + (row, column)
+            lay(canvas, laid(upper_left + square[:, :1] * down + square[:, 1:] * right), np.full(3, ink))
+
+
 def lay_sheet(canvas: np.ndarray, rng: np.random.Generator, pose: np.ndarray) -> None:
     """A white A5 sheet, printed or not, with the narrow shadow of its edges."""
     corners = rectangle(SHEET_HALF_M, *pose)
@@ -242,8 +267,9 @@ def lay_clutter(canvas: np.ndarray, rng: np.random.Generator, tape_m: float) -> 
     """Things beside the tape: books, a hand, a pen, another sheet. Some are reddish, none is as red as tape."""
     outer = SHEET_HALF_M + TAPE_MARGIN_M + tape_m
     for _ in range(rng.integers(0, 7)):
-        color = [rng.uniform(0.05, 0.9, 3), rng.uniform([0.75, 0.52, 0.42], [0.92, 0.7, 0.6]),
-                 rng.uniform([0.5, 0.3, 0.2], [0.7, 0.45, 0.3]), np.full(3, rng.uniform(0.5, 1))][rng.integers(4)]  # fmt: skip
+        anything, skin = rng.uniform(0.05, 0.9, 3), rng.uniform([0.75, 0.52, 0.42], [0.92, 0.7, 0.6])
+        wooden, white = rng.uniform([0.5, 0.3, 0.2], [0.7, 0.45, 0.3]), np.full(3, rng.uniform(0.5, 1))
+        color = (anything, skin, wooden, white)[rng.integers(4)]
         color[1:] = np.maximum(color[1:], 0.55 * color[0] - 0.1)  # not as red as tape
         size = rng.uniform(0.01, 0.09, 2)
         reach = np.linalg.norm(size)
@@ -306,10 +332,10 @@ class Studio:
         canvas = np.clip(TABLES[for_table.integers(len(TABLES))](for_table), 0.02, 0.72).astype(np.float32)
         canvas = np.ascontiguousarray(canvas)
         lay_clutter(canvas, for_clutter, condition.tape_mm[1] / 1000)
-        lay_tape(canvas, for_tape, condition)
-        near = for_sheet.random() < 0.3
-        distance, direction = for_sheet.uniform(0, 0.04) if near else for_sheet.uniform(0.04, 0.12), for_sheet.uniform(-np.pi, np.pi)
-        pose = np.array([*(TAPE_CENTER_M + distance * np.array([np.cos(direction), np.sin(direction)])), for_sheet.uniform(-0.3, 0.3)])  # noqa: E501
+        lay_tags(canvas, for_tape) if condition.tags else lay_tape(canvas, for_tape, condition)
+        distance = for_sheet.uniform(*((0, 0.04) if for_sheet.random() < 0.3 else (0.04, 0.12)))
+        direction, yaw = for_sheet.uniform(-np.pi, np.pi), for_sheet.uniform(-0.3, 0.3)
+        pose = np.append(TAPE_CENTER_M + distance * np.array([np.cos(direction), np.sin(direction)]), yaw)
         lay_sheet(canvas, for_sheet, pose)
         light = np.ones(CANVAS_SIZE, np.float32)
         rows, columns = np.mgrid[-1 : 1 : CANVAS_SIZE[0] * 1j, -1 : 1 : CANVAS_SIZE[1] * 1j].astype(np.float32)
@@ -341,7 +367,7 @@ class Studio:
 
     def _camera(self, rng: np.random.Generator, condition: Condition) -> tuple[np.ndarray, np.ndarray]:
         """The deviation (7,) of a camera that sees all four sides, and its homography (3, 3)."""
-        width = min(condition.tape_mm[0] / 1000, 0.015)
+        width = CARD_M if condition.tags else min(condition.tape_mm[0] / 1000, 0.015)
         corners = rectangle(SHEET_HALF_M + TAPE_MARGIN_M + width, *TAPE_CENTER_M, 0.0)
         while True:
             axis = rng.standard_normal(3)
@@ -399,24 +425,34 @@ def main() -> int:
     args = parse(Args, __doc__)
     check_flags(args, {"scenes": (1, 10_000), "first": (0, 10**9)})
     check_output("--json", args.json, (".json",))
-    studio, locator, result = Studio(), SheetLocator(), {}
-    print(f"{'condition':18}{'right':>8}{'wrong':>8}{'refused':>9}{'median':>10} mm  of {args.scenes}")
+    if unknown := [name for name in args.conditions if name not in CONDITIONS]:
+        raise SO101Error(f"--conditions {unknown[0]}: not known; there are {', '.join(CONDITIONS)}")
+    if args.pictures and not Path(args.pictures).is_dir():
+        raise SO101Error(f"--pictures {args.pictures}: no such directory; create it first")
+    studio, result = Studio(), {}
+    print(f"{'condition':20}{'right':>8}{'wrong':>8}{'refused':>9}{'median':>10} mm  of {args.scenes}")
     for name in args.conditions or CONDITIONS:
-        verdicts, off_mm = [], []
+        verdicts, off_mm, condition = [], [], CONDITIONS[name]
+        locator = SheetLocator(marks="tags" if condition.tags else "tape")
         for number in range(args.first, args.first + args.scenes):
-            image, pose, _ = studio.photograph(number, CONDITIONS[name])
+            image, pose, _ = studio.photograph(number, condition)
             seen = cv2.resize(image, SEEN_SIZE[::-1], interpolation=cv2.INTER_AREA)
+            to_picture, found, trouble = None, None, ""
             try:
-                found = locator.locate(seen, locator.find_tape(seen))
+                to_picture = locator.find_tape(seen)
+                found = locator.locate(seen, to_picture)
                 off_mm.append(1000 * np.linalg.norm((found - pose)[:2]))
-            except NotSeen:
-                found = None
+            except NotSeen as error:
+                trouble = str(error)
             verdicts.append(judge(found, pose))
+            if args.pictures and number == args.first:
+                film = overlay(seen, to_picture, found, text=trouble.replace(": ", ":\n"))
+                cv2.imwrite(str(Path(args.pictures) / f"{name.replace(' ', '_')}.png"), film[..., ::-1])
         counts = {verdict: verdicts.count(verdict) for verdict in ("right", "wrong", "refused")}
         median = float(np.median(off_mm)) if off_mm else None
         result[name] = {**counts, "median_mm": median}
         shares = "".join(f"{counts[verdict] / args.scenes:{w}.3f}" for verdict, w in zip(counts, (8, 8, 9)))
-        print(f"{name:18}{shares}{np.nan if median is None else median:10.2f}", flush=True)
+        print(f"{name:20}{shares}{np.nan if median is None else median:10.2f}", flush=True)
     studio.close()
     if args.json:
         write_json(Path(args.json), result)

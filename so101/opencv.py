@@ -9,7 +9,7 @@ import numpy as np
 
 from so101.base import BasePolicy, StackedPolicy, add_cameras, with_sheet
 from so101.camera import CAMERA, NotSeen
-from so101.locator import SheetLocator
+from so101.locator import Marks, SheetLocator
 from so101_env import ACT_DIM, TAPE_CENTER_M, BaseObservation, Task
 from so101_sim.vector import IMAGES
 
@@ -25,6 +25,9 @@ class OpenCVPolicy(StackedPolicy):
     Args:
         base: the policy; None rests.
         tape_margin: m between sheet and tape on the table; None: that of the policy's task.
+        marks: tape or tags, see `SheetLocator`.
+        turned: whether the camera stands on the arm's side, see `SheetLocator`. It may be set later, as
+            `policy.locator.turned`; `reset` then makes the policy find the tape again.
 
     Raises:
         SO101Error: OpenCV is not installed, or the policy's pictures have another size.
@@ -32,11 +35,17 @@ class OpenCVPolicy(StackedPolicy):
 
     own_cameras, own_size = (CAMERA,), (240, 320)
 
-    def __init__(self, base: BasePolicy | None, tape_margin: float | None = None):
+    def __init__(
+        self,
+        base: BasePolicy | None,
+        tape_margin: float | None = None,
+        marks: Marks = "tape",
+        turned: bool = False,
+    ):
         super().__init__(base)
         self.cameras, self.image_size = add_cameras(self.base, self.own_cameras, self.own_size, "opencv")
         self.task = getattr(self.base, "task", Task())
-        self.locator = SheetLocator(self.task.tape_margin if tape_margin is None else tape_margin)
+        self.locator = SheetLocator(self.task.tape_margin if tape_margin is None else tape_margin, marks, turned)
         self.fingerprint = "" if self.base is None else self.base.fingerprint
         self.seen: dict[str, np.ndarray] = {}
 

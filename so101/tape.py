@@ -57,26 +57,29 @@ def is_red(redness: np.ndarray) -> np.ndarray:
 def is_tape(redness: np.ndarray, to_picture: np.ndarray, opening_half_m: np.ndarray) -> np.ndarray:
     """Pixels that are as red as the tape, rather than as red as the table inside it: (H, W) float32, 1 or 0."""
     corners = rectangle(opening_half_m, *TAPE_CENTER_M, 0.0)
-    tape, table = np.moveaxis(sample_normals(redness, to_picture, corners, np.array([0.005, -0.006]), 24)[0], 2, 0)
-    # parts of both are hidden, usually by things that are less red
-    return (redness > 0.5 * (np.nanpercentile(tape, 70) + np.nanpercentile(table, 70))).astype(np.float32)
+    beside = np.nan_to_num(sample_normals(redness, to_picture, corners, np.array([0.005, -0.006]), 24)[0])
+    tape, table = np.percentile(beside, 70, axis=(0, 1))  # parts of both are hidden, usually by things less red
+    limit = 0.5 * (tape + table) if tape - table > MIN_REDNESS else 1.0  # there is no tape with tags
+    return (redness > limit).astype(np.float32)
 
 
-def find_tape(image: np.ndarray, opening_half_m: np.ndarray) -> Tape:
+def find_tape(image: np.ndarray, opening_half_m: np.ndarray, turned: bool = False) -> Tape:
     """Find the tape.
 
     Args:
         image: (H, W, 3) uint8, RGB.
         opening_half_m: half the sides (2,) of the rectangle inside the tape.
+        turned: whether the camera stands on the arm's side: half a turn about the tape's centre from the nominal place.
 
     Raises:
-        NotSeen: a side of the tape cannot be made out, or other things are as red as the tape.
+        NotSeen: a side of the tape cannot be made out, other things are as red as the tape, or the tape is no rectangle
+            of the known size.
     """
     redness, excess, camera = redness_of(image), red_excess(image), NominalCamera(image.shape[:2])
     both, reasons, best = np.dstack([redness, excess]), [], None
     for start in _starts(redness, camera, opening_half_m):
         try:
-            tape = _refine(both, camera, opening_half_m, start)
+            tape = _refine(both, camera, opening_half_m, start, SIDES[2:] + SIDES[:2] if turned else SIDES)
         except NotSeen as error:
             reasons.append(error)
             continue
@@ -86,7 +89,20 @@ def find_tape(image: np.ndarray, opening_half_m: np.ndarray) -> Tape:
             break
     if best is None:
         raise reasons[0]
+    if best.residual_m > MAX_RESIDUAL_M:
+        (x, y), (a, b) = 1000 * best.sides_m, 2000 * opening_half_m
+        raise NotSeen(
+            f"the rectangle of red tape measures about {x:.0f} x {y:.0f} mm, not {a:.0f} x {b:.0f}, and its edges miss "
+            f"that by {1000 * best.residual_m:.1f} mm (root mean square): lay it again, or pass --tape-margin"
+        )
+    if turned:
+        best.homography = best.homography @ half_turn()
     return best
+
+
+def half_turn() -> np.ndarray:
+    """Half a turn of the table about the tape's centre, (3, 3)."""
+    return np.array([[-1, 0, 2 * TAPE_CENTER_M[0]], [0, -1, 2 * TAPE_CENTER_M[1]], [0, 0, 1]])
 
 
 def _starts(redness: np.ndarray, camera: NominalCamera, half_m: np.ndarray) -> Iterator[np.ndarray]:
@@ -116,7 +132,9 @@ def _starts(redness: np.ndarray, camera: NominalCamera, half_m: np.ndarray) -> I
     pixels = project(camera.homography(nominal), inner)
     for scale in (0.86, 1.0, 1.16):
         for width in (0.014, 0.035):
-            rings = (project(camera.homography(nominal), rectangle(half_m + w, *TAPE_CENTER_M, 0.0)) for w in (width, 0))
+            rings = (
+                project(camera.homography(nominal), rectangle(half_m + w, *TAPE_CENTER_M, 0.0)) for w in (width, 0)
+            )
             quads = [(each - camera.center) * scale * 0.5 for each in rings]
             low = quads[0].min(0)
             ring = np.zeros(np.ceil(np.ptp(quads[0], axis=0) + 3).astype(int)[::-1], np.uint8)
@@ -247,7 +265,9 @@ def _edges(values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, np.n
     return *edges, height
 
 
-def _refine(both: np.ndarray, camera: NominalCamera, half_m: np.ndarray, start: np.ndarray) -> Tape:
+def _refine(
+    both: np.ndarray, camera: NominalCamera, half_m: np.ndarray, start: np.ndarray, names: tuple[str, ...]
+) -> Tape:
     """Fit the camera to the tape's inner edges in the picture.
 
     Args:
@@ -255,6 +275,7 @@ def _refine(both: np.ndarray, camera: NominalCamera, half_m: np.ndarray, start: 
         camera: the nominal camera.
         half_m: half the sides (2,) of the opening.
         start: approximate deviation (7,), see `NominalCamera.homography`.
+        names: of the four sides, in the order of `rectangle`.
 
     Raises:
         NotSeen: see `find_tape`.
@@ -278,10 +299,10 @@ def _refine(both: np.ndarray, camera: NominalCamera, half_m: np.ndarray, start: 
         good = np.zeros(seen.shape, bool)
         for side in range(4):
             if seen[side].sum() >= MIN_TAPE_POINTS:
-                good[side] = seen[side] & _near_line(found[side], seen[side], normals[side], 0.003)
+                good[side] = seen[side] & near_line(found[side], seen[side], normals[side], 0.003)
         short = good.sum(1) < MIN_TAPE_POINTS
         if short.any():
-            where = SIDES[np.flatnonzero(short)[0]]
+            where = names[np.flatnonzero(short)[0]]
             raise NotSeen(f"the side of the red tape {where} cannot be made out: all four must be in the picture")
         if np.isfinite(outer[good]).any():
             width_m = float(np.clip(np.nanmedian(widths_m[good]), WIDTHS_M[0], WIDTHS_M[-1]))
@@ -329,13 +350,11 @@ def _fit_camera(
         return (points * normal).sum(1) - level
 
     # in mm, with a weak prior on the focal length
-    change = least_squares(
-        lambda change: np.append(1000 * misses_m(change), change[6] / 0.3), start, loss="soft_l1"
-    ).x
+    change = least_squares(lambda change: np.append(1000 * misses_m(change), change[6] / 0.3), start, loss="soft_l1").x
     return change, misses_m(change)
 
 
-def _near_line(found: np.ndarray, seen: np.ndarray, normal: np.ndarray, tolerance_m: float) -> np.ndarray:
+def near_line(found: np.ndarray, seen: np.ndarray, normal: np.ndarray, tolerance_m: float) -> np.ndarray:
     """Which of the points found (count, 2), m, lie near the line through most of those in seen, (count,) bool."""
     along, across = found @ np.array([-normal[1], normal[0]]), found @ normal
     a, d = along[seen], across[seen]
