@@ -16,10 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cv2
 import numpy as np
 
+from so101.camera import CAMERA, NominalCamera, NotSeen
 from so101.cli import check_flags, check_output, parse, run_script
 from so101.evaluation import TEST_SEED
 from so101.files import write_json
-from so101.opencv import CAMERA, NominalCamera, NotSeen, SheetLocator
+from so101.locator import SheetLocator
 from so101_env import SO101ResidualVectorEnv
 from so101_sim.geometry import wrap_angle
 

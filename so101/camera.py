@@ -1,0 +1,98 @@
+"""The camera that looks at the table: where points of the table appear in its pictures, and samples along outlines."""
+
+from __future__ import annotations
+
+import types
+
+import mujoco
+import numpy as np
+
+from so101.extras import import_extra
+from so101_env import SO101Error, load_model
+
+CAMERA = "top"
+
+
+class NotSeen(SO101Error):
+    """Tape, tags or sheet cannot be made out in a picture. The message names which, and why."""
+
+
+def import_cv2() -> types.ModuleType:
+    """OpenCV. Raises SO101Error if it is not installed."""
+    return import_extra("cv2", "arm", "locating the sheet")
+
+
+def project(homography: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Points (..., 2) mapped by a homography (3, 3)."""
+    mapped = points @ homography[:, :2].T + homography[:, 2]
+    return mapped[..., :2] / mapped[..., 2:]
+
+
+class NominalCamera:
+    """A camera of the scene in its nominal place. `homography` describes a camera that deviates from it.
+
+    The principal point is the centre of the picture, and pixels are square. Seven numbers remain to be found.
+
+    Args:
+        size: height and width of the pictures, pixels.
+        camera: name of the camera.
+    """
+
+    def __init__(self, size: tuple[int, int], camera: str = CAMERA):
+        model = load_model()
+        data = mujoco.MjData(model)
+        mujoco.mj_forward(model, data)
+        number, (height, width) = model.camera(camera).id, size
+        self.focal = height / 2 / np.tan(np.deg2rad(model.cam_fovy[number]) / 2)  # pixels
+        self.center = np.array([(width - 1) / 2, (height - 1) / 2])
+        # MuJoCo's cameras look along -z, with y up
+        self.rotation, self.position_m = data.cam_xmat[number].reshape(3, 3).T, data.cam_xpos[number]
+
+    def homography(self, change: np.ndarray) -> np.ndarray:
+        """The homography (3, 3) from the table, m, to pixels, for a deviation (7,) from the nominal camera.
+
+        The deviation is a rotation vector (3, rad), a translation (3, m), and the log ratio of the focal lengths.
+        """
+        focal, (x, y) = self.focal * np.exp(change[6]), self.center
+        intrinsic = np.array([[focal, 0, -x], [0, -focal, -y], [0, 0, -1]])
+        rotation = import_cv2().Rodrigues(change[:3])[0] @ self.rotation
+        matrix = intrinsic @ np.column_stack([rotation[:, :2], -rotation @ (self.position_m + change[3:6])])
+        return matrix / matrix[2, 2]
+
+
+def rectangle(half_m: np.ndarray, x_m: float, y_m: float, yaw_rad: float) -> np.ndarray:
+    """Corners (4, 2), m, of a rectangle with half sides half_m (2,), counterclockwise from the corner at +x, +y."""
+    corners = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]) * half_m
+    c, s = np.cos(yaw_rad), np.sin(yaw_rad)
+    return corners @ np.array([[c, s], [-s, c]]) + (x_m, y_m)
+
+
+def sample_normals(
+    image: np.ndarray, to_picture: np.ndarray, corners: np.ndarray, offsets_m: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sample a picture along the outward normals of a rectangle's sides.
+
+    Args:
+        image: (H, W) or (H, W, C) float32.
+        to_picture: homography (3, 3) from the table, m, to pixels.
+        corners: (4, 2), m, the result of `rectangle`.
+        offsets_m: distances (K,) from the side at which each normal is sampled, positive outwards.
+        count: number of normals per side.
+
+    Returns:
+        Values (4, count, K) or (4, count, K, C), NaN outside the picture; feet (4, count, 2) of the normals, m; unit
+        normals (4, 2).
+    """
+    ends = np.roll(corners, -1, axis=0)
+    along = (np.arange(count) + 0.5) / count * 0.92 + 0.04  # leave out the corners themselves
+    points = corners[:, None] + along[:, None] * (ends - corners)[:, None]
+    side = (ends - corners) / np.linalg.norm(ends - corners, axis=1, keepdims=True)
+    normals = np.column_stack([side[:, 1], -side[:, 0]])  # outwards, since the corners run counterclockwise
+    places = points[:, :, None] + offsets_m[:, None] * normals[:, None, None]
+    pixels = project(to_picture, places).astype(np.float32)
+    flat = pixels.reshape(len(points), -1, 2)
+    cv2 = import_cv2()
+    values = cv2.remap(
+        image, flat[..., 0], flat[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=[np.nan] * 4
+    )
+    return values.reshape(places.shape[:3] + image.shape[2:]), points, normals
