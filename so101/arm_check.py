@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import mujoco
 import numpy as np
 
+from so101.camera import NotSeen, project
 from so101.extras import import_extra
 from so101.files import write_json
-from so101.opencv import NotSeen, SheetLocator, project
+from so101.locator import SheetLocator
 from so101.robot import Picture, Robot, RobotError
 from so101_env import FINGER_RADIUS_M, HOME_RAD, PAN_AXIS_M, TAPE_CENTER_M, load_model
 from so101_sim.control import ACT_DIM, BACKLASH_RAD, ELBOW_FLEX, JOINTS, LATENCY_S, SHOULDER_LIFT, Controller

@@ -14,9 +14,11 @@ if __name__ == "__main__":  # Ctrl+C during the imports ends the program without
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import contextlib
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +26,25 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from so101.arm_check import ArmProfile
+from so101.arm_film import CameraFilm, print_replay, replay_film
 from so101.base import BasePolicy
+from so101.camera import CAMERA
 from so101.cli import Stop, Stoppable, check_flags, check_output, parse, run_script
 from so101.evaluation import TEST_SEED
 from so101.extras import import_extra
-from so101.files import write_json
+from so101.files import is_file, write_json
+from so101.guide import Guide, load_profile
 from so101.lerobot_arm import LeRobotArm
+from so101.locator import Marks, SheetLocator
 from so101.loop import RAISED_RAD, Blind, Clock, Loop, say
-from so101.opencv import CAMERA, OpenCVPolicy
+from so101.opencv import OpenCVPolicy
 from so101.policies import load_policy
 from so101.robot import LEROBOT_P, Robot
 from so101.server import Server
 from so101.simulated_arm import SimulatedRobot
 from so101_env import HOME_RAD, MAX_EPISODE_STEPS, Task, load_model
-from so101_sim.control import BACKLASH_RAD, LATENCY_S, Controller
+from so101_sim.control import ACT_DIM, BACKLASH_RAD, LATENCY_S, Controller
 from so101_sim.errors import SO101Error
 from so101_sim.scene import ASSETS, CONTROL_HZ
 
@@ -77,6 +84,16 @@ class Args:
     """with sim: draw another look of the scene in every episode"""
     json: str | None = None
     """write the results to this file"""
+    video: str | None = None
+    """film what the camera sees, with outlines of tape and sheet, as this MP4 file"""
+    outlines: bool = True
+    """with --video: draw the outlines; without them the film is one for --replay"""
+    marks: Marks = "tape"
+    """what shows the camera where the rectangle lies: red tape, or the four tags of assets/tags.pdf at its corners"""
+    check: bool = False
+    """with lerobot: check the arm step by step before its first run, and keep what was measured for later runs"""
+    replay: str | None = None
+    """instead of a run: find tape and sheet in this film of the camera, which must have no outlines"""
     server: Server = dataclasses.field(default_factory=Server)
 
 
@@ -89,9 +106,16 @@ def check_args(args: Args) -> None:
     check_flags(args, ranges)
     check_flags(args.server, Server.RANGES)
     check_output("--json", args.json, (".json",), args.model)
+    check_output("--video", args.video, (".mp4",), args.replay or args.model)
     kind, _, port = args.robot.partition(":")
     if args.robot != "sim" and (kind != "lerobot" or not port):
         raise SO101Error(f"--robot {args.robot}: give sim, or lerobot:PORT, as in lerobot:/dev/ttyACM0")
+    if args.check and (kind != "lerobot" or args.dry_run):
+        raise SO101Error("--check: needs an arm, --robot lerobot:PORT, without --dry-run")
+    if args.replay is not None and not is_file(args.replay):
+        raise SO101Error(f"--replay {args.replay}: no such file")
+    if Path(args.robot_id).name != args.robot_id:
+        raise SO101Error(f"--robot-id {args.robot_id}: give a name, without directories")
     if args.model is not None and args.base_policy is not None:
         raise SO101Error(f"--base-policy {args.base_policy}: --model names a policy already; drop one of them")
     if args.model is not None and Path(args.model).suffix not in (".onnx", ".pt"):
@@ -117,7 +141,7 @@ def make_policy(args: Args) -> tuple[BasePolicy, Task]:
     if others := [camera for camera in seen if camera != CAMERA]:
         raise SO101Error(f"{spec}: needs the camera {others[0]}, but the arm here only has {CAMERA}")
     if CAMERA not in seen or spec.startswith("opencv:"):
-        policy = OpenCVPolicy(policy, task.tape_margin)
+        policy = OpenCVPolicy(policy, task.tape_margin, args.marks)
     policy.firmware_p = task.firmware_p
     return policy, task
 
@@ -127,22 +151,53 @@ def make_policy(args: Args) -> tuple[BasePolicy, Task]:
 
 
 def make_robot(args: Args, task: Task) -> Robot:
-    """The arm that --robot names, with servos set to task.firmware_p."""
+    """The arm that --robot names, with servos that are set to task.firmware_p."""
     if args.robot == "sim":
         return SimulatedRobot(task, args.visual_randomization)
-    arm = LeRobotArm(args.robot.partition(":")[2], args.robot_id, args.camera, task.firmware_p, say)
-    arm.servo_gain = args.servo_gain or arm.servo_gain
-    say(f"servos at {arm.voltage:.1f} V, P = {task.firmware_p}, gain {arm.servo_gain:.2f} of the 12 V STS3215's")
-    return arm
+    return LeRobotArm(args.robot.partition(":")[2], args.robot_id, args.camera, task.firmware_p, say)
 
 
-def make_loop(args: Args, robot: Robot, policy: BasePolicy, task: Task) -> Loop:
-    """The control loop of a policy on an arm."""
-    controller = Controller(
-        load_model(task.tape_margin), task.firmware_p * robot.servo_gain, BACKLASH_RAD, LATENCY_S,
-        max_speed_rad_s=args.max_speed, measured=robot.ranges,
-    )  # fmt: skip
-    return Loop(robot, policy, controller, Clock(), args.dry_run)
+@contextlib.contextmanager
+def arm_loop(args: Args, policy: BasePolicy, task: Task) -> Iterator[Loop]:
+    """The control loop of a policy on the arm; on the way out the arm is left as Loop.leave describes."""
+    with Stoppable():
+        robot, offset_rad = make_robot(args, task), None
+        ended: BaseException | None = None
+        try:
+            if args.robot != "sim":
+                profile = load_profile(robot, args.robot_id)
+                offset_rad = use_profile(args, robot, policy, profile)
+            controller = Controller(
+                load_model(task.tape_margin), task.firmware_p * robot.servo_gain, BACKLASH_RAD, LATENCY_S,
+                max_speed_rad_s=args.max_speed, measured=robot.ranges,
+            )  # fmt: skip
+            loop = Loop(robot, policy, controller, Clock(), args.dry_run, offset_rad)
+            try:
+                yield loop
+            except BaseException as error:
+                ended = error
+                raise
+            finally:
+                loop.leave(ended)
+        finally:
+            robot.close()
+
+
+def use_profile(args: Args, arm: LeRobotArm, policy: BasePolicy, profile: ArmProfile | None) -> np.ndarray:
+    """Let arm and policy use what --check has measured, and print what it is; returns the joint offsets (6,), rad."""
+    profile_gain = None if profile is None else profile.gain_factor
+    arm.servo_gain = args.servo_gain or profile_gain or arm.servo_gain
+    say(f"servos at {arm.voltage:.1f} V, P = {arm.firmware_p}, gain {arm.servo_gain:.2f} of the 12 V STS3215's")
+    if profile is None:
+        if not args.check:
+            say("this arm was not checked: add --check once")
+        return np.zeros(ACT_DIM)
+    lift, elbow = np.rad2deg(profile.offset_rad[1:3])
+    side = "on the arm's side" if profile.camera_turned else "opposite the arm"
+    say(f"zero of shoulder_lift off by {lift:+.1f} degrees, of elbow_flex by {elbow:+.1f}; camera {side}")
+    if isinstance(policy, OpenCVPolicy):
+        policy.locator.turned = profile.camera_turned
+    return np.array(profile.offset_rad)
 
 
 def run_episode(loop: Loop, args: Args, task: Task, number: int) -> dict[str, Any]:
@@ -178,22 +233,35 @@ def run_episode(loop: Loop, args: Args, task: Task, number: int) -> dict[str, An
     return episode
 
 
-def run_episodes(loop: Loop, args: Args, task: Task) -> tuple[list[dict[str, Any]], BaseException | None]:
-    """All episodes; returns the complete ones, and what has ended the run early."""
+def run_episodes(args: Args, policy: BasePolicy, task: Task) -> tuple[dict[str, Any], BaseException | None]:
+    """All episodes; returns the results, and what has ended the run early."""
     episodes: list[dict[str, Any]] = []
+    film = None if args.video is None else CameraFilm(args.video, task.tape_margin, args.outlines)
     bar = tqdm(total=args.episodes, unit="episode", dynamic_ncols=True, delay=1e-3, disable=args.episodes == 1 or None)
+    loop, ended = None, None
     try:
-        for number in range(args.episodes):
-            episode = run_episode(loop, args, task, number)
-            if loop.policy.quit:  # the episode does not count
-                break
-            episodes.append(episode)
-            bar.update()
+        with arm_loop(args, policy, task) as loop:
+            loop.film = film
+            for number in range(args.episodes):
+                episode = run_episode(loop, args, task, number)
+                if loop.policy.quit:  # the episode does not count
+                    break
+                episodes.append(episode)
+                bar.update()
     except (SO101Error, Stop) as error:
-        return episodes, error
+        if loop is None:
+            raise
+        ended = error
+        if isinstance(error, SO101Error):
+            ended = SO101Error(f"--robot {args.robot}: stopped in episode {len(episodes) + 1}: {error}")
     finally:
         bar.close()
-    return episodes, None
+    if film is not None:
+        film.save()
+    result = {**summarize(episodes, loop.clock, args.robot == "sim"), "events": dict(loop.robot.events)}
+    if ended:
+        result["stopped"] = str(ended) if isinstance(ended, SO101Error) else f"signal {ended.signum}"
+    return {**result, "episode_list": episodes}, ended
 
 
 def summarize(episodes: list[dict[str, Any]], clock: Clock, sim: bool) -> dict[str, Any]:
@@ -233,37 +301,43 @@ def print_report(result: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Run the episodes; returns the exit code."""
+    """Run the episodes, the check, or the locator over a film; returns the exit code."""
     args = parse(Args, __doc__)
     check_args(args)
     import_extra("cv2", "arm", "python -m so101.drive")  # fails early, before the arm moves
     torch.set_num_threads(1)  # leaves the other cores to the simulation or the camera
+    if args.replay is not None:
+        return replay(args)
     policy, task = make_policy(args)
-    ended: BaseException | None = None
-    with Stoppable():
-        robot = make_robot(args, task)
-        try:
-            loop = make_loop(args, robot, policy, task)
-            try:
-                episodes, ended = run_episodes(loop, args, task)
-            finally:
-                loop.leave(ended)
-        finally:
-            robot.close()
-            policy.close()
-    if isinstance(ended, SO101Error):
-        ended = SO101Error(f"--robot {args.robot}: stopped in episode {len(episodes) + 1}: {ended}")
-    result = {**summarize(episodes, loop.clock, args.robot == "sim"), "events": dict(robot.events)}
-    if ended:
-        result["stopped"] = str(ended) if isinstance(ended, SO101Error) else f"signal {ended.signum}"
-    if args.json and (episodes or ended):
+    try:
+        if args.check:
+            with arm_loop(args, policy, task) as loop:
+                Guide(loop, args.robot_id, task.tape_margin, args.marks).run()
+            return 0
+        result, ended = run_episodes(args, policy, task)
+    finally:
+        policy.close()
+    if args.json and (result["episodes"] or ended):
         head = {"base_policy": policy_spec(args), "robot": args.robot, "firmware_p": task.firmware_p}
-        write_json(Path(args.json), {**head, **result, "episode_list": episodes})
+        write_json(Path(args.json), {**head, **result})
     print_report(result)
     if ended:
         raise ended
-    if not episodes:
+    if not result["episodes"]:
         raise SO101Error(f"{policy_spec(args)}: quit before its first episode ended; there is nothing to report")
+    return 0
+
+
+def replay(args: Args) -> int:
+    """Find tape and sheet in a recorded film; returns the exit code."""
+    margin = Task().tape_margin if args.tape_margin is None else args.tape_margin
+    film = None if args.video is None else CameraFilm(args.video, margin, every=1)
+    result = replay_film(args.replay, SheetLocator(margin, args.marks), film)
+    if film is not None:
+        film.save()
+    if args.json:
+        write_json(Path(args.json), result)
+    print_replay(result)
     return 0
 
 

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from so101.arm_film import CameraFilm
 from so101.base import BasePolicy
 from so101.cli import Stop
 from so101.extras import import_extra
+from so101.opencv import OpenCVPolicy
 from so101.robot import Picture, Robot, RobotError, ServoFault
 from so101_env import (
     HOME_RAD,
@@ -102,6 +104,7 @@ class Loop:
         offset_rad: np.ndarray | None = None,
     ):  # fmt: skip
         self.robot, self.policy, self.controller, self.clock = robot, policy, controller, clock
+        self.film: CameraFilm | None = None  # of what the policy sees
         self.dry_run, self.offset_rad = dry_run, np.zeros(ACT_DIM) if offset_rad is None else offset_rad
 
     def measure(self) -> None:
@@ -257,11 +260,32 @@ class Loop:
         if (age := self.clock.now() - picture.time_s) > PICTURE_AGE_S:
             raise RobotError(f"the camera's newest picture is {1000 * age:.0f} ms old")
         delta = self.policy.act(self.observe(picture), mask)[0]
+        if self.film is not None:
+            seen = self.policy.seen if isinstance(self.policy, OpenCVPolicy) else {}
+            to_picture = scaled(seen["to_picture"][0], self.policy.image_size, picture.image) if seen else None
+            pose = None if self.policy.estimate is None else self.policy.estimate[0]
+            self.film.add(picture.image, to_picture, pose, self.policy.trouble)
         if self.policy.trouble:
             raise Blind(self.policy.trouble)
         if self.clock.now() - self.controller.time_s > 1 / CONTROL_HZ:  # the policy was slow: measure again
             self.measure()
         return delta
+
+
+def scaled(to_picture: np.ndarray, size: tuple[int, int], image: np.ndarray) -> np.ndarray:
+    """A homography (3, 3) to pixels of a picture that `resize` has made of an image, as one to the image's pixels."""
+    left, top, width, height = _cut(image.shape[:2], size)
+    x, y = width / size[1], height / size[0]
+    # pixel centres are whole numbers
+    return np.array([[x, 0, left + (x - 1) / 2], [0, y, top + (y - 1) / 2], [0, 0, 1]]) @ to_picture
+
+
+def _cut(shape: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Left, top, width and height of the middle of a picture (H, W) that has the shape of `size`."""
+    height, width = shape
+    share = min(1.0, size[1] / size[0] * height / width), min(1.0, size[0] / size[1] * width / height)
+    columns, rows = round(width * share[0]), round(height * share[1])
+    return (width - columns) // 2, (height - rows) // 2, columns, rows
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -270,8 +294,5 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     The result is what a camera with this shape of picture would see.
     """
     cv2 = import_extra("cv2", "arm", "python -m so101.drive")
-    height, width = image.shape[:2]
-    share = min(1.0, size[1] / size[0] * height / width), min(1.0, size[0] / size[1] * width / height)
-    columns, rows = round(width * share[0]), round(height * share[1])
-    left, top = (width - columns) // 2, (height - rows) // 2
+    left, top, columns, rows = _cut(image.shape[:2], size)
     return cv2.resize(image[top : top + rows, left : left + columns], size[::-1], interpolation=cv2.INTER_AREA)

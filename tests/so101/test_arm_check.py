@@ -22,8 +22,9 @@ from so101.arm_check import (
     fit_offsets,
     servo_advice,
 )
+from so101.camera import NotSeen
 from so101.drive import Loop
-from so101.opencv import NotSeen, SheetLocator
+from so101.locator import SheetLocator
 from so101.robot import Picture, RobotError
 from so101_env import TAPE_CENTER_M, load_model
 from so101_sim.control import BACKLASH_RAD, JOINTS, LATENCY_S, Controller
