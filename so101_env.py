@@ -22,7 +22,7 @@ import mujoco
 import numpy as np
 from gymnasium.envs.registration import load_env_creator
 
-from so101_sim.batch import ArmRandomization, Arms
+from so101_sim.batch import ArmRandomization, Arms, log_uniform
 from so101_sim.control import ACT_DIM, BACKLASH_RAD, FIRMWARE_P, JOINTS
 from so101_sim.errors import SO101Error, check_ranges, require
 from so101_sim.geometry import rotate, wrap_angle
@@ -123,6 +123,10 @@ class DomainRandomization(ArmRandomization):
     """fraction, friction between sheet and table"""
     finger_friction: float = 0.15
     """fraction, friction between fingertips and sheet"""
+    sheet_friction_factor: tuple[float, float] = (1.0, 1.0)
+    """a further factor of the friction between sheet and table, log-uniform between these"""
+    finger_friction_factor: tuple[float, float] = (1.0, 1.0)
+    """a further factor of the friction between fingertips and sheet, log-uniform between these"""
     sheet_mass: float = 0.0
     """fraction, mass and inertia of the sheet"""
     observation_noise: float = 0.0
@@ -326,7 +330,9 @@ def camera_names() -> tuple[str, ...]:
 def make_arms(num_arms: int, task: Task, ranges: DomainRandomization, num_threads: int | None = None) -> Arms:
     """The physics of N arms with their sheets."""
     home_qpos = [*HOME_RAD, *TAPE_CENTER_M, SHEET_HALF_THICKNESS_M, 0.0]
-    fields = ["pair_friction"] if ranges.sheet_friction or ranges.finger_friction else []
+    factors = {ranges.sheet_friction_factor, ranges.finger_friction_factor}
+    frictions = ranges.sheet_friction or ranges.finger_friction or factors != {(1.0, 1.0)}
+    fields = ["pair_friction"] if frictions else []
     fields += ["body_mass", "body_inertia"] if ranges.sheet_mass else []
     fields += ["geom_pos", "dof_frictionloss"] if ranges.limp_sheet else []
     model = load_model(task.tape_margin, ranges.limp_sheet)
@@ -359,6 +365,7 @@ def resample_sheet(arms: Arms, i: int, rng: np.random.Generator, ranges: DomainR
     model, fields, scale, factor = arms.model, arms.fields, np.ones(2), 1.0
     if "pair_friction" in fields:
         scale = rng.uniform(-1.0, 1.0, 2) * (ranges.sheet_friction, ranges.finger_friction) + 1.0
+        scale *= [log_uniform(rng, each) for each in (ranges.sheet_friction_factor, ranges.finger_friction_factor)]
         # by name: the compiler sorts pairs, so their order in the file means nothing
         table, fingers = ["sheet_table"], [f"{finger}_finger_sheet" for finger in FINGERS]
         if ranges.limp_sheet:
@@ -509,12 +516,7 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
         joints[:] = arms.joints_rad
         velocities[:] = arms.joint_vel
         sheet[:] = arms.qpos[:, 6:9]
-        tip[:] = scene.tip_m
-        if self.randomization.joint_offset_rad:
-            # a real arm computes its tip from the encoders: to first order, the Jacobian carries their error over
-            site = self.model.site("gripperframe")
-            jacobian, _ = arms.batch.jac(int(site.bodyid[0]), arms.tip_m)
-            tip += np.einsum("nij,nj->ni", jacobian[:, :, :ACT_DIM], arms.joint_offset)
+        tip[:] = arms.measured_tip_m
         if self.randomization.observation_noise:
             yaw = yaw.copy()
             for i in np.flatnonzero(mask):

@@ -38,6 +38,38 @@ from so101_sim.scene import CONTROL_HZ, Renderer, add_noise, camera_names
 ANSWER_S = 0.05  # a bus without an answer for this long counts as lost
 
 
+@dataclasses.dataclass(frozen=True)
+class Flaws:
+    """How a simulated arm differs from the one that a policy expects, on top of what is drawn for each episode."""
+
+    joint_offset_rad: tuple[float, ...] = (0.0,) * ACT_DIM
+    """calibration error of each encoder: what it reads minus the true angle"""
+    gain: float = 1.0
+    """factor of the servo gain"""
+    backlash_rad: float = BACKLASH_RAD
+    """play of every joint"""
+    finger_friction: float = 1.0
+    """factor of the friction between fingertips and sheet"""
+    sheet_friction: float = 1.0
+    """factor of the friction between sheet and table"""
+    table_height_m: float = 0.0
+    """height of the table above the plane that the arm is mounted on"""
+    command_delay_s: float = 0.0
+    """further latency of every command"""
+
+    def ranges(self) -> DomainRandomization:
+        """What is drawn for every episode of such an arm, as with --full-randomization, and these flaws."""
+        return dataclasses.replace(
+            DomainRandomization.full(),
+            latency_steps=0,  # simulated in physics steps instead of control steps
+            backlash_rad=(self.backlash_rad, self.backlash_rad),
+            supply_gain=(self.gain, self.gain),
+            finger_friction_factor=(self.finger_friction, self.finger_friction),
+            sheet_friction_factor=(self.sheet_friction, self.sheet_friction),
+            table_height_m=(self.table_height_m, self.table_height_m),
+        )
+
+
 class SimulatedArm:
     """Physics of one arm, sheet and table, stepped by 1/240 s, with effects that the training simulation leaves out.
 
@@ -46,14 +78,12 @@ class SimulatedArm:
 
     Args:
         task: settings of the task; firmware_p is that of the servos.
-        backlash_rad: play of every joint.
+        flaws: what is wrong with this arm.
     """
 
-    def __init__(self, task: Task, backlash_rad: float = BACKLASH_RAD):
-        full = DomainRandomization.full()
-        self.task, self.max_latency_s = task, full.latency_steps / CONTROL_HZ
-        # latency is simulated here, in physics steps instead of control steps
-        self.ranges = dataclasses.replace(full, latency_steps=0, backlash_rad=(backlash_rad, backlash_rad))
+    def __init__(self, task: Task, flaws: Flaws | None = None):
+        self.task, self.flaws = task, flaws or Flaws()
+        self.ranges, self.max_latency_s = self.flaws.ranges(), DomainRandomization.full().latency_steps / CONTROL_HZ
         self.arms = make_arms(1, task, self.ranges, num_threads=1)
         self.model, self.timestep_s = self.arms.model, self.arms.model.opt.timestep
         self._active = np.ones(1, bool)
@@ -64,9 +94,10 @@ class SimulatedArm:
         self.arms.qpos[0] = start_qpos(self.arms, draw_start(rng, self.ranges, self.task.tape_margin))
         resample_sheet(self.arms, 0, rng, self.ranges)
         self.arms.resample(0, rng)
+        self.arms.joint_offset[0] += self.flaws.joint_offset_rad
         self.arms.start(np.array([0]))
         self.look = PaperVisuals().draw(self.model, seed)
-        self.latency_s = float(np.random.default_rng(seed).uniform(0, self.max_latency_s))
+        self.latency_s = float(np.random.default_rng(seed).uniform(0, self.max_latency_s)) + self.flaws.command_delay_s
         self.target_rad = self.arms.command[0].copy()
         self.pending: list[tuple[float, np.ndarray]] = []  # commands, and when they take effect, s
         self.time_s, self.count = 0.0, 0  # since the reset; count is in physics steps

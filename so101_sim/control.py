@@ -156,6 +156,8 @@ class Controller:
         backlash_rad: play before a servo reacts; the window is wider by half of it.
         latency_s: largest command latency; the window of a moving joint is wider by the motion in this time.
         max_speed_rad_s: largest speed of the targets of `move`.
+        gain_factor: what is known of the servos' gain beyond that: its ratio to the gain for firmware_p. A 7.4 V servo
+            has about 0.5. An array (N, 1) for a batch of arms.
     """
 
     def __init__(
@@ -165,15 +167,27 @@ class Controller:
         backlash_rad: float = 0.0,
         latency_s: float = 0.0,
         max_speed_rad_s: float = 2.0,
+        gain_factor: float | np.ndarray = 1.0,
     ):
-        self.gain = model.actuator_gainprm[:, 0] * (firmware_p / FIRMWARE_P)  # N m/rad, (6,)
+        self._nominal_gain = model.actuator_gainprm[:, 0] * (firmware_p / FIRMWARE_P)
+        self.gain_factor = gain_factor
         self.damping = model.dof_damping[:ACT_DIM].copy()  # N m s/rad, (6,)
         self.latency_s = latency_s
-        self.window_rad = COMMAND_WINDOW_RAD * FIRMWARE_P / firmware_p + backlash_rad / 2
+        self._nominal_window_rad, self._backlash_rad = COMMAND_WINDOW_RAD * FIRMWARE_P / firmware_p, backlash_rad
         self.low_rad, self.high_rad = model.actuator_ctrlrange.T.copy()
         self.max_step_rad = max_speed_rad_s / CONTROL_HZ
         self._model = model
         self.reset()
+
+    @property
+    def gain(self) -> np.ndarray:
+        """Servo gain as far as it is known, N m/rad, (6,) or (N, 6)."""
+        return self._nominal_gain * self.gain_factor
+
+    @property
+    def window_rad(self) -> float | np.ndarray:
+        """Largest distance of a target from that of a free arm, rad; (N, 1) if gain_factor is an array."""
+        return self._nominal_window_rad / self.gain_factor + self._backlash_rad / 2
 
     @functools.cached_property
     def _data(self) -> mujoco.MjData:
