@@ -33,7 +33,7 @@ from so101.networks import CONTACT, EXPECTED_YAW, SHEET_TO_TIP, Features
 from so101.policies import load_policy
 from so101.recorder import Recorder, Run
 from so101.server import Server
-from so101_env import BASE_DELTA, MAX_EPISODE_STEPS, SO101ResidualVectorEnv, Task
+from so101_env import MAX_EPISODE_STEPS, SO101ResidualVectorEnv, Task, extra_parts
 from so101_sim.control import ACT_DIM
 from so101_sim.errors import SO101Error
 
@@ -177,7 +177,7 @@ class Agent(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
-        parts = SO101ResidualVectorEnv.parts | ({"base_delta": BASE_DELTA} if args.base.observe_base else {})
+        parts = SO101ResidualVectorEnv.parts | extra_parts(args.task, args.base.observe_base)
         derived = [SHEET_TO_TIP, CONTACT] if args.networks.sheet_feature else []
         if args.task.arrival_yaw_weight > 0:
             derived.append(EXPECTED_YAW)

@@ -23,12 +23,12 @@ import numpy as np
 from gymnasium.envs.registration import load_env_creator
 
 from so101_sim.batch import ArmRandomization, Arms, log_uniform
-from so101_sim.control import ACT_DIM, BACKLASH_RAD, FIRMWARE_P, JOINTS
+from so101_sim.control import ACT_DIM, BACKLASH_RAD, FIRMWARE_P, JOINT_MIRROR, JOINTS
 from so101_sim.errors import SO101Error, check_ranges, require
 from so101_sim.geometry import rotate, wrap_angle
 from so101_sim.scene import ASSETS, Paint, VisualRandomization, load_spec, tinted
 from so101_sim.scene import camera_names as names_of_cameras
-from so101_sim.vector import ArmEnv, ArmVectorEnv, BaseObservation, Part, slices
+from so101_sim.vector import LOAD, ArmEnv, ArmVectorEnv, BaseObservation, Part, slices
 
 TASK_TEXT = "Slide the sheet of paper into the square of red tape."  # instruction in datasets and for language policies
 MAX_EPISODE_STEPS = 400
@@ -58,6 +58,7 @@ FINGER_RADIUS_M, SPOT_RADIUS_M, SPOT_GAP_M = 0.008, 0.004, 0.0001
 FINGERS = ("fixed", "moving")
 # one standard deviation at `DomainRandomization.observation_noise = 1`
 NOISE_JOINT_RAD, NOISE_VELOCITY_RAD_S, NOISE_TIP_M, NOISE_SHEET_M, NOISE_YAW_RAD = 0.003, 0.05, 0.001, 0.002, 0.01
+DROPOUT_STEPS = 15  # longest time that the sheet is out of view, see `DomainRandomization.pose_dropout`
 
 # makes a base policy of a spec string; named as text, as Gymnasium names entry points, so that torch is not imported
 POLICY_LOADER = "so101.policies:load_policy"
@@ -90,8 +91,13 @@ class Task:
     full_randomization: bool = False
     """also randomise sheet mass, servo gain and damping, latency, joint offsets, backlash and observation noise, and
     simulate a limp sheet, which is pressed to the table below the finger instead of at its four corners"""
+    arm_randomization: bool = False
+    """full_randomization with the wider ranges of arms from a kit: servo gain, calibration, backlash, friction, height
+    of the table, and a sheet that is out of view for up to half a second"""
     visual_randomization: bool = False
     """randomise what cameras see: light, shadows, colours, table texture, camera poses, image noise"""
+    observe_load: bool = False
+    """append the load on each joint, commanded minus measured position, to the observation: 6 more numbers"""
     firmware_p: int = FIRMWARE_P
     """P coefficient that the servos are set to, to which their gain is proportional; LeRobot's driver sets 16"""
     arrival_yaw_weight: float = 0.0
@@ -104,11 +110,14 @@ class Task:
     }  # fmt: skip
 
     def randomization(self) -> DomainRandomization:
-        """The ranges that randomize and full_randomization stand for. Raises SO101Error if they contradict."""
-        if self.full_randomization and not self.randomize:
-            raise SO101Error("--full-randomization contradicts --no-randomize: drop one of them")
+        """The ranges that the three flags of randomisation stand for. Raises SO101Error if they contradict."""
+        for name in ("full", "arm"):
+            if getattr(self, f"{name}_randomization") and not self.randomize:
+                raise SO101Error(f"--{name}-randomization contradicts --no-randomize: drop one of them")
         ranges = DomainRandomization
-        return ranges.full() if self.full_randomization else ranges() if self.randomize else ranges.nominal()
+        if self.arm_randomization or self.full_randomization:
+            return ranges.arm() if self.arm_randomization else ranges.full()
+        return ranges() if self.randomize else ranges.nominal()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +140,9 @@ class DomainRandomization(ArmRandomization):
     """fraction, mass and inertia of the sheet"""
     observation_noise: float = 0.0
     """Gaussian noise on the observation, in units of the NOISE_* constants"""
+    pose_dropout: float = 0.0
+    """probability per control step that the sheet goes out of view for 1 to DROPOUT_STEPS steps, in which its last pose
+    is observed"""
     limp_sheet: bool = False
     """the table carries a press below the fingertip, as under real paper, instead of at the sheet's four corners, and
     fingertips resist twisting"""
@@ -146,6 +158,15 @@ class DomainRandomization(ArmRandomization):
         return cls(
             sheet_mass=0.10, servo_gain=0.15, servo_damping=0.15, latency_steps=2, backlash_rad=(0.0, BACKLASH_RAD),
             joint_offset_rad=float(np.deg2rad(1.0)), observation_noise=1.0, limp_sheet=True,
+        )  # fmt: skip
+
+    @classmethod
+    def arm(cls) -> DomainRandomization:
+        """Everything on, in the wider ranges of arms from a kit."""
+        return dataclasses.replace(
+            cls.full(), supply_gain=(0.5, 1.6), known_supply_gain=0.5, joint_offset_rad=float(np.deg2rad(3.0)),
+            backlash_rad=(0.0, 2 * BACKLASH_RAD), table_height_m=(-0.005, 0.005), finger_friction_factor=(0.33, 1.0),
+            sheet_friction_factor=(0.8, 1.8), pose_dropout=0.01,
         )  # fmt: skip
 
 
@@ -173,8 +194,7 @@ class PaperVisuals(VisualRandomization):
 # the observation
 
 
-# in the mirror image pan and roll turn the other way, as do rotations about x and z
-JOINT_MIRROR = (-1, 1, 1, 1, -1, 1)
+# in the mirror image rotations about x and z turn the other way
 OBSERVATION = {
     "joint_pos": Part(tuple(f"{joint}.pos" for joint in JOINTS), HOME_RAD, 0.3, JOINT_MIRROR),  # rad
     "joint_vel": Part(tuple(f"{joint}.vel" for joint in JOINTS), 0.0, 0.5, JOINT_MIRROR),  # rad/s
@@ -187,6 +207,7 @@ OBSERVATION = {
 # appended with observe_base: the base policy's joint deltas, rad
 BASE_DELTA = Part(tuple(f"{joint}.base_delta" for joint in JOINTS), 0.0, 0.02, JOINT_MIRROR)
 OBS = slices(OBSERVATION)
+SHEET_COLUMNS = slice(OBS["sheet_pos"].start, OBS["tape_minus_sheet"].stop)  # what a lost view leaves as it was
 MEASURED = ("joint_pos", "joint_vel", "tip_pos")  # parts that a real arm measures
 OBS_DIM = sum(len(part.names) for part in OBSERVATION.values())
 # the same numbers by LeRobot's names, for datasets, base policies and policy servers
@@ -194,6 +215,11 @@ STATE, ENVIRONMENT, ACTION = "observation.state", "observation.environment_state
 COMMAND, RESIDUAL = "command", "residual"
 STATE_NAMES = list(OBSERVATION["joint_pos"].names)
 ENVIRONMENT_NAMES = [name for part in list(OBSERVATION.values())[1:] for name in part.names]
+
+
+def extra_parts(task: Task, observe_base: bool = False) -> dict[str, Part]:
+    """The parts that follow OBSERVATION in an observation with these settings."""
+    return ({"load": LOAD} if task.observe_load else {}) | ({"base_delta": BASE_DELTA} if observe_base else {})
 
 
 def sheet_pose(obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -447,7 +473,7 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
     parts: Mapping[str, Part] = OBSERVATION  # a subclass that observes more adds to them
     metrics = ("distance_m", "yaw_error_rad")  # values of info that evaluations report, at the start and at the end
     goal_xy_m = TAPE_CENTER_M
-    _STATE = (*ArmVectorEnv._STATE, "_phi", "_streak", "_return", "_residual_sum", "_residual", "_base")
+    _STATE = (*ArmVectorEnv._STATE, "_phi", "_streak", "_return", "_residual_sum", "_residual", "_base", "_unseen")
 
     def __init__(
         self,
@@ -481,7 +507,7 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
         super().__init__(
             make_arms(num_envs, self.task, self.randomization, num_threads),
             max_episode_steps,
-            extra_parts={"base_delta": BASE_DELTA} if observe_base else None,
+            extra_parts=extra_parts(self.task, observe_base),
             observe_pixels=observe == "pixels",
             measured=MEASURED,
             visuals=visuals or (PaperVisuals() if self.task.visual_randomization else None),
@@ -492,6 +518,7 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
         self._return = np.zeros(num_envs)  # unshaped, of the episode so far
         self._residual_sum = np.zeros(num_envs)  # norms of the residuals of the episode so far
         self._residual = np.zeros((num_envs, ACT_DIM))  # residual of the last step, rad
+        self._unseen = np.zeros(num_envs, np.int64)  # control steps for which the sheet stays out of view
         self._base = np.zeros((num_envs, ACT_DIM))  # with observe_base: base deltas for the present observation, rad
         self.base_time_s = 0.0  # wall time of the base policy, including its pictures
 
@@ -527,6 +554,12 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
                 tip[i] += NOISE_TIP_M * noise[15:18]
                 yaw[i] += NOISE_YAW_RAD * noise[18]
         _complete(obs, yaw)
+        if self.randomization.pose_dropout:
+            for i in np.flatnonzero(mask & (self._steps > 0)):
+                lost = self._rngs[i].random() < self.randomization.pose_dropout
+                self._unseen[i] = self._rngs[i].integers(DROPOUT_STEPS) + 1 if lost else max(self._unseen[i] - 1, 0)
+            hidden = mask & (self._unseen > 0)
+            obs[hidden, SHEET_COLUMNS] = self._obs[hidden, SHEET_COLUMNS]
         return obs
 
     def command_targets(self, delta_rad: np.ndarray) -> np.ndarray:
@@ -662,7 +695,7 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
 
     def begin(self, ids: np.ndarray, scene: Scene) -> None:
         """Forget the last episodes of the environments ids."""
-        for array in (self._streak, self._return, self._residual_sum, self._residual):
+        for array in (self._streak, self._return, self._residual_sum, self._residual, self._unseen):
             array[ids] = 0
         self._phi[ids] = self.potential(scene)[ids]
         if self.base_policy is not None:
@@ -674,7 +707,7 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
         """With observe_base, append the base policy's joint deltas."""
         if self.observe_base:
             self._base[mask] = self._base_delta(mask)[mask]
-            self._obs[mask, self._own_dim :] = self._base[mask]
+            self._obs[mask, -ACT_DIM:] = self._base[mask]
 
     def _base_delta(self, mask: np.ndarray) -> np.ndarray:
         """The base policy's joint deltas (N, 6), rad, for the observations of the environments in mask, validated."""

@@ -28,7 +28,7 @@ from so101.drive import Args as DriveArgs
 from so101.drive import Clock, Loop, make_policy
 from so101.evaluation import wilson
 from so101.files import write_json
-from so101.opencv import CAMERA, OpenCVPolicy
+from so101.opencv import CAMERA
 from so101.robot import Picture, Robot
 from so101.simulated_arm import Flaws, SimulatedArm
 from so101_env import (
@@ -45,7 +45,7 @@ from so101_env import (
 from so101_sim.control import BACKLASH_RAD, JOINTS, LATENCY_S, Controller
 from so101_sim.errors import SO101Error
 from so101_sim.geometry import rotate
-from so101_sim.scene import CONTROL_HZ, Renderer
+from so101_sim.scene import Renderer
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 1_540_000_000  # of the first episode; used nowhere else

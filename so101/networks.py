@@ -11,7 +11,6 @@ import torch.nn as nn
 
 from so101_env import (
     ACT_DIM,
-    JOINT_MIRROR,
     MEASURED,
     OBS,
     OBSERVATION,
@@ -25,7 +24,7 @@ from so101_env import (
     in_sheet_axes,
     sheet_pose,
 )
-from so101_sim.control import clamp
+from so101_sim.control import JOINT_MIRROR, clamp
 from so101_sim.geometry import rotate
 
 # ONNX export keeps module constants only as plain numbers, see so101/onnx.py

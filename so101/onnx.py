@@ -36,21 +36,22 @@ from so101.server import Server
 from so101.trust import Trust
 from so101_env import (
     ACT_DIM,
-    BASE_DELTA,
+    COMMAND,
     OBS,
-    OBS_DIM,
     OBSERVATION,
+    STATE,
     BaseObservation,
     SO101Error,
     SO101ResidualVectorEnv,
     Task,
+    extra_parts,
 )
 from so101_sim.scene import CONTROL_HZ
-from so101_sim.vector import Part
+from so101_sim.vector import Part, joint_load
 
 METADATA, FORMAT = "so101", "so101 onnx 2"
 CHECKSUM = "so101_sha256"  # key of the last metadata entry
-UNITS = {"pos": "rad", "vel": "rad/s", "base_delta": "rad", "qw": "1", "qx": "1", "qy": "1", "qz": "1"}
+UNITS = {"pos": "rad", "vel": "rad/s", "load": "rad", "base_delta": "rad", "qw": "1", "qx": "1", "qy": "1", "qz": "1"}
 CHECKED_OBSERVATIONS, TOLERANCE = 1000, 1e-5
 
 
@@ -79,7 +80,7 @@ class OnnxPolicy(StackedPolicy):
         self.observe_base, self.steps = self.metadata["observe_base"], self.metadata["global_step"]
         self.scale_rad = self.task.alpha * self.task.act_scale
         (source,), (sink,) = self.session.get_inputs(), self.session.get_outputs()
-        width = OBS_DIM + ACT_DIM * self.observe_base
+        width = sum(len(part.names) for part in _parts(self.task, self.observe_base))
         if len(source.shape) != 2 or source.shape[1] != width or source.type != "tensor(float)":
             raise SO101Error(f"{path}: takes {source.shape} {source.type}, not observations (N, {width}) in float32")
         if len(sink.shape) != 2 or sink.shape[1] != ACT_DIM or sink.type not in ("tensor(float)", "tensor(double)"):
@@ -106,6 +107,8 @@ class OnnxPolicy(StackedPolicy):
     def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
         """Joint deltas in rad (N, 6): those of its own base policy plus its residual."""
         base, flat = self.base_delta(obs, mask), flat_observation(obs)
+        if self.task.observe_load:
+            flat = np.concatenate([flat, joint_load(obs[COMMAND], obs[STATE])], axis=1)
         if self.observe_base:
             flat = np.concatenate([flat, base.astype(np.float32)], axis=1)
         residual = np.zeros((len(mask), ACT_DIM))
@@ -182,13 +185,17 @@ def _metadata(session: Any, content: bytes, path: str | Path) -> dict[str, Any]:
         if type(metadata.get(key)) is not kind:
             raise SO101Error(f"{path}: {key} of its metadata is missing or of a wrong type; export it again")
     task = restore_settings(Task, metadata["task"], path)
-    parts = [*OBSERVATION.values(), *([BASE_DELTA] if metadata["observe_base"] else [])]
-    for key, value in _interface(parts, task).items():
+    for key, value in _interface(_parts(task, metadata["observe_base"]), task).items():
         if metadata.get(key) != value:
             raise SO101Error(f"{path}: {key} of its metadata is not that of this version; export it again")
     if not 0 <= metadata["global_step"] <= MAX_COUNT:
         raise SO101Error(f"{path}: global_step of its metadata is {metadata['global_step']}; export it again")
     return metadata
+
+
+def _parts(task: Task, observe_base: bool) -> list[Part]:
+    """The parts of the observation that a policy gets."""
+    return [*OBSERVATION.values(), *extra_parts(task, observe_base).values()]
 
 
 def _interface(parts: Iterable[Part], task: Any) -> dict[str, Any]:

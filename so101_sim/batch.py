@@ -11,7 +11,7 @@ import mujoco
 import mujoco.batch
 import numpy as np
 
-from so101_sim.control import ACT_DIM, FIRMWARE_P, Controller, clamp
+from so101_sim.control import ACT_DIM, BACKLASH_RAD, FIRMWARE_P, Controller, clamp
 from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ
 
@@ -74,9 +74,10 @@ class Arms:
     ):
         self.model, self.num_arms, self.ranges = model, num_arms, ranges or ArmRandomization()
         ranges = self.ranges
-        # it knows what is known of a real arm: bounds on backlash and latency, not what is drawn for an episode
-        latency_s = ranges.latency_steps / CONTROL_HZ
-        self.controller = Controller(model, firmware_p, ranges.backlash_rad[1], latency_s)
+        # it knows what is known of a real arm: bounds on backlash and latency, not what is drawn for an episode; and it
+        # assumes no more than typical backlash, because the window, and with it a finger's force, grows with it
+        latency_s, backlash_rad = ranges.latency_steps / CONTROL_HZ, min(ranges.backlash_rad[1], BACKLASH_RAD)
+        self.controller = Controller(model, firmware_p, backlash_rad, latency_s)
         for parameter in (model.actuator_gainprm[:, 0], model.actuator_biasprm[:, 1]):
             parameter *= firmware_p / FIRMWARE_P
         threads = min(num_threads or os.cpu_count() or 1, num_arms)

@@ -20,6 +20,7 @@ from so101_sim.scene import ASSETS, CONTROL_HZ
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 ACT_DIM = len(JOINTS)
+JOINT_MIRROR = (-1, 1, 1, 1, -1, 1)  # in the left-right mirror image pan and roll turn the other way
 SHOULDER_LIFT, ELBOW_FLEX, WRIST_ROLL, GRIPPER = 1, 2, 4, 5
 # Largest distance of a target from the target that a free arm would need for the same motion. Times the servo gain it
 # limits the torque against an obstacle to 0.21 N m and the force of a fingertip to about 1 N, light enough to drag
