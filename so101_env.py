@@ -22,12 +22,11 @@ import mujoco
 import numpy as np
 from gymnasium.envs.registration import load_env_creator
 
-from so101_sim.batch import ArmRandomization, Arms, log_uniform
-from so101_sim.control import ACT_DIM, BACKLASH_RAD, FIRMWARE_P, JOINT_MIRROR, JOINTS
+from so101_sim.batch import FULL_ARM, KIT_ARM, ArmRandomization, Arms, log_uniform
+from so101_sim.control import ACT_DIM, FIRMWARE_P, JOINT_MIRROR, JOINTS
 from so101_sim.errors import SO101Error, check_ranges, require
-from so101_sim.geometry import rotate, wrap_angle
+from so101_sim.geometry import distance_to_rectangle, in_axes, wrap_angle
 from so101_sim.scene import ASSETS, Paint, VisualRandomization, load_spec, tinted
-from so101_sim.scene import camera_names as names_of_cameras
 from so101_sim.vector import LOAD, ArmEnv, ArmVectorEnv, BaseObservation, Part, slices
 
 TASK_TEXT = "Slide the sheet of paper into the square of red tape."  # instruction in datasets and for language policies
@@ -58,7 +57,6 @@ FINGER_RADIUS_M, SPOT_RADIUS_M, SPOT_GAP_M = 0.008, 0.004, 0.0001
 FINGERS = ("fixed", "moving")
 # one standard deviation at `DomainRandomization.observation_noise = 1`
 NOISE_JOINT_RAD, NOISE_VELOCITY_RAD_S, NOISE_TIP_M, NOISE_SHEET_M, NOISE_YAW_RAD = 0.003, 0.05, 0.001, 0.002, 0.01
-DROPOUT_STEPS = 15  # longest time that the sheet is out of view, see `DomainRandomization.pose_dropout`
 
 # makes a base policy of a spec string; named as text, as Gymnasium names entry points, so that torch is not imported
 POLICY_LOADER = "so101.policies:load_policy"
@@ -92,8 +90,7 @@ class Task:
     """also randomise sheet mass, servo gain and damping, latency, joint offsets, backlash and observation noise, and
     simulate a limp sheet, which is pressed to the table below the finger instead of at its four corners"""
     arm_randomization: bool = False
-    """full_randomization with the wider ranges of arms from a kit: servo gain, calibration, backlash, friction, height
-    of the table, and a sheet that is out of view for up to half a second"""
+    """full_randomization in the wider ranges of arms from a kit, with a sheet that is out of view now and then"""
     visual_randomization: bool = False
     """randomise what cameras see: light, shadows, colours, table texture, camera poses, image noise"""
     observe_load: bool = False
@@ -111,13 +108,11 @@ class Task:
 
     def randomization(self) -> DomainRandomization:
         """The ranges that the three flags of randomisation stand for. Raises SO101Error if they contradict."""
-        for name in ("full", "arm"):
-            if getattr(self, f"{name}_randomization") and not self.randomize:
-                raise SO101Error(f"--{name}-randomization contradicts --no-randomize: drop one of them")
-        ranges = DomainRandomization
-        if self.arm_randomization or self.full_randomization:
-            return ranges.arm() if self.arm_randomization else ranges.full()
-        return ranges() if self.randomize else ranges.nominal()
+        wide = "arm" if self.arm_randomization else "full" if self.full_randomization else ""
+        if wide and not self.randomize:
+            raise SO101Error(f"--{wide}-randomization contradicts --no-randomize: drop one of them")
+        kind = DomainRandomization
+        return {"arm": kind.arm, "full": kind.full, "": kind if self.randomize else kind.nominal}[wide]()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +136,8 @@ class DomainRandomization(ArmRandomization):
     observation_noise: float = 0.0
     """Gaussian noise on the observation, in units of the NOISE_* constants"""
     pose_dropout: float = 0.0
-    """probability per control step that the sheet goes out of view for 1 to DROPOUT_STEPS steps, in which its last pose
-    is observed"""
+    """probability per control step that the sheet goes out of view for up to half a second, in which its last pose is
+    observed"""
     limp_sheet: bool = False
     """the table carries a press below the fingertip, as under real paper, instead of at the sheet's four corners, and
     fingertips resist twisting"""
@@ -153,21 +148,15 @@ class DomainRandomization(ArmRandomization):
         return cls(sheet_friction=0.0, finger_friction=0.0)
 
     @classmethod
-    def full(cls) -> DomainRandomization:
-        """Everything on: also mass, servos, latency, offsets, backlash, observation noise and a limp sheet."""
-        return cls(
-            sheet_mass=0.10, servo_gain=0.15, servo_damping=0.15, latency_steps=2, backlash_rad=(0.0, BACKLASH_RAD),
-            joint_offset_rad=float(np.deg2rad(1.0)), observation_noise=1.0, limp_sheet=True,
-        )  # fmt: skip
+    def full(cls, **ranges: Any) -> DomainRandomization:
+        """Everything on: also the arm's properties, mass, observation noise and a limp sheet; or other ranges."""
+        return cls(**{**FULL_ARM, "sheet_mass": 0.10, "observation_noise": 1.0, "limp_sheet": True, **ranges})
 
     @classmethod
     def arm(cls) -> DomainRandomization:
-        """Everything on, in the wider ranges of arms from a kit."""
-        return dataclasses.replace(
-            cls.full(), supply_gain=(0.5, 1.6), known_supply_gain=0.5, joint_offset_rad=float(np.deg2rad(3.0)),
-            backlash_rad=(0.0, 2 * BACKLASH_RAD), table_height_m=(-0.005, 0.005), finger_friction_factor=(0.33, 1.0),
-            sheet_friction_factor=(0.8, 1.8), pose_dropout=0.01,
-        )  # fmt: skip
+        """Everything on, in the wider ranges of arms from a kit, and of their tables and fingertips."""
+        frictions = {"finger_friction_factor": (0.33, 1.0), "sheet_friction_factor": (0.8, 1.8)}
+        return cls.full(**KIT_ARM, **frictions, pose_dropout=0.01)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,11 +257,6 @@ def base_observation(
 # geometry of the task, as pure functions on arrays
 
 
-def in_sheet_axes(point_xy_m: np.ndarray, sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray) -> np.ndarray:
-    """Points (N, 2) relative to the sheets' centres, in the sheets' axes, (N, 2)."""
-    return rotate(point_xy_m - sheet_xy_m, -sheet_yaw_rad)
-
-
 def sheet_inside(sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray, tape_margin_m: float) -> np.ndarray:
     """Whether all four corners lie inside the tape's opening, (N,) bool, for centres (N, 2) and yaws (N,)."""
     c, s = np.abs(np.cos(sheet_yaw_rad)), np.abs(np.sin(sheet_yaw_rad))
@@ -281,15 +265,6 @@ def sheet_inside(sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray, tape_margin_
     fits_x = np.abs(sheet_xy_m[:, 0] - center_x) + (c * half_x + s * half_y) <= half_x + tape_margin_m
     fits_y = np.abs(sheet_xy_m[:, 1] - center_y) + (c * half_y + s * half_x) <= half_y + tape_margin_m
     return fits_x & fits_y
-
-
-def distance_to_sheet(
-    point_xy_m: np.ndarray, sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray, inset_m: float = 0.0
-) -> np.ndarray:
-    """Horizontal distance of points (N, 2) to the nearest point at least inset_m inside the sheets' edges, (N,)."""
-    point = np.abs(in_sheet_axes(point_xy_m, sheet_xy_m, sheet_yaw_rad))
-    outside = np.maximum(point - SHEET_HALF_M + inset_m, 0.0)
-    return np.hypot(outside[:, 0], outside[:, 1])
 
 
 def sheet_distance(sheet_xy_m: np.ndarray) -> np.ndarray:
@@ -345,12 +320,6 @@ def load_model(tape_margin: float = TAPE_MARGIN_M, limp_sheet: bool = False) -> 
         pos[axis], pos[2], size[axis] = sign * (half[axis] + width), 0.0002, width
         geom.pos, geom.size = pos, size
     return spec.compile()
-
-
-@functools.cache
-def camera_names() -> tuple[str, ...]:
-    """The cameras of the scene that policies can see through."""
-    return names_of_cameras(load_model())
 
 
 def make_arms(num_arms: int, task: Task, ranges: DomainRandomization, num_threads: int | None = None) -> Arms:
@@ -418,7 +387,7 @@ def support_presses(arms: Arms, mask: np.ndarray) -> None:
         return
     for finger in FINGERS:
         tip = arms.geom_xpos_m[:, arms.model.geom(f"{finger}_finger_col").id]
-        below = in_sheet_axes(tip[:, :2], arms.qpos[:, 6:8], arms.qpos[:, 9])
+        below = in_axes(tip[:, :2], arms.qpos[:, 6:8], arms.qpos[:, 9])
         gap = tip[:, 2] - FINGER_RADIUS_M - arms.qpos[:, 8] - SHEET_HALF_THICKNESS_M
         pressing = (np.abs(below) <= SHEET_HALF_M).all(1) & (gap < SPOT_GAP_M)
         spot = arms.fields["geom_pos"][:, arms.model.geom(f"{finger}_spot_col").id]
@@ -473,7 +442,7 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
     parts: Mapping[str, Part] = OBSERVATION  # a subclass that observes more adds to them
     metrics = ("distance_m", "yaw_error_rad")  # values of info that evaluations report, at the start and at the end
     goal_xy_m = TAPE_CENTER_M
-    _STATE = (*ArmVectorEnv._STATE, "_phi", "_streak", "_return", "_residual_sum", "_residual", "_base", "_unseen")
+    _STATE = (*ArmVectorEnv._STATE, "_phi", "_streak", "_return", "_residual_sum", "_residual", "_base")
 
     def __init__(
         self,
@@ -518,7 +487,6 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
         self._return = np.zeros(num_envs)  # unshaped, of the episode so far
         self._residual_sum = np.zeros(num_envs)  # norms of the residuals of the episode so far
         self._residual = np.zeros((num_envs, ACT_DIM))  # residual of the last step, rad
-        self._unseen = np.zeros(num_envs, np.int64)  # control steps for which the sheet stays out of view
         self._base = np.zeros((num_envs, ACT_DIM))  # with observe_base: base deltas for the present observation, rad
         self.base_time_s = 0.0  # wall time of the base policy, including its pictures
 
@@ -555,10 +523,7 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
                 yaw[i] += NOISE_YAW_RAD * noise[18]
         _complete(obs, yaw)
         if self.randomization.pose_dropout:
-            for i in np.flatnonzero(mask & (self._steps > 0)):
-                lost = self._rngs[i].random() < self.randomization.pose_dropout
-                self._unseen[i] = self._rngs[i].integers(DROPOUT_STEPS) + 1 if lost else max(self._unseen[i] - 1, 0)
-            hidden = mask & (self._unseen > 0)
+            hidden = self.lose_view(mask, self.randomization.pose_dropout)
             obs[hidden, SHEET_COLUMNS] = self._obs[hidden, SHEET_COLUMNS]
         return obs
 
@@ -576,7 +541,7 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
         far = np.hypot(sheet[:, 0] - PAN_AXIS_M[0], sheet[:, 1] - PAN_AXIS_M[1]) > SHEET_REACH_M
         if far.any():  # the centre is; is the whole sheet?
             axis = np.broadcast_to(PAN_AXIS_M, sheet.shape)
-            far = distance_to_sheet(axis, sheet, scene.sheet_yaw_rad) > SHEET_REACH_M
+            far = distance_to_rectangle(axis, sheet, scene.sheet_yaw_rad, SHEET_HALF_M) > SHEET_REACH_M
         return far
 
     def reward_terms(
@@ -609,7 +574,7 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
         that of the tip's own motion, and learned more slowly.
         """
         tip, sheet, yaw = scene.tip_m, scene.sheet_xy_m, scene.sheet_yaw_rad
-        aside = distance_to_sheet(tip[:, :2], sheet, yaw, SHAPING_INSET_M)
+        aside = distance_to_rectangle(tip[:, :2], sheet, yaw, SHEET_HALF_M, SHAPING_INSET_M)
         reach = np.hypot(aside, np.maximum(tip[:, 2] - TIP_PRESSED_M, 0.0))
         if self.task.arrival_yaw_weight == 0.0:
             turned = SHAPING_YAW_M_PER_RAD * np.abs(yaw)
@@ -695,7 +660,7 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
 
     def begin(self, ids: np.ndarray, scene: Scene) -> None:
         """Forget the last episodes of the environments ids."""
-        for array in (self._streak, self._return, self._residual_sum, self._residual, self._unseen):
+        for array in (self._streak, self._return, self._residual_sum, self._residual):
             array[ids] = 0
         self._phi[ids] = self.potential(scene)[ids]
         if self.base_policy is not None:

@@ -42,7 +42,7 @@ from so101_env import (
     load_model,
     sheet_inside,
 )
-from so101_sim.control import BACKLASH_RAD, JOINTS, LATENCY_S, Controller
+from so101_sim.control import BACKLASH_RAD, GAIN_FLOOR, JOINTS, LATENCY_S, Controller
 from so101_sim.errors import SO101Error
 from so101_sim.geometry import rotate
 from so101_sim.scene import Renderer
@@ -76,8 +76,8 @@ class Row:
 
     flaws: Flaws = Flaws()
     """with the arm and its table"""
-    known_gain: float = 1.0
-    """factor of the servo gain that the command law is told"""
+    known_gain: float | None = None
+    """factor of the servo gain that the command law is told, if it is"""
     picture_delay_s: float = 0.0
     """age of the pictures"""
     tape_shift_m: tuple[float, float] = (0.0, 0.0)
@@ -226,9 +226,8 @@ class TruePosePolicy(StackedPolicy):
 def run_row(row: Row, policy: BasePolicy, task: Task, args: Args, count: Callable[[], Any]) -> list[dict[str, Any]]:
     """The episodes of a row: seed, success (ground truth), steps, and trouble, what ended it early."""
     robot, episodes = VirtualRobot(task, row, args.pose == "camera"), []
-    controller = Controller(
-        load_model(task.tape_margin), task.firmware_p, BACKLASH_RAD, LATENCY_S, gain_factor=row.known_gain
-    )
+    gain = {"gain_floor": GAIN_FLOOR} if row.known_gain is None else {"gain_factor": row.known_gain}
+    controller = Controller(load_model(task.tape_margin), task.firmware_p, BACKLASH_RAD, LATENCY_S, **gain)
     policy.robot = robot
     loop = Loop(robot, policy, controller, VirtualClock(robot), dry_run=False)
     for number in range(args.first_seed, args.first_seed + args.episodes):

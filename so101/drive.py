@@ -48,11 +48,13 @@ from so101_env import (
     make_observation,
     sheet_inside,
 )
-from so101_sim.control import BACKLASH_RAD, JOINTS, LATENCY_S, Controller, from_rad
+from so101_sim.control import BACKLASH_RAD, GAIN_FLOOR, JOINTS, LATENCY_S, Controller, from_rad
 from so101_sim.errors import SO101Error
 from so101_sim.scene import ASSETS, CONTROL_HZ
 
 HOME_SPEED_RAD_S, HOME_NEAR_RAD, HOME_WAIT_S = 0.4, 0.015, 15.0  # motions to and from home
+# an arm that stops this near its goal for this long has met the table: its zero or the table's height is off
+HOME_TOUCH_RAD, HOME_STILL_RAD, HOME_STILL_S = float(np.deg2rad(5.0)), 0.002, 1.0
 HOME_SHARE = 0.2  # share of the remaining distance per step; with more, an arm with latency oscillates about its goal
 RAISED_RAD = HOME_RAD - np.array([0.0, 0.35, 0, 0, 0, 0])  # tip well above the table, for the way to and from home
 ASIDE_RAD = np.array([0.9, 0.0, 0, 0, 0, 0])  # from RAISED_RAD to either side, out of the camera's view
@@ -203,13 +205,18 @@ class Loop:
         tqdm.write(f"would send  {joints}", file=sys.stdout)
 
     def go(self, goal_rad: np.ndarray) -> None:
-        """Move slowly to joint positions (6,), rad. Raises RobotError if the arm does not arrive."""
-        step = HOME_SPEED_RAD_S / CONTROL_HZ
+        """Move slowly to joint positions (6,), rad, or until the table stops the arm near them.
+
+        Raises RobotError if the arm does not arrive.
+        """
+        step, nearest, still = HOME_SPEED_RAD_S / CONTROL_HZ, np.inf, 0
         self.clock.start()
         for _ in range(round(HOME_WAIT_S * CONTROL_HZ)):
             self.measure()
             left = goal_rad - self.controller.joints_rad
-            if np.abs(left).max() < HOME_NEAR_RAD:
+            far = np.abs(left).max()
+            nearest, still = (far, 0) if far < nearest - HOME_STILL_RAD else (nearest, still + 1)
+            if far < HOME_NEAR_RAD or (far < HOME_TOUCH_RAD and still > HOME_STILL_S * CONTROL_HZ):
                 return
             self.move(np.clip(HOME_SHARE * left, -step, step))
             self.clock.wait()
@@ -405,7 +412,7 @@ def main() -> int:
     policy, task = make_policy(args)
     sim, robot = args.robot == "sim", make_robot(args, task)
     controller = Controller(
-        load_model(task.tape_margin), task.firmware_p, BACKLASH_RAD, LATENCY_S, max_speed_rad_s=args.max_speed
+        load_model(task.tape_margin), task.firmware_p, BACKLASH_RAD, LATENCY_S, args.max_speed, gain_floor=GAIN_FLOOR
     )
     loop, episodes = Loop(robot, policy, controller, Clock(), args.dry_run), []
     ended: BaseException | None = None  # what ended the run early; the complete episodes are reported nevertheless

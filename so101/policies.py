@@ -57,7 +57,7 @@ class CheckpointPolicy(StackedPolicy):
         flat, residual = flat_observation(obs)[mask], np.zeros((len(mask), ACT_DIM), np.float32)
         if self.own_cameras:
             flat = np.concatenate([flat[:, OBS[name]] for name in MEASURED], axis=1)
-        if self.task.observe_load:
+        if getattr(self.task, "observe_load", False):  # the task of another script may have no such setting
             flat = np.concatenate([flat, joint_load(obs[COMMAND], obs[STATE])[mask]], axis=1)
         if self.observe_base:
             flat = np.concatenate([flat, base_delta[mask].astype(np.float32)], axis=1)

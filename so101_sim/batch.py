@@ -11,7 +11,7 @@ import mujoco
 import mujoco.batch
 import numpy as np
 
-from so101_sim.control import ACT_DIM, BACKLASH_RAD, FIRMWARE_P, Controller, clamp
+from so101_sim.control import ACT_DIM, BACKLASH_RAD, FIRMWARE_P, GAIN_FLOOR, Controller, clamp
 from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ
 
@@ -41,6 +41,17 @@ class ArmRandomization:
     """play before the servo reacts; sampled per joint, uniformly between these bounds"""
     table_height_m: tuple[float, float] = (0.0, 0.0)
     """height of the table above the plane that the arm is mounted on, uniform between these"""
+
+
+# ranges of an arm that is the model's but for wear and tolerances, and of arms that somebody has built from a kit
+FULL_ARM: dict[str, Any] = {
+    "servo_gain": 0.15, "servo_damping": 0.15, "latency_steps": 2, "joint_offset_rad": float(np.deg2rad(1.0)),
+    "backlash_rad": (0.0, BACKLASH_RAD),
+}  # fmt: skip
+KIT_ARM: dict[str, Any] = FULL_ARM | {
+    "supply_gain": (GAIN_FLOOR, 1.6), "known_supply_gain": 0.5, "joint_offset_rad": float(np.deg2rad(3.0)),
+    "backlash_rad": (0.0, 2 * BACKLASH_RAD), "table_height_m": (-0.005, 0.005),
+}  # fmt: skip
 
 
 def log_uniform(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
@@ -107,12 +118,15 @@ class Arms:
             "latency": np.zeros(num_arms, np.int64),  # control steps
             "joint_offset": np.zeros((num_arms, ACT_DIM)),  # encoder minus true position, rad
             "backlash": np.zeros((num_arms, ACT_DIM)),  # rad
-            "known_gain": np.ones((num_arms, 1)),  # factor of the servo gain, as far as the command law knows it
+            # what the command law knows of the servo gain: its factor, and the smallest ratio of the true gain to that
+            "known_gain": np.ones((num_arms, 1)),
+            "gain_floor": np.ones((num_arms, 1)),
             "table_height": np.zeros(num_arms),  # m, above the plane that the arm is mounted on
         }
         self.command, self._delayed, self._latency, self.joint_offset, self._backlash, *_ = self._state.values()
-        if ranges.known_supply_gain:
+        if ranges.supply_gain[0] != ranges.supply_gain[1]:
             self.controller.gain_factor = self._state["known_gain"]
+            self.controller.gain_floor = self._state["gain_floor"]
 
     def _settle(self, home_qpos: np.ndarray) -> dict[str, np.ndarray]:
         """Nominal resting state: joints at home, servo targets raised by gravity sag, objects settled on the table."""
@@ -171,6 +185,7 @@ class Arms:
             self.fields["actuator_biasprm"][i, :, 1] *= factor
             known = ranges.known_supply_gain and rng.random() < ranges.known_supply_gain
             self._state["known_gain"][i] = factor if known else 1.0
+            self._state["gain_floor"][i] = 1.0 if known else ranges.supply_gain[0]
         if any(ranges.table_height_m):  # the arm is shifted instead of the table
             height_m, base = rng.uniform(*ranges.table_height_m), model.body("base").id
             self.fields["body_pos"][i, base, 2] = model.body_pos[base, 2] - height_m

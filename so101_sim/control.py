@@ -29,6 +29,7 @@ COMMAND_WINDOW_RAD = 0.012
 BACKLASH_RAD = float(np.deg2rad(1.0))  # typical backlash of the servos
 FIRMWARE_P = 32  # assets/so101.xml has the servo gain for this P; the gain is proportional. LeRobot's drivers set 16
 LATENCY_S = 2 / CONTROL_HZ  # upper bound on command latency; not measured on a real arm
+GAIN_FLOOR = 0.5  # the 7.4 V servo's gain, by its stall torque, as a share of the 12 V servo's, which is the model's
 TICKS_PER_TURN = 4096  # encoder resolution
 
 
@@ -159,6 +160,8 @@ class Controller:
         max_speed_rad_s: largest speed of the targets of `move`.
         gain_factor: what is known of the servos' gain beyond that: its ratio to the gain for firmware_p. A 7.4 V servo
             has about 0.5. An array (N, 1) for a batch of arms.
+        gain_floor: smallest possible ratio of the true gain to the known one, or an array as above. Below 1 the window
+            is wider in the direction that carries the arm, so that a weak arm does not sink; no finger presses harder.
     """
 
     def __init__(
@@ -169,9 +172,10 @@ class Controller:
         latency_s: float = 0.0,
         max_speed_rad_s: float = 2.0,
         gain_factor: float | np.ndarray = 1.0,
+        gain_floor: float | np.ndarray = 1.0,
     ):
         self._nominal_gain = model.actuator_gainprm[:, 0] * (firmware_p / FIRMWARE_P)
-        self.gain_factor = gain_factor
+        self.gain_factor, self.gain_floor = gain_factor, gain_floor
         self.damping = model.dof_damping[:ACT_DIM].copy()  # N m s/rad, (6,)
         self.latency_s = latency_s
         self._nominal_window_rad, self._backlash_rad = COMMAND_WINDOW_RAD * FIRMWARE_P / firmware_p, backlash_rad
@@ -210,7 +214,9 @@ class Controller:
         """
         # the targets of a free arm in the same motion: the measured positions plus the lag under gravity and damping
         holding = joints_rad + (gravity_n_m + self.damping * velocity_rad_s) / self.gain
-        lower, upper = holding - self.window_rad, holding + self.window_rad
+        sag = gravity_n_m / self.gain * (1.0 / self.gain_floor - 1.0)  # by how much farther the weakest arm gives way
+        lower = holding - self.window_rad + np.minimum(sag, 0.0)
+        upper = holding + self.window_rad + np.maximum(sag, 0.0)
         if self.latency_s:  # plus the lag for any latency from none to this
             lead = velocity_rad_s * self.latency_s
             lower, upper = lower + np.minimum(lead, 0.0), upper + np.maximum(lead, 0.0)

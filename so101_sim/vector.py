@@ -24,6 +24,7 @@ from so101_sim.errors import SO101Error, require
 from so101_sim.scene import CONTROL_HZ, Look, Renderer, VisualRandomization, add_noise, camera_names
 from so101_sim.viewer import Viewer, check_display
 
+UNSEEN_STEPS = CONTROL_HZ // 2  # longest time that `ArmVectorEnv.lose_view` hides an object for
 IMAGES = "observation.images."  # prefix of a camera's name, as LeRobot has it
 
 
@@ -129,7 +130,8 @@ class ArmVectorEnv(gym.vector.VectorEnv):
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}
     parts: Mapping[str, Part]
     _spec: EnvSpec | None = None
-    _STATE: tuple[str, ...] = ("_steps", "_done", "_obs", "_look_seed")  # arrays with a row per environment, saved
+    # arrays with a row per environment, saved
+    _STATE: tuple[str, ...] = ("_steps", "_done", "_obs", "_look_seed", "_unseen")
 
     def __init__(
         self,
@@ -183,6 +185,7 @@ class ArmVectorEnv(gym.vector.VectorEnv):
         self._rngs: list[np.random.Generator] = [None] * n
         self._steps = np.zeros(n, np.int64)
         self._done = np.ones(n, bool)
+        self._unseen = np.zeros(n, np.int64)  # control steps for which the object stays out of view, see lose_view
         self._obs = np.zeros((n, obs_dim), np.float32)
         self._look_seed = np.zeros(n, np.int64)  # seed of the episode's look
         self._pixels = {camera: np.zeros((n, *self.image_size, 3), np.uint8) for camera in self.cameras}
@@ -250,6 +253,17 @@ class ArmVectorEnv(gym.vector.VectorEnv):
 
     def extend_observation(self, mask: np.ndarray) -> None:
         """Write the columns of extra_parts but "load" into self._obs for the environments in mask, (N,) bool."""
+
+    def lose_view(self, mask: np.ndarray, probability: float) -> np.ndarray:
+        """In which environments in mask, (N,) bool, a camera does not see the object now, (N,) bool; call once a step.
+
+        In each step, but not at the start of an episode, the view is lost with this probability, for up to
+        UNSEEN_STEPS steps, drawn from the episode's generator.
+        """
+        for i in np.flatnonzero(mask & (self._steps > 0)):
+            lost = self._rngs[i].random() < probability
+            self._unseen[i] = self._rngs[i].integers(UNSEEN_STEPS) + 1 if lost else max(self._unseen[i] - 1, 0)
+        return mask & (self._unseen > 0)
 
     # -- Gymnasium API
 
@@ -494,7 +508,7 @@ class ArmVectorEnv(gym.vector.VectorEnv):
             if self.visuals is not None:  # read, not drawn: episodes are otherwise the same with and without it
                 self._look_seed[i] = self._rngs[i].bit_generator.state["state"]["state"] % 2**63
         self.arms.start(ids, at_home=qpos is None)
-        self._steps[ids] = 0
+        self._steps[ids], self._unseen[ids] = 0, 0
         self._done[ids] = False
         scene = self.scene()
         self.begin(ids, scene)
