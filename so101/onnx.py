@@ -1,9 +1,10 @@
 """Policies as ONNX files, for another machine, another program, or an arm.
 
 `python eval_so101.py --model CHECKPOINT --export policy.onnx` writes one with `export_onnx`. Features, normalisation
-and mirror average are part of the graph. Its input is observations (N, 25), or (N, 31) with the base policy's action;
-its output is residuals (N, 6) in [-1, 1]. The file's metadata contain everything else that its user must know, as JSON
-under "so101". Reading needs onnxruntime (extra "arm"); writing also needs onnx and onnxscript (extra "export").
+and mirror average are part of the graph. Its input is observations (N, 25), plus 6 numbers for the load on the joints
+and 6 for the base policy's action if the policy observes them. Its output is residuals (N, 6) in [-1, 1]. The file's
+metadata contain everything else that its user must know, as JSON under "so101". Reading needs onnxruntime (extra
+"arm"); writing also needs onnx and onnxscript (extra "export").
 
 `onnx:PATH` as base policy is an `OnnxPolicy`. Files of other tools work, too: one input (N, 25), where N may be a fixed
 number, and one output with 6 numbers. Without this project's metadata, they are taken for a residual of the default
@@ -90,7 +91,7 @@ class OnnxPolicy(StackedPolicy):
         self.residuals(np.zeros((2, width), np.float32))  # fails early if the graph does not run
 
     def residuals(self, obs: np.ndarray) -> np.ndarray:
-        """Residuals (n, 6) in [-1, 1] for observations (n, 25 or 31). Raises SO101Error if the graph does not run."""
+        """Residuals (n, 6) in [-1, 1] for observations (n, 25 to 37). Raises SO101Error if the graph does not run."""
         count, batch = len(obs), self.batch or len(obs)
         padded = np.zeros((-(-count // batch) * batch, obs.shape[1]), np.float32)  # whole batches
         padded[:count] = obs
@@ -214,7 +215,7 @@ def _interface(parts: Iterable[Part], task: Any) -> dict[str, Any]:
 
 
 class _Actor(nn.Module):
-    """The module that is exported: from observations (N, 25 or 31), as a tensor, to an agent's clipped mean action."""
+    """The module that is exported: from observations (N, 25 to 37), as a tensor, to an agent's clipped mean action."""
 
     def __init__(self, agent: nn.Module):
         super().__init__()
@@ -296,7 +297,7 @@ def serialize(model: Any, metadata: dict[str, Any]) -> bytes:
 
 
 def _observations(envs: SO101ResidualVectorEnv, agent: nn.Module) -> np.ndarray:
-    """Observations (CHECKED_OBSERVATIONS, 25 or 31) of episodes in which the agent acts, with noise."""
+    """Observations (CHECKED_OBSERVATIONS, 25 to 37) of episodes in which the agent acts, with noise."""
     obs, seen, rng = envs.reset(seed=0)[0], [], np.random.default_rng(0)
     while sum(map(len, seen)) < CHECKED_OBSERVATIONS:
         seen.append(obs)
