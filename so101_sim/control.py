@@ -161,7 +161,8 @@ class Controller:
         gain_factor: what is known of the servos' gain beyond that: its ratio to the gain for firmware_p. A 7.4 V servo
             has about 0.5. An array (N, 1) for a batch of arms.
         gain_floor: smallest possible ratio of the true gain to the known one, or an array as above. Below 1 the window
-            is wider in the direction that carries the arm, so that a weak arm does not sink; no finger presses harder.
+            is wider on the side that carries the arm, and in the direction of its motion, so that a weak arm does not
+            sink. A finger at rest presses no harder on the table.
     """
 
     def __init__(
@@ -214,9 +215,10 @@ class Controller:
         """
         # the targets of a free arm in the same motion: the measured positions plus the lag under gravity and damping
         holding = joints_rad + (gravity_n_m + self.damping * velocity_rad_s) / self.gain
-        sag = gravity_n_m / self.gain * (1.0 / self.gain_floor - 1.0)  # by how much farther the weakest arm gives way
-        lower = holding - self.window_rad + np.minimum(sag, 0.0)
-        upper = holding + self.window_rad + np.maximum(sag, 0.0)
+        lower, upper = holding - self.window_rad, holding + self.window_rad
+        for torque in (gravity_n_m, self.damping * velocity_rad_s):  # by how much farther the weakest arm lags
+            lag = torque / self.gain * (1.0 / self.gain_floor - 1.0)
+            lower, upper = lower + np.minimum(lag, 0.0), upper + np.maximum(lag, 0.0)
         if self.latency_s:  # plus the lag for any latency from none to this
             lead = velocity_rad_s * self.latency_s
             lower, upper = lower + np.minimum(lead, 0.0), upper + np.maximum(lead, 0.0)
