@@ -131,6 +131,8 @@ class DomainRandomization(ArmRandomization):
     """a further factor of the friction between sheet and table, log-uniform between these"""
     finger_friction_factor: tuple[float, float] = (1.0, 1.0)
     """a further factor of the friction between fingertips and sheet, log-uniform between these"""
+    least_grip: float = 0.0
+    """least ratio of fingertip friction to table friction; fingertips that cannot drag a sheet teach nothing"""
     sheet_mass: float = 0.0
     """fraction, mass and inertia of the sheet"""
     observation_noise: float = 0.0
@@ -155,8 +157,8 @@ class DomainRandomization(ArmRandomization):
     @classmethod
     def arm(cls) -> DomainRandomization:
         """Everything on, in the wider ranges of arms from a kit, and of their tables and fingertips."""
-        frictions = {"finger_friction_factor": (0.33, 1.0), "sheet_friction_factor": (0.8, 1.8)}
-        return cls.full(**KIT_ARM, **frictions, pose_dropout=0.01)
+        frictions = {"finger_friction_factor": (0.33, 1.0), "sheet_friction_factor": (0.8, 1.8), "least_grip": 1.1}
+        return cls.full(**KIT_ARM, **frictions, pose_dropout=0.003)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,11 +269,6 @@ def sheet_inside(sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray, tape_margin_
     return fits_x & fits_y
 
 
-def sheet_distance(sheet_xy_m: np.ndarray) -> np.ndarray:
-    """Distance of sheet centres (N, 2) from the tape's centre, (N,)."""
-    return np.hypot(sheet_xy_m[:, 0] - TAPE_CENTER_M[0], sheet_xy_m[:, 1] - TAPE_CENTER_M[1])
-
-
 # ONNX export keeps module constants only as plain numbers, see so101/onnx.py
 _TAPE_CENTER_M = tuple(TAPE_CENTER_M.tolist())
 
@@ -365,6 +362,8 @@ def resample_sheet(arms: Arms, i: int, rng: np.random.Generator, ranges: DomainR
         table, fingers = ["sheet_table"], [f"{finger}_finger_sheet" for finger in FINGERS]
         if ranges.limp_sheet:
             table += [f"{finger}_spot_table" for finger in FINGERS]
+        nominal = [model.pair(names[0]).friction[0] for names in (table, fingers)]
+        scale[1] = max(scale[1], ranges.least_grip * scale[0] * nominal[0] / nominal[1])
         for names, change in zip((table, fingers), scale):
             pairs = [model.pair(name).id for name in names]
             fields["pair_friction"][i, pairs, :3] = model.pair_friction[pairs, :3] * change
@@ -398,7 +397,7 @@ def support_presses(arms: Arms, mask: np.ndarray) -> None:
 def scene_of(arms: Arms) -> Scene:
     """The true state now."""
     sheet = arms.qpos[:, 6:8]
-    return Scene(arms.tip_m, sheet, wrap_angle(arms.qpos[:, 9]), sheet_distance(sheet))
+    return Scene(arms.tip_m, sheet, wrap_angle(arms.qpos[:, 9]), np.hypot(*(sheet - TAPE_CENTER_M).T))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

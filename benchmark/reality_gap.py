@@ -32,7 +32,6 @@ from so101.opencv import CAMERA
 from so101.robot import Picture, Robot
 from so101.simulated_arm import Flaws, SimulatedArm
 from so101_env import (
-    HOME_RAD,
     MAX_EPISODE_STEPS,
     NOISE_SHEET_M,
     NOISE_YAW_RAD,
@@ -236,7 +235,7 @@ def run_row(row: Row, policy: BasePolicy, task: Task, args: Args, count: Callabl
         episode = {"seed": SEED + number, "steps": 0, "trouble": ""}
         try:
             loop.measure()
-            loop.go(HOME_RAD)
+            loop.home()
             episode["steps"] = loop.episode(MAX_EPISODE_STEPS, task.tape_margin)["ticks"]
         except SO101Error as error:  # an arm that gives up has failed
             episode["trouble"] = str(error)

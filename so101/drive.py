@@ -48,13 +48,14 @@ from so101_env import (
     make_observation,
     sheet_inside,
 )
-from so101_sim.control import BACKLASH_RAD, GAIN_FLOOR, JOINTS, LATENCY_S, Controller, from_rad
+from so101_sim.control import ACT_DIM, BACKLASH_RAD, GAIN_FLOOR, JOINTS, LATENCY_S, Controller, from_rad
 from so101_sim.errors import SO101Error
 from so101_sim.scene import ASSETS, CONTROL_HZ
 
 HOME_SPEED_RAD_S, HOME_NEAR_RAD, HOME_WAIT_S = 0.4, 0.015, 15.0  # motions to and from home
 # an arm that stops this near its goal for this long has met the table: its zero or the table's height is off
 HOME_TOUCH_RAD, HOME_STILL_RAD, HOME_STILL_S = float(np.deg2rad(5.0)), 0.002, 1.0
+REST_S = 0.5  # until an arm that was moving is at rest
 HOME_SHARE = 0.2  # share of the remaining distance per step; with more, an arm with latency oscillates about its goal
 RAISED_RAD = HOME_RAD - np.array([0.0, 0.35, 0, 0, 0, 0])  # tip well above the table, for the way to and from home
 ASIDE_RAD = np.array([0.9, 0.0, 0, 0, 0, 0])  # from RAISED_RAD to either side, out of the camera's view
@@ -226,6 +227,17 @@ class Loop:
             "in its way, or its torque off?"
         )
 
+    def home(self) -> None:
+        """Move to home, from above. In the air the servo gain is estimated, unless it is known."""
+        self.go(RAISED_RAD)
+        if not self.controller.gain_known:
+            for _ in range(round(REST_S * CONTROL_HZ)):
+                self.move(np.zeros(ACT_DIM))
+                self.clock.wait()
+                self.measure()
+            self.controller.learn_gain()
+        self.go(HOME_RAD)
+
     def lift(self) -> None:
         """Lift the tip off the sheet."""
         goal = self.controller.joints_rad.copy()
@@ -354,8 +366,8 @@ def run_episode(loop: Loop, args: Args, task: Task, number: int) -> dict[str, An
         except EOFError as error:
             raise SO101Error("no terminal to press Enter at, which starts each episode on an arm") from error
     loop.measure()
-    for goal in [] if args.dry_run else [HOME_RAD] if sim else [RAISED_RAD, HOME_RAD]:
-        loop.go(goal)
+    if not args.dry_run:
+        loop.home()
     episode = {"episode": number, "trouble": "", "seen_inside": False, "ticks": 0, "missed": 0}
     try:
         episode |= loop.episode(args.episode_steps, task.tape_margin)

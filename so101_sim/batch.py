@@ -11,7 +11,7 @@ import mujoco
 import mujoco.batch
 import numpy as np
 
-from so101_sim.control import ACT_DIM, BACKLASH_RAD, FIRMWARE_P, GAIN_FLOOR, Controller, clamp
+from so101_sim.control import ACT_DIM, BACKLASH_RAD, FIRMWARE_P, GAIN_FLOOR, LEARNED_GAIN_FLOOR, Controller, clamp
 from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ
 
@@ -29,8 +29,8 @@ class ArmRandomization:
     """fraction, proportional gain, sampled per joint"""
     supply_gain: tuple[float, float] = (1.0, 1.0)
     """factor of the gain of all servos of an arm, log-uniform between these: servo variant and supply voltage"""
-    known_supply_gain: float = 0.0
-    """probability that the command law knows this factor, as of an arm whose gain was measured; otherwise it takes 1"""
+    known_gain_error: tuple[float, float] = (1.0, 1.0)
+    """factor by which what the command law knows of that gain is off, log-uniform: it is measured, see `learn_gain`"""
     servo_damping: float = 0.0
     """fraction, joint damping, sampled per joint"""
     latency_steps: int = 0
@@ -49,8 +49,8 @@ FULL_ARM: dict[str, Any] = {
     "backlash_rad": (0.0, BACKLASH_RAD),
 }  # fmt: skip
 KIT_ARM: dict[str, Any] = FULL_ARM | {
-    "supply_gain": (GAIN_FLOOR, 1.6), "known_supply_gain": 0.5, "joint_offset_rad": float(np.deg2rad(3.0)),
-    "backlash_rad": (0.0, 2 * BACKLASH_RAD), "table_height_m": (-0.005, 0.005),
+    "supply_gain": (GAIN_FLOOR, 1.6), "known_gain_error": (0.8, 1.25), "table_height_m": (-0.005, 0.005),
+    "joint_offset_rad": float(np.deg2rad(3.0)), "backlash_rad": (0.0, 2 * BACKLASH_RAD),
 }  # fmt: skip
 
 
@@ -118,15 +118,13 @@ class Arms:
             "latency": np.zeros(num_arms, np.int64),  # control steps
             "joint_offset": np.zeros((num_arms, ACT_DIM)),  # encoder minus true position, rad
             "backlash": np.zeros((num_arms, ACT_DIM)),  # rad
-            # what the command law knows of the servo gain: its factor, and the smallest ratio of the true gain to that
-            "known_gain": np.ones((num_arms, 1)),
-            "gain_floor": np.ones((num_arms, 1)),
+            "known_gain": np.ones((num_arms, 1)),  # factor of the servo gain, as far as the command law knows it
             "table_height": np.zeros(num_arms),  # m, above the plane that the arm is mounted on
         }
         self.command, self._delayed, self._latency, self.joint_offset, self._backlash, *_ = self._state.values()
         if ranges.supply_gain[0] != ranges.supply_gain[1]:
             self.controller.gain_factor = self._state["known_gain"]
-            self.controller.gain_floor = self._state["gain_floor"]
+            self.controller.gain_floor = LEARNED_GAIN_FLOOR
 
     def _settle(self, home_qpos: np.ndarray) -> dict[str, np.ndarray]:
         """Nominal resting state: joints at home, servo targets raised by gravity sag, objects settled on the table."""
@@ -183,9 +181,7 @@ class Arms:
             factor = log_uniform(rng, ranges.supply_gain)
             self.fields["actuator_gainprm"][i, :, 0] *= factor
             self.fields["actuator_biasprm"][i, :, 1] *= factor
-            known = ranges.known_supply_gain and rng.random() < ranges.known_supply_gain
-            self._state["known_gain"][i] = factor if known else 1.0
-            self._state["gain_floor"][i] = 1.0 if known else ranges.supply_gain[0]
+            self._state["known_gain"][i] = factor * log_uniform(rng, ranges.known_gain_error)
         if any(ranges.table_height_m):  # the arm is shifted instead of the table
             height_m, base = rng.uniform(*ranges.table_height_m), model.body("base").id
             self.fields["body_pos"][i, base, 2] = model.body_pos[base, 2] - height_m

@@ -30,6 +30,9 @@ BACKLASH_RAD = float(np.deg2rad(1.0))  # typical backlash of the servos
 FIRMWARE_P = 32  # assets/so101.xml has the servo gain for this P; the gain is proportional. LeRobot's drivers set 16
 LATENCY_S = 2 / CONTROL_HZ  # upper bound on command latency; not measured on a real arm
 GAIN_FLOOR = 0.5  # the 7.4 V servo's gain, by its stall torque, as a share of the 12 V servo's, which is the model's
+# what `Controller.learn_gain` can find, as shares of the expected gain; the true gain is at least this share of a find
+LEARNED_GAINS, LEARNED_GAIN_FLOOR = (0.4, 2.5), 0.8
+HOLDING_N_M = 0.2  # a joint that carries more than this shows its servo's gain
 TICKS_PER_TURN = 4096  # encoder resolution
 
 
@@ -177,6 +180,7 @@ class Controller:
     ):
         self._nominal_gain = model.actuator_gainprm[:, 0] * (firmware_p / FIRMWARE_P)
         self.gain_factor, self.gain_floor = gain_factor, gain_floor
+        self.gain_known = bool(np.all(gain_floor == 1.0))  # then learn_gain is not needed
         self.damping = model.dof_damping[:ACT_DIM].copy()  # N m s/rad, (6,)
         self.latency_s = latency_s
         self._nominal_window_rad, self._backlash_rad = COMMAND_WINDOW_RAD * FIRMWARE_P / firmware_p, backlash_rad
@@ -261,6 +265,20 @@ class Controller:
         self.tip_m = self._data.site("gripperframe").xpos.copy()
         if self.command_rad is None:
             self.command_rad = clamp(joints_rad + self.gravity_n_m / self.gain, self.low_rad, self.high_rad)
+
+    def learn_gain(self) -> None:
+        """Estimate gain_factor from how far the arm, at rest in the air, hangs below its last targets.
+
+        Least squares over the joints that carry weight. Half of the expected backlash is part of the sag. An arm that
+        leans on something, and so does not sag, teaches nothing.
+        """
+        loaded = np.abs(self.gravity_n_m) > HOLDING_N_M
+        gravity = self.gravity_n_m[loaded]
+        sag = (self.command_rad - self.joints_rad)[loaded] - np.sign(gravity) * self._backlash_rad / 2
+        torque = self._nominal_gain[loaded] * sag  # that servos of the expected gain would exert
+        if torque @ gravity > 0:
+            self.gain_factor = float(clamp(gravity @ torque / (torque @ torque), *LEARNED_GAINS))
+            self.gain_floor = LEARNED_GAIN_FLOOR
 
     def move(self, delta_rad: np.ndarray, time_s: float) -> np.ndarray:
         """The next joint targets (6,), rad: the last targets plus delta (6,), within limits, window and speed.

@@ -385,12 +385,10 @@ def test_a_sheet_out_of_view_stays_where_it_was_seen_last():
     for _ in range(149):
         obs.append(envs.step(rng.uniform(-1, 1, (20, ACT_DIM)))[0])
     obs = np.array(obs)
-    same = (obs[1:] == obs[:-1])[:, :, 12:22]
-    constant = [2, 4, 5, 9]  # heights, and components of the quaternion
-    same = np.delete(same, constant, axis=2)
+    same = (obs[1:] == obs[:-1])[:, :, [12, 13, 18, 19, 20]]  # x and y, yaw, and the way to the tape
     assert (same.all(2) | ~same.any(2)).all()  # the whole pose or nothing of it
     hidden = same.all(2)
-    assert not (obs[1:, :, :12] == obs[:-1, :, :12]).any()
+    assert (obs[1:, :, :12] == obs[:-1, :, :12]).mean() < 1e-3
     for column in hidden.T:
         edges = np.flatnonzero(np.diff(np.r_[0, column.astype(int), 0]))
         held += (edges[1::2] - edges[::2]).tolist()
