@@ -11,7 +11,7 @@ import mujoco
 import mujoco.batch
 import numpy as np
 
-from so101_sim.control import ACT_DIM, BACKLASH_RAD, FIRMWARE_P, GAIN_FLOOR, LEARNED_GAIN_FLOOR, Controller, clamp
+from so101_sim.control import ACT_DIM, BACKLASH_RAD, FIRMWARE_P, LEARNED_GAIN_FLOOR, Controller, clamp
 from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ
 
@@ -49,7 +49,7 @@ FULL_ARM: dict[str, Any] = {
     "backlash_rad": (0.0, BACKLASH_RAD),
 }  # fmt: skip
 KIT_ARM: dict[str, Any] = FULL_ARM | {
-    "supply_gain": (GAIN_FLOOR, 1.6), "known_gain_error": (0.8, 1.25), "table_height_m": (-0.005, 0.005),
+    "supply_gain": (0.5, 1.6), "known_gain_error": (0.8, 1.25), "table_height_m": (-0.005, 0.005),
     "joint_offset_rad": float(np.deg2rad(3.0)), "backlash_rad": (0.0, 2 * BACKLASH_RAD),
 }  # fmt: skip
 

@@ -29,9 +29,10 @@ COMMAND_WINDOW_RAD = 0.012
 BACKLASH_RAD = float(np.deg2rad(1.0))  # typical backlash of the servos
 FIRMWARE_P = 32  # assets/so101.xml has the servo gain for this P; the gain is proportional. LeRobot's drivers set 16
 LATENCY_S = 2 / CONTROL_HZ  # upper bound on command latency; not measured on a real arm
-GAIN_FLOOR = 0.5  # the 7.4 V servo's gain, by its stall torque, as a share of the 12 V servo's, which is the model's
-# what `Controller.learn_gain` can find, as shares of the expected gain; the true gain is at least this share of a find
-LEARNED_GAINS, LEARNED_GAIN_FLOOR = (0.4, 2.5), 0.8
+# Smallest possible ratio of the true servo gain to the expected one: the stall torque of the 7.4 V servo is half of the 12 V
+# servo's, which is the model's, and joints differ. And to a gain that `Controller.learn_gain` has found.
+GAIN_FLOOR, LEARNED_GAIN_FLOOR = 0.4, 0.8
+LARGEST_GAIN = 2.5  # that learn_gain can find, as a share of the expected one
 HOLDING_N_M = 0.2  # a joint that carries more than this shows its servo's gain
 TICKS_PER_TURN = 4096  # encoder resolution
 
@@ -277,7 +278,7 @@ class Controller:
         sag = (self.command_rad - self.joints_rad)[loaded] - np.sign(gravity) * self._backlash_rad / 2
         torque = self._nominal_gain[loaded] * sag  # that servos of the expected gain would exert
         if torque @ gravity > 0:
-            self.gain_factor = float(clamp(gravity @ torque / (torque @ torque), *LEARNED_GAINS))
+            self.gain_factor = float(clamp(gravity @ torque / (torque @ torque), GAIN_FLOOR, LARGEST_GAIN))
             self.gain_floor = LEARNED_GAIN_FLOOR
 
     def move(self, delta_rad: np.ndarray, time_s: float) -> np.ndarray:

@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from so101 import drive
+from so101.opencv import OpenCVPolicy
+from so101.robot import RobotError
 from so101.simulated_arm import Flaws, SimulatedArm
-from so101_env import HOME_RAD, TAPE_CENTER_M, Task
+from so101_env import HOME_RAD, TAPE_CENTER_M, Task, load_model
+from so101_sim.control import BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Controller
 from so101_sim.errors import SO101Error
 
 pytest.importorskip("cv2")
@@ -53,6 +57,38 @@ def test_an_encoder_that_is_off_shifts_the_tip():
         arm.arms.start(np.array([0]), at_home=False)
         heights.append(float(arm.arms.tip_m[0, 2]))
     assert 1000 * (heights[1] - heights[0]) == pytest.approx(-3.5 * 3, rel=0.05)
+
+
+def loop_of(row: gap.Row) -> drive.Loop:
+    """A control loop on an arm, before its first episode."""
+    robot = gap.VirtualRobot(TASK, row, pictures=False)
+    robot.reset(SEED)
+    controller = Controller(load_model(), 16, BACKLASH_RAD, LATENCY_S, gain_floor=GAIN_FLOOR)
+    loop = drive.Loop(robot, OpenCVPolicy(None), controller, gap.VirtualClock(robot), dry_run=False)
+    loop.measure()
+    return loop
+
+
+@pytest.mark.parametrize("gain", [0.5, 1.0, 2.0])
+def test_the_loop_learns_the_gain_in_the_air(gain):
+    """Within a quarter of that of the servos that carry the arm; and a weak arm gets home."""
+    loop = loop_of(gap.Row(Flaws(gain=gain)))
+    loop.home()
+    arms = loop.robot.arm.arms
+    true = (arms.gain[0] / arms.model.actuator_gainprm[:, 0])[1:3].mean()
+    assert loop.controller.gain_factor == pytest.approx(true, rel=0.25)
+    np.testing.assert_allclose(loop.controller.joints_rad, HOME_RAD, atol=drive.HOME_NEAR_RAD)
+
+
+def test_an_arm_that_meets_the_table_before_home_has_arrived():
+    """Its zero is off by 5 degrees. Another joint that stays as far away is an error."""
+    loop = loop_of(gap.Row(Flaws(joint_offset_rad=(0, np.deg2rad(-5.0), 0, 0, 0, 0))))
+    loop.home()
+    short = np.abs(loop.controller.joints_rad - HOME_RAD).max()
+    assert drive.HOME_NEAR_RAD < short < drive.HOME_TOUCH_RAD
+    loop.robot.write = lambda target: None
+    with pytest.raises(RobotError, match="stays 6 degrees short"):
+        loop.go(loop.controller.joints_rad + np.deg2rad([0, 0, 0, 0, 6, 0]))
 
 
 def test_friction_height_backlash_and_delay_are_in_force():

@@ -127,31 +127,31 @@ def test_ranges():
 
 
 def test_other_servo_variants_and_tables():
-    """One factor for all servos of an arm, known to the command law in some arms; an arm is lower on a high table."""
-    arms = make_arms(400, supply_gain=(0.5, 1.6), known_supply_gain=0.25, table_height_m=(-0.005, 0.003))
+    """One factor for all servos of an arm, known to the command law with an error; an arm is lower on a high table."""
+    ranges = {"supply_gain": (0.5, 1.6), "known_gain_error": (0.8, 1.25), "table_height_m": (-0.005, 0.003)}
+    arms = make_arms(400, **ranges)
     ratio = np.array([arms.batch.get_model(i).actuator_gainprm[:, 0] for i in range(400)]) / GAIN
     assert (np.ptp(ratio, axis=1) < 1e-12).all()
     assert 0.5 <= ratio.min() < 0.51 and 1.57 < ratio.max() <= 1.6
     assert np.median(ratio) == pytest.approx(np.sqrt(0.5 * 1.6), abs=0.06)  # log-uniform
-    known, floor = arms.controller.gain_factor[:, 0], arms.controller.gain_floor[:, 0]
-    told = floor == 1.0
-    assert 0.2 < told.mean() < 0.3
-    np.testing.assert_allclose(known, np.where(told, ratio[:, 0], 1.0))
-    np.testing.assert_allclose(floor, np.where(told, 1.0, 0.5))
+    error = arms.controller.gain_factor[:, 0] / ratio[:, 0]
+    assert 0.8 <= error.min() < 0.81 and 1.23 < error.max() <= 1.25
+    np.testing.assert_allclose(arms.controller.gain, GAIN * ratio * error[:, None])
 
     height = make_arms(1).tip_m[0, 2] - arms.tip_m[:, 2]
     assert -0.005 <= height.min() < -0.0048 and 0.0028 < height.max() <= 0.003
     np.testing.assert_allclose(arms.measured_tip_m[:, 2], arms.tip_m[:, 2] + height, atol=1e-6)
 
 
-@pytest.mark.parametrize("known", [0.0, 1.0])
-def test_a_weak_arm_is_raised_and_held(known):
-    """With half the gain, whether the command law knows it or not; without the wider window it would sink."""
-    arms = make_arms(supply_gain=(0.5, 0.500001), known_supply_gain=known)
+@pytest.mark.parametrize("factor, floor, rises", [(0.5, 1.0, True), (1.0, 0.5, True), (1.0, 1.0, False)])
+def test_a_weak_arm_is_raised(factor, floor, rises):
+    """With half the gain: if the command law knows it, or allows for it; otherwise the arm sinks."""
+    arms = make_arms(supply_gain=(0.5, 0.500001))
+    arms.controller.gain_factor, arms.controller.gain_floor = factor, floor
     delta = np.zeros((1, ACT_DIM))
     delta[0, 1] = -0.01  # up
     move(arms, delta, 30)
-    assert arms.joint_pos[0, 1] < HOME_RAD[1] - 0.2
+    assert (arms.joint_pos[0, 1] < HOME_RAD[1] - 0.2) == rises
 
 
 def test_latency_delays_the_command():

@@ -93,6 +93,24 @@ def test_an_arm_is_measured(model):
     np.testing.assert_allclose(controller.velocity_rad_s, velocity, atol=1e-9)
 
 
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_the_gain_is_learned_from_an_arm_that_hangs(model, factor):
+    """Exactly from a sag of gravity over gain and half of the backlash; a supported arm teaches nothing."""
+    controller = Controller(model, firmware_p=16, backlash_rad=0.02, gain_floor=0.5)
+    controller.measure(HOME_RAD, 0.0)
+    lag = controller.gravity_n_m / (8.9 * factor) + 0.01 * np.sign(controller.gravity_n_m)
+    controller.command_rad = HOME_RAD + lag
+    controller.learn_gain()
+    assert controller.gain_factor == pytest.approx(factor, rel=1e-6)
+    np.testing.assert_allclose(controller.gain, 8.9 * factor)
+
+    supported = Controller(model, firmware_p=16, backlash_rad=0.02, gain_floor=0.5)
+    supported.measure(HOME_RAD, 0.0)
+    supported.command_rad = HOME_RAD - lag
+    supported.learn_gain()
+    assert supported.gain_factor == 1.0 and supported.gain_floor == 0.5
+
+
 def test_targets_are_no_faster_than_allowed(model):
     controller = Controller(model, max_speed_rad_s=0.3, backlash_rad=BACKLASH_RAD)
     controller.measure(HOME_RAD, 0.0)
