@@ -29,7 +29,7 @@ COMMAND_WINDOW_RAD = 0.012
 BACKLASH_RAD = float(np.deg2rad(1.0))  # typical backlash of the servos
 FIRMWARE_P = 32  # assets/so101.xml has the servo gain for this P; the gain is proportional. LeRobot's drivers set 16
 LATENCY_S = 2 / CONTROL_HZ  # upper bound on command latency; not measured on a real arm
-# Smallest possible ratio of the true servo gain to the expected one: the stall torque of the 7.4 V servo is half of that
+# Smallest possible ratio of the true servo gain to the expected one: by stall torque the 7.4 V servo has half the gain
 # of the 12 V servo, which is the model's, and joints differ. Then the same for a gain that `learn_gain` has found.
 GAIN_FLOOR, LEARNED_GAIN_FLOOR = 0.4, 0.8
 LARGEST_GAIN = 2.5  # that learn_gain can find, as a share of the expected one

@@ -8,7 +8,9 @@ import pytest
 from conftest import ROOT
 
 from so101 import drive
+from so101.base import BasePolicy
 from so101.opencv import OpenCVPolicy
+from so101.policies import load_policy
 from so101.robot import RobotError
 from so101.simulated_arm import Flaws, SimulatedArm
 from so101_env import HOME_RAD, TAPE_CENTER_M, Task, load_model
@@ -59,12 +61,12 @@ def test_an_encoder_that_is_off_shifts_the_tip():
     assert 1000 * (heights[1] - heights[0]) == pytest.approx(-3.5 * 3, rel=0.05)
 
 
-def loop_of(row: gap.Row) -> drive.Loop:
+def loop_of(row: gap.Row, policy: BasePolicy | None = None) -> drive.Loop:
     """A control loop on an arm, before its first episode."""
     robot = gap.VirtualRobot(TASK, row, pictures=False)
     robot.reset(SEED)
     controller = Controller(load_model(), 16, BACKLASH_RAD, LATENCY_S, gain_floor=GAIN_FLOOR)
-    loop = drive.Loop(robot, OpenCVPolicy(None), controller, gap.VirtualClock(robot), dry_run=False)
+    loop = drive.Loop(robot, policy or OpenCVPolicy(None), controller, gap.VirtualClock(robot), dry_run=False)
     loop.measure()
     return loop
 
@@ -89,6 +91,25 @@ def test_an_arm_that_meets_the_table_before_home_has_arrived():
     loop.robot.write = lambda target: None
     with pytest.raises(RobotError, match="stays 6 degrees short"):
         loop.go(loop.controller.joints_rad + np.deg2rad([0, 0, 0, 0, 6, 0]))
+
+
+def test_on_an_arm_the_included_policy_observes_the_load():
+    """It is the last target sent minus the newest reading, in every step."""
+    policy = gap.TruePosePolicy(load_policy(f"onnx:{ROOT / 'assets' / 'arm.onnx'}"))
+    loop, seen, expected, sent, session = loop_of(gap.Row(), policy), [], [], [], policy.base.residuals
+    robot = policy.robot = loop.robot
+    policy.base.residuals = lambda flat: seen.append(flat[0, 25:]) or session(flat)
+    act, command = policy.act, robot.arm.command
+
+    def expect(obs, mask):
+        if sent:
+            expected.append((sent[-1] - robot.read()[0].astype(np.float32)).astype(np.float32))
+        return act(obs, mask)
+
+    policy.act, robot.arm.command = expect, lambda target: sent.append(target) or command(target)
+    loop.episode(30, TASK.tape_margin)
+    assert len(expected) >= 15 and np.abs(expected).max() > 0.02
+    np.testing.assert_array_equal(seen[-len(expected) :], expected)
 
 
 def test_friction_height_backlash_and_delay_are_in_force():
