@@ -130,7 +130,8 @@ def print_table(columns: dict[str, dict[str, Any]]) -> None:
 def describe(loaded: Loaded, args: EvalArgs, task: Any, count: int) -> str:
     """What is evaluated on what, in a line."""
     name = f"{args.subject.model} ({loaded.steps} steps)" if args.subject.model else f"base policy {loaded.base_policy}"
-    physics = "full" if getattr(task, "full_randomization", False) else "default" if task.randomize else "no"
+    wide = [name for name in ("arm", "full") if getattr(task, f"{name}_randomization", False)]
+    physics = wide[0] if wide else "default" if task.randomize else "no"
     visual = ", visual too" if getattr(task, "visual_randomization", False) else ""
     margin = f", tape margin {1000 * task.tape_margin:.0f} mm" if hasattr(task, "tape_margin") else ""
     block = f" of block {args.seed}" if args.seed else ""

@@ -33,7 +33,7 @@ from so101.networks import CONTACT, EXPECTED_YAW, SHEET_TO_TIP, Features
 from so101.policies import load_policy
 from so101.recorder import Recorder, Run
 from so101.server import Server
-from so101_env import BASE_DELTA, MAX_EPISODE_STEPS, SO101ResidualVectorEnv, Task
+from so101_env import MAX_EPISODE_STEPS, SO101ResidualVectorEnv, Task, extra_parts
 from so101_sim.control import ACT_DIM
 from so101_sim.errors import SO101Error
 
@@ -103,7 +103,7 @@ class Base:
     """zero, jacobian (a scripted pusher), checkpoint:PATH, onnx:PATH, bc:PATH, server:HOST:PORT (LeRobot's or
     GR00T's), opencv:SPEC (SPEC with the sheet's pose estimated by OpenCV), or MODULE:CLASS[:ARGUMENT] for your own"""
     observe_base: bool = False
-    """append the base policy's action to the observation: 31 numbers instead of 25"""
+    """append the base policy's action to the observation: 6 more numbers than 25"""
     server: Server = dataclasses.field(default_factory=Server)
 
 
@@ -177,7 +177,7 @@ class Agent(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
-        parts = SO101ResidualVectorEnv.parts | ({"base_delta": BASE_DELTA} if args.base.observe_base else {})
+        parts = SO101ResidualVectorEnv.parts | extra_parts(args.task, args.base.observe_base)
         derived = [SHEET_TO_TIP, CONTACT] if args.networks.sheet_feature else []
         if args.task.arrival_yaw_weight > 0:
             derived.append(EXPECTED_YAW)
@@ -214,7 +214,7 @@ class Agent(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """The policy without exploration: residuals (N, 6) in [-1, 1] for observations (N, 25 or 31)."""
+        """The policy without exploration: residuals (N, 6) in [-1, 1] for observations (N, 25 to 37)."""
         return self.get_gaussian(self.features(obs))[0].clamp(-1, 1).numpy()
 
 
@@ -227,12 +227,12 @@ def rollout(
 ) -> tuple[dict[str, torch.Tensor], np.ndarray, list[dict[str, float]]]:
     """Act with exploration: a step for each row of the standard normal noise (num_steps, num_envs, 6).
 
-    Returns the buffers (num_steps, num_envs, ...), the next observation (num_envs, 25 or 31), and one dict (success,
+    Returns the buffers (num_steps, num_envs, ...), the next observation (num_envs, 25 to 37), and one dict (success,
     return, length, failure) per finished episode.
     """
     num_steps, (n, obs_dim) = len(noise), next_obs.shape
     buffers = {
-        "obs": np.zeros((num_steps, n, obs_dim), np.float32),  # (num_steps, num_envs, 25 or 31)
+        "obs": np.zeros((num_steps, n, obs_dim), np.float32),  # (num_steps, num_envs, 25 to 37)
         "real_next_obs": np.zeros((num_steps, n, obs_dim), np.float32),  # the final one where an episode ended
         "actions": np.zeros((num_steps, n, ACT_DIM), np.float32),  # (num_steps, num_envs, 6), unclipped
         "rewards": np.zeros((num_steps, n), np.float32),  # (num_steps, num_envs), as the next two

@@ -22,13 +22,12 @@ import mujoco
 import numpy as np
 from gymnasium.envs.registration import load_env_creator
 
-from so101_sim.batch import ArmRandomization, Arms
-from so101_sim.control import ACT_DIM, BACKLASH_RAD, FIRMWARE_P, JOINTS
+from so101_sim.batch import FULL_ARM, KIT_ARM, ArmRandomization, Arms, log_uniform
+from so101_sim.control import ACT_DIM, FIRMWARE_P, JOINT_MIRROR, JOINTS
 from so101_sim.errors import SO101Error, check_ranges, require
-from so101_sim.geometry import rotate, wrap_angle
+from so101_sim.geometry import distance_to_rectangle, in_axes, wrap_angle
 from so101_sim.scene import ASSETS, Paint, VisualRandomization, load_spec, tinted
-from so101_sim.scene import camera_names as names_of_cameras
-from so101_sim.vector import ArmEnv, ArmVectorEnv, BaseObservation, Part, slices
+from so101_sim.vector import LOAD, ArmEnv, ArmVectorEnv, BaseObservation, Part, slices
 
 TASK_TEXT = "Slide the sheet of paper into the square of red tape."  # instruction in datasets and for language policies
 MAX_EPISODE_STEPS = 400
@@ -90,8 +89,12 @@ class Task:
     full_randomization: bool = False
     """also randomise sheet mass, servo gain and damping, latency, joint offsets, backlash and observation noise, and
     simulate a limp sheet, which is pressed to the table below the finger instead of at its four corners"""
+    arm_randomization: bool = False
+    """full_randomization in the wider ranges of arms from a kit, with a sheet that is out of view now and then"""
     visual_randomization: bool = False
     """randomise what cameras see: light, shadows, colours, table texture, camera poses, image noise"""
+    observe_load: bool = False
+    """append the load on each joint, commanded minus measured position, to the observation: 6 more numbers"""
     firmware_p: int = FIRMWARE_P
     """P coefficient that the servos are set to, to which their gain is proportional; LeRobot's driver sets 16"""
     arrival_yaw_weight: float = 0.0
@@ -104,11 +107,12 @@ class Task:
     }  # fmt: skip
 
     def randomization(self) -> DomainRandomization:
-        """The ranges that randomize and full_randomization stand for. Raises SO101Error if they contradict."""
-        if self.full_randomization and not self.randomize:
-            raise SO101Error("--full-randomization contradicts --no-randomize: drop one of them")
-        ranges = DomainRandomization
-        return ranges.full() if self.full_randomization else ranges() if self.randomize else ranges.nominal()
+        """The ranges that the three flags of randomisation stand for. Raises SO101Error if they contradict."""
+        wide = "arm" if self.arm_randomization else "full" if self.full_randomization else ""
+        if wide and not self.randomize:
+            raise SO101Error(f"--{wide}-randomization contradicts --no-randomize: drop one of them")
+        kind = DomainRandomization
+        return {"arm": kind.arm, "full": kind.full, "": kind if self.randomize else kind.nominal}[wide]()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,10 +127,19 @@ class DomainRandomization(ArmRandomization):
     """fraction, friction between sheet and table"""
     finger_friction: float = 0.15
     """fraction, friction between fingertips and sheet"""
+    sheet_friction_factor: tuple[float, float] = (1.0, 1.0)
+    """a further factor of the friction between sheet and table, log-uniform between these"""
+    finger_friction_factor: tuple[float, float] = (1.0, 1.0)
+    """a further factor of the friction between fingertips and sheet, log-uniform between these"""
+    least_grip: float = 0.0
+    """least ratio of fingertip friction to table friction; fingertips that cannot drag a sheet teach nothing"""
     sheet_mass: float = 0.0
     """fraction, mass and inertia of the sheet"""
     observation_noise: float = 0.0
     """Gaussian noise on the observation, in units of the NOISE_* constants"""
+    pose_dropout: float = 0.0
+    """probability per control step that the sheet goes out of view for up to half a second, in which its last pose is
+    observed"""
     limp_sheet: bool = False
     """the table carries a press below the fingertip, as under real paper, instead of at the sheet's four corners, and
     fingertips resist twisting"""
@@ -137,12 +150,15 @@ class DomainRandomization(ArmRandomization):
         return cls(sheet_friction=0.0, finger_friction=0.0)
 
     @classmethod
-    def full(cls) -> DomainRandomization:
-        """Everything on: also mass, servos, latency, offsets, backlash, observation noise and a limp sheet."""
-        return cls(
-            sheet_mass=0.10, servo_gain=0.15, servo_damping=0.15, latency_steps=2, backlash_rad=(0.0, BACKLASH_RAD),
-            joint_offset_rad=float(np.deg2rad(1.0)), observation_noise=1.0, limp_sheet=True,
-        )  # fmt: skip
+    def full(cls, **ranges: Any) -> DomainRandomization:
+        """Everything on: also the arm's properties, mass, observation noise and a limp sheet; or other ranges."""
+        return cls(**{**FULL_ARM, "sheet_mass": 0.10, "observation_noise": 1.0, "limp_sheet": True, **ranges})
+
+    @classmethod
+    def arm(cls) -> DomainRandomization:
+        """Everything on, in the wider ranges of arms from a kit, and of their tables and fingertips."""
+        frictions = {"finger_friction_factor": (0.33, 1.0), "sheet_friction_factor": (0.8, 1.8), "least_grip": 1.1}
+        return cls.full(**KIT_ARM, **frictions, pose_dropout=0.003)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +185,7 @@ class PaperVisuals(VisualRandomization):
 # the observation
 
 
-# in the mirror image pan and roll turn the other way, as do rotations about x and z
-JOINT_MIRROR = (-1, 1, 1, 1, -1, 1)
+# in the mirror image rotations about x and z turn the other way
 OBSERVATION = {
     "joint_pos": Part(tuple(f"{joint}.pos" for joint in JOINTS), HOME_RAD, 0.3, JOINT_MIRROR),  # rad
     "joint_vel": Part(tuple(f"{joint}.vel" for joint in JOINTS), 0.0, 0.5, JOINT_MIRROR),  # rad/s
@@ -183,6 +198,7 @@ OBSERVATION = {
 # appended with observe_base: the base policy's joint deltas, rad
 BASE_DELTA = Part(tuple(f"{joint}.base_delta" for joint in JOINTS), 0.0, 0.02, JOINT_MIRROR)
 OBS = slices(OBSERVATION)
+SHEET_COLUMNS = slice(OBS["sheet_pos"].start, OBS["tape_minus_sheet"].stop)  # what a lost view leaves as it was
 MEASURED = ("joint_pos", "joint_vel", "tip_pos")  # parts that a real arm measures
 OBS_DIM = sum(len(part.names) for part in OBSERVATION.values())
 # the same numbers by LeRobot's names, for datasets, base policies and policy servers
@@ -190,6 +206,11 @@ STATE, ENVIRONMENT, ACTION = "observation.state", "observation.environment_state
 COMMAND, RESIDUAL = "command", "residual"
 STATE_NAMES = list(OBSERVATION["joint_pos"].names)
 ENVIRONMENT_NAMES = [name for part in list(OBSERVATION.values())[1:] for name in part.names]
+
+
+def extra_parts(task: Task, observe_base: bool = False) -> dict[str, Part]:
+    """The parts that follow OBSERVATION in an observation with these settings."""
+    return ({"load": LOAD} if task.observe_load else {}) | ({"base_delta": BASE_DELTA} if observe_base else {})
 
 
 def sheet_pose(obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -238,11 +259,6 @@ def base_observation(
 # geometry of the task, as pure functions on arrays
 
 
-def in_sheet_axes(point_xy_m: np.ndarray, sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray) -> np.ndarray:
-    """Points (N, 2) relative to the sheets' centres, in the sheets' axes, (N, 2)."""
-    return rotate(point_xy_m - sheet_xy_m, -sheet_yaw_rad)
-
-
 def sheet_inside(sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray, tape_margin_m: float) -> np.ndarray:
     """Whether all four corners lie inside the tape's opening, (N,) bool, for centres (N, 2) and yaws (N,)."""
     c, s = np.abs(np.cos(sheet_yaw_rad)), np.abs(np.sin(sheet_yaw_rad))
@@ -251,20 +267,6 @@ def sheet_inside(sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray, tape_margin_
     fits_x = np.abs(sheet_xy_m[:, 0] - center_x) + (c * half_x + s * half_y) <= half_x + tape_margin_m
     fits_y = np.abs(sheet_xy_m[:, 1] - center_y) + (c * half_y + s * half_x) <= half_y + tape_margin_m
     return fits_x & fits_y
-
-
-def distance_to_sheet(
-    point_xy_m: np.ndarray, sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray, inset_m: float = 0.0
-) -> np.ndarray:
-    """Horizontal distance of points (N, 2) to the nearest point at least inset_m inside the sheets' edges, (N,)."""
-    point = np.abs(in_sheet_axes(point_xy_m, sheet_xy_m, sheet_yaw_rad))
-    outside = np.maximum(point - SHEET_HALF_M + inset_m, 0.0)
-    return np.hypot(outside[:, 0], outside[:, 1])
-
-
-def sheet_distance(sheet_xy_m: np.ndarray) -> np.ndarray:
-    """Distance of sheet centres (N, 2) from the tape's centre, (N,)."""
-    return np.hypot(sheet_xy_m[:, 0] - TAPE_CENTER_M[0], sheet_xy_m[:, 1] - TAPE_CENTER_M[1])
 
 
 # ONNX export keeps module constants only as plain numbers, see so101/onnx.py
@@ -317,16 +319,12 @@ def load_model(tape_margin: float = TAPE_MARGIN_M, limp_sheet: bool = False) -> 
     return spec.compile()
 
 
-@functools.cache
-def camera_names() -> tuple[str, ...]:
-    """The cameras of the scene that policies can see through."""
-    return names_of_cameras(load_model())
-
-
 def make_arms(num_arms: int, task: Task, ranges: DomainRandomization, num_threads: int | None = None) -> Arms:
     """The physics of N arms with their sheets."""
     home_qpos = [*HOME_RAD, *TAPE_CENTER_M, SHEET_HALF_THICKNESS_M, 0.0]
-    fields = ["pair_friction"] if ranges.sheet_friction or ranges.finger_friction else []
+    factors = {ranges.sheet_friction_factor, ranges.finger_friction_factor}
+    frictions = ranges.sheet_friction or ranges.finger_friction or factors != {(1.0, 1.0)}
+    fields = ["pair_friction"] if frictions else []
     fields += ["body_mass", "body_inertia"] if ranges.sheet_mass else []
     fields += ["geom_pos", "dof_frictionloss"] if ranges.limp_sheet else []
     model = load_model(task.tape_margin, ranges.limp_sheet)
@@ -359,10 +357,13 @@ def resample_sheet(arms: Arms, i: int, rng: np.random.Generator, ranges: DomainR
     model, fields, scale, factor = arms.model, arms.fields, np.ones(2), 1.0
     if "pair_friction" in fields:
         scale = rng.uniform(-1.0, 1.0, 2) * (ranges.sheet_friction, ranges.finger_friction) + 1.0
+        scale *= [log_uniform(rng, each) for each in (ranges.sheet_friction_factor, ranges.finger_friction_factor)]
         # by name: the compiler sorts pairs, so their order in the file means nothing
         table, fingers = ["sheet_table"], [f"{finger}_finger_sheet" for finger in FINGERS]
         if ranges.limp_sheet:
             table += [f"{finger}_spot_table" for finger in FINGERS]
+        nominal = [model.pair(names[0]).friction[0] for names in (table, fingers)]
+        scale[1] = max(scale[1], ranges.least_grip * scale[0] * nominal[0] / nominal[1])
         for names, change in zip((table, fingers), scale):
             pairs = [model.pair(name).id for name in names]
             fields["pair_friction"][i, pairs, :3] = model.pair_friction[pairs, :3] * change
@@ -385,7 +386,7 @@ def support_presses(arms: Arms, mask: np.ndarray) -> None:
         return
     for finger in FINGERS:
         tip = arms.geom_xpos_m[:, arms.model.geom(f"{finger}_finger_col").id]
-        below = in_sheet_axes(tip[:, :2], arms.qpos[:, 6:8], arms.qpos[:, 9])
+        below = in_axes(tip[:, :2], arms.qpos[:, 6:8], arms.qpos[:, 9])
         gap = tip[:, 2] - FINGER_RADIUS_M - arms.qpos[:, 8] - SHEET_HALF_THICKNESS_M
         pressing = (np.abs(below) <= SHEET_HALF_M).all(1) & (gap < SPOT_GAP_M)
         spot = arms.fields["geom_pos"][:, arms.model.geom(f"{finger}_spot_col").id]
@@ -396,7 +397,7 @@ def support_presses(arms: Arms, mask: np.ndarray) -> None:
 def scene_of(arms: Arms) -> Scene:
     """The true state now."""
     sheet = arms.qpos[:, 6:8]
-    return Scene(arms.tip_m, sheet, wrap_angle(arms.qpos[:, 9]), sheet_distance(sheet))
+    return Scene(arms.tip_m, sheet, wrap_angle(arms.qpos[:, 9]), np.hypot(*(sheet - TAPE_CENTER_M).T))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -474,7 +475,7 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
         super().__init__(
             make_arms(num_envs, self.task, self.randomization, num_threads),
             max_episode_steps,
-            extra_parts={"base_delta": BASE_DELTA} if observe_base else None,
+            extra_parts=extra_parts(self.task, observe_base),
             observe_pixels=observe == "pixels",
             measured=MEASURED,
             visuals=visuals or (PaperVisuals() if self.task.visual_randomization else None),
@@ -509,12 +510,7 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
         joints[:] = arms.joints_rad
         velocities[:] = arms.joint_vel
         sheet[:] = arms.qpos[:, 6:9]
-        tip[:] = scene.tip_m
-        if self.randomization.joint_offset_rad:
-            # a real arm computes its tip from the encoders: to first order, the Jacobian carries their error over
-            site = self.model.site("gripperframe")
-            jacobian, _ = arms.batch.jac(int(site.bodyid[0]), arms.tip_m)
-            tip += np.einsum("nij,nj->ni", jacobian[:, :, :ACT_DIM], arms.joint_offset)
+        tip[:] = arms.measured_tip_m
         if self.randomization.observation_noise:
             yaw = yaw.copy()
             for i in np.flatnonzero(mask):
@@ -525,6 +521,9 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
                 tip[i] += NOISE_TIP_M * noise[15:18]
                 yaw[i] += NOISE_YAW_RAD * noise[18]
         _complete(obs, yaw)
+        if self.randomization.pose_dropout:
+            hidden = self.lose_view(mask, self.randomization.pose_dropout)
+            obs[hidden, SHEET_COLUMNS] = self._obs[hidden, SHEET_COLUMNS]
         return obs
 
     def command_targets(self, delta_rad: np.ndarray) -> np.ndarray:
@@ -541,7 +540,7 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
         far = np.hypot(sheet[:, 0] - PAN_AXIS_M[0], sheet[:, 1] - PAN_AXIS_M[1]) > SHEET_REACH_M
         if far.any():  # the centre is; is the whole sheet?
             axis = np.broadcast_to(PAN_AXIS_M, sheet.shape)
-            far = distance_to_sheet(axis, sheet, scene.sheet_yaw_rad) > SHEET_REACH_M
+            far = distance_to_rectangle(axis, sheet, scene.sheet_yaw_rad, SHEET_HALF_M) > SHEET_REACH_M
         return far
 
     def reward_terms(
@@ -574,7 +573,7 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
         that of the tip's own motion, and learned more slowly.
         """
         tip, sheet, yaw = scene.tip_m, scene.sheet_xy_m, scene.sheet_yaw_rad
-        aside = distance_to_sheet(tip[:, :2], sheet, yaw, SHAPING_INSET_M)
+        aside = distance_to_rectangle(tip[:, :2], sheet, yaw, SHEET_HALF_M, SHAPING_INSET_M)
         reach = np.hypot(aside, np.maximum(tip[:, 2] - TIP_PRESSED_M, 0.0))
         if self.task.arrival_yaw_weight == 0.0:
             turned = SHAPING_YAW_M_PER_RAD * np.abs(yaw)
@@ -672,7 +671,7 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
         """With observe_base, append the base policy's joint deltas."""
         if self.observe_base:
             self._base[mask] = self._base_delta(mask)[mask]
-            self._obs[mask, self._own_dim :] = self._base[mask]
+            self._obs[mask, -ACT_DIM:] = self._base[mask]
 
     def _base_delta(self, mask: np.ndarray) -> np.ndarray:
         """The base policy's joint deltas (N, 6), rad, for the observations of the environments in mask, validated."""

@@ -1,7 +1,7 @@
 """Measures an arm before its first run: servo gain, joint offsets, the camera's side, directions, fingertip friction.
 
 `ArmCheck` has one method per step. Each moves the arm through the loop of so101.drive and returns what it measured.
-`ArmProfile` is the file that keeps the results; `CorrectedRobot` applies the joint offsets in it.
+`ArmProfile` is the file that keeps the results.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from so101.camera import NotSeen, project
 from so101.extras import import_extra
 from so101.files import write_json
 from so101.locator import SheetLocator
-from so101.robot import Picture, Robot, RobotError
+from so101.robot import RobotError
 from so101_env import FINGER_RADIUS_M, HOME_RAD, PAN_AXIS_M, TAPE_CENTER_M, load_model
-from so101_sim.control import ACT_DIM, BACKLASH_RAD, ELBOW_FLEX, JOINTS, LATENCY_S, SHOULDER_LIFT, Controller
+from so101_sim.control import ACT_DIM, ELBOW_FLEX, JOINTS, SHOULDER_LIFT
 from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ
 
@@ -100,35 +100,6 @@ class ArmProfile:
 def _is_number(value: Any) -> bool:
     """Whether a JSON value is a number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-class CorrectedRobot(Robot):
-    """A robot whose joint positions and targets are the true ones.
-
-    Args:
-        robot: the arm, in the coordinates of its encoders.
-        offset_rad: encoder minus true position, (6,), rad.
-    """
-
-    def __init__(self, robot: Robot, offset_rad: np.ndarray):
-        self.robot, self.offset_rad = robot, np.asarray(offset_rad, np.float64)
-
-    def read(self) -> tuple[np.ndarray, float]:
-        """See Robot."""
-        joints_rad, time_s = self.robot.read()
-        return joints_rad - self.offset_rad, time_s
-
-    def write(self, target_rad: np.ndarray) -> None:
-        """See Robot."""
-        self.robot.write(target_rad + self.offset_rad)
-
-    def picture(self) -> Picture:
-        """See Robot."""
-        return self.robot.picture()
-
-    def close(self) -> None:
-        """See Robot."""
-        self.robot.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,7 +183,7 @@ SWEEPS = (
 SWEEP_RAD_S, SWEEP_SETTLE_S = 0.12, 0.6
 # With less torque than this, friction and damping can turn its sign, and backlash no longer adds a constant
 SWEEP_MIN_N_M = 0.2
-# Width of the command window for motions in the air. Servos with 0.4 of the assumed gain sag by this much more. It
+# By how much the command window is wider in the air. Servos with 0.4 of the assumed gain sag by this much more. It
 # allows a torque of 1.2 N m against an obstacle, so nothing may be in reach of the arm.
 AIR_WINDOW_RAD = 0.14
 
@@ -440,28 +411,27 @@ class ArmCheck:
     """The steps of the check that move the arm. Each leaves it raised.
 
     Args:
-        loop: a so101.drive.Loop on the arm; its policy is not used. Its controller is replaced.
-        firmware_p: P coefficient that the servos are set to.
-        gain_factor: gain of the servos as a factor of that of firmware_p, if it is known.
-        offset_rad: encoder minus true position, (6,), rad, if it is known.
+        loop: a so101.loop.Loop on the arm; its policy is not used. Its offset_rad and the gain_factor of its controller
+            are where the check begins, and change with what it measures.
     """
 
-    def __init__(self, loop: Any, firmware_p: float, gain_factor: float = 1.0, offset_rad: np.ndarray | None = None):
-        self.loop, self.firmware_p, self.finger = loop, firmware_p, Fingertip()
-        self.robot = CorrectedRobot(loop.robot, np.zeros(ACT_DIM))
-        self.loop.robot = self.robot
-        self.believe(gain_factor, np.zeros(ACT_DIM) if offset_rad is None else offset_rad)
+    def __init__(self, loop: Any):
+        self.loop, self.finger = loop, Fingertip()
+        self.believe(loop.controller.gain_factor, loop.offset_rad)
+
+    @property
+    def gain_factor(self) -> float:
+        """Gain of the servos as a factor of that at their P coefficient, as far as it is known."""
+        return self.loop.controller.gain_factor
 
     def believe(self, gain_factor: float, offset_rad: np.ndarray) -> None:
         """Go on with this gain and these joint offsets (6,), rad. The arm's present targets remain."""
-        old, moved = self.loop.controller, self.robot.offset_rad - offset_rad
-        new = Controller(
-            load_model(), self.firmware_p * gain_factor, BACKLASH_RAD, LATENCY_S,
-            max_speed_rad_s=old.max_step_rad * CONTROL_HZ,
-        )  # fmt: skip
-        if old.command_rad is not None:
-            new.command_rad = old.command_rad + moved
-        self.gain_factor, self.robot.offset_rad, self.loop.controller = gain_factor, offset_rad, new
+        controller, moved = self.loop.controller, self.loop.offset_rad - offset_rad
+        controller.gain_factor, controller.gain_floor, controller.gain_known = gain_factor, 1.0, True
+        if controller.command_rad is not None:
+            controller.command_rad = controller.command_rad + moved
+        self.loop.offset_rad = offset_rad
+        controller.joints_rad = controller.joints_rad + moved
         self.loop.measure()
 
     def follow(self, joints_rad: np.ndarray) -> None:
@@ -475,11 +445,11 @@ class ArmCheck:
     def in_air(self) -> Iterator[None]:
         """Widen the command window, so that an arm whose gain is not known yet can carry itself."""
         controller = self.loop.controller
-        window_rad, controller.window_rad = controller.window_rad, AIR_WINDOW_RAD
+        controller.slack_rad = AIR_WINDOW_RAD
         try:
             yield
         finally:
-            controller.window_rad = window_rad
+            controller.slack_rad = 0.0
 
     def go(self, joints_rad: np.ndarray) -> None:
         """Move to joint positions (6,), rad, above the table."""
@@ -508,8 +478,8 @@ class ArmCheck:
                         loop.measure()
                         if tick >= SWEEP_SETTLE_S * CONTROL_HZ:
                             c = loop.controller
-                            commands.append(c.command_rad[joint] + self.robot.offset_rad[joint])
-                            joints.append(c.joints_rad + self.robot.offset_rad)
+                            commands.append(c.command_rad[joint] + self.loop.offset_rad[joint])
+                            joints.append(c.joints_rad + self.loop.offset_rad)
                             directions.append(direction)
                 sags.append(Sag(joint, np.array(commands), np.array(joints), np.array(directions)))
         return sags
@@ -517,7 +487,7 @@ class ArmCheck:
     def fit_gain(self, sags: Sequence[Sag]) -> Gain:
         """The gain by the motions of measure_sag, with the joint offsets that are known by now."""
         gain_n_m = self.loop.controller.gain / self.gain_factor
-        return fit_gain(self.finger, sags, gain_n_m, self.robot.offset_rad)
+        return fit_gain(self.finger, sags, gain_n_m, self.loop.offset_rad)
 
     # -- touching the table
 
@@ -564,7 +534,7 @@ class ArmCheck:
             force_n = self.finger.force_n(c.joints_rad, np.mean(torques[-STALL_STEPS // 2 :], axis=0) - free)
             stalled = heights[-STALL_STEPS - 1] - heights[-1] < STALL_M
             if stalled and (force_n > PRESS_N or aim_m < heights[-1] - LEAD_M + STALL_M):
-                return np.mean(joints[-STALL_STEPS // 2 :], axis=0) + self.robot.offset_rad
+                return np.mean(joints[-STALL_STEPS // 2 :], axis=0) + self.loop.offset_rad
         raise RobotError(
             f"no table was felt within {-1000 * lowest_m:.0f} mm of the height of the base: is there a table below the "
             "fingertip, and was every joint calibrated to both of its stops?"
@@ -608,10 +578,10 @@ class ArmCheck:
             RobotError: something is in the arm's way, or the table is not where it should be.
         """
         sags = self.measure_sag()
-        self.believe(self.fit_gain(sags).factor, self.robot.offset_rad)
+        self.believe(self.fit_gain(sags).factor, self.loop.offset_rad)
         offsets, _ = self.measure_offsets()
         gain = self.fit_gain(sags)
-        self.believe(gain.factor, self.robot.offset_rad)
+        self.believe(gain.factor, self.loop.offset_rad)
         return gain, offsets
 
     # -- directions
@@ -686,7 +656,7 @@ class ArmCheck:
         self.go(_raised(pan_rad))
         self.loop.clock.sleep(WIGGLE_WAIT_S)
         self.loop.measure()
-        return self.robot.picture().image
+        return self.loop.robot.picture().image
 
     # -- friction of the fingertip
 

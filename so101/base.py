@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 
-from so101_env import COMMAND, ENVIRONMENT, MEASURED, OBS, RESIDUAL, STATE, make_observation
+from so101_env import COMMAND, ENVIRONMENT, MEASURED, OBS, RESIDUAL, STATE, load_model, make_observation
 from so101_sim.control import ACT_DIM, FIRMWARE_P
 from so101_sim.errors import SO101Error
+from so101_sim.scene import camera_names as names_of_cameras
 from so101_sim.vector import BaseObservation
 
 
@@ -50,6 +52,12 @@ class BasePolicy:
 
     def close(self) -> None:
         """Release the policy's resources."""
+
+
+@functools.cache
+def camera_names() -> tuple[str, ...]:
+    """The cameras of the scene that policies can see through."""
+    return names_of_cameras(load_model())
 
 
 def add_cameras(

@@ -17,11 +17,12 @@ from typing import Any, TypeVar
 
 import tyro
 
+from so101.base import camera_names
 from so101.checkpoints import load_file, restore_args
 from so101.distributed import RankError, is_launched, is_main
 from so101.files import DISK_ERRORS, disk_error
 from so101.trust import trust_of
-from so101_env import SO101ResidualVectorEnv, camera_names
+from so101_env import SO101ResidualVectorEnv
 from so101_sim.errors import SO101Error, check_ranges
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -43,8 +43,8 @@ from so101.policies import load_policy
 from so101.robot import LEROBOT_P, Robot
 from so101.server import Server
 from so101.simulated_arm import SimulatedRobot
-from so101_env import HOME_RAD, MAX_EPISODE_STEPS, Task, load_model
-from so101_sim.control import ACT_DIM, BACKLASH_RAD, LATENCY_S, Controller
+from so101_env import MAX_EPISODE_STEPS, Task, load_model
+from so101_sim.control import ACT_DIM, BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Controller
 from so101_sim.errors import SO101Error
 from so101_sim.scene import ASSETS, CONTROL_HZ
 
@@ -168,8 +168,8 @@ def arm_loop(args: Args, policy: BasePolicy, task: Task) -> Iterator[Loop]:
                 profile = load_profile(robot, args.robot_id)
                 offset_rad = use_profile(args, robot, policy, profile)
             controller = Controller(
-                load_model(task.tape_margin), task.firmware_p * robot.servo_gain, BACKLASH_RAD, LATENCY_S,
-                max_speed_rad_s=args.max_speed, measured=robot.ranges,
+                load_model(task.tape_margin), task.firmware_p, BACKLASH_RAD, LATENCY_S, args.max_speed,
+                robot.servo_gain, 1.0 if robot.gain_known else GAIN_FLOOR, robot.ranges,
             )  # fmt: skip
             loop = Loop(robot, policy, controller, Clock(), args.dry_run, offset_rad)
             try:
@@ -187,6 +187,7 @@ def use_profile(args: Args, arm: LeRobotArm, policy: BasePolicy, profile: ArmPro
     """Let arm and policy use what --check has measured, and print what it is; returns the joint offsets (6,), rad."""
     profile_gain = None if profile is None else profile.gain_factor
     arm.servo_gain = args.servo_gain or profile_gain or arm.servo_gain
+    arm.gain_known = bool(args.servo_gain or profile_gain)
     say(f"servos at {arm.voltage:.1f} V, P = {arm.firmware_p}, gain {arm.servo_gain:.2f} of the 12 V STS3215's")
     if profile is None:
         if not args.check:
@@ -214,8 +215,8 @@ def run_episode(loop: Loop, args: Args, task: Task, number: int) -> dict[str, An
         if not args.dry_run and not robot.enabled:
             robot.enable()
     loop.measure()
-    for goal in [] if args.dry_run else [HOME_RAD] if sim else [RAISED_RAD, HOME_RAD]:
-        loop.go(goal)
+    if not args.dry_run:
+        loop.home()
     episode = {"episode": number, "trouble": "", "seen_inside": False, "ticks": 0, "missed": 0}
     try:
         episode |= loop.episode(args.episode_steps, task.tape_margin)

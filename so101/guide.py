@@ -100,8 +100,7 @@ class Guide:
             self.loop.controller.reset()
             self.loop.measure()
         if self.check is None:
-            self.check = ArmCheck(self.loop, self.arm.firmware_p, self.profile.gain_factor or self.arm.servo_gain,
-                                  np.array(self.profile.offset_rad))  # fmt: skip
+            self.check = ArmCheck(self.loop)
 
     def _ask(self, question: str) -> str:
         """The answer to a question."""

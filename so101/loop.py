@@ -30,6 +30,9 @@ from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ
 
 HOME_SPEED_RAD_S, HOME_NEAR_RAD, HOME_WAIT_S = 0.4, 0.015, 15.0  # slow motions, between poses
+# an arm that stops this near its goal for this long has met the table: its zero or the table's height is off
+HOME_TOUCH_RAD, HOME_STILL_RAD, HOME_STILL_S = float(np.deg2rad(5.0)), 0.002, 1.0
+REST_S = 0.5  # until an arm that was moving is at rest
 HOME_SHARE = 0.2  # share of the remaining distance per step; with more, an arm with latency oscillates about its goal
 RAISED_RAD = HOME_RAD - np.array([0.0, 0.35, 0, 0, 0, 0])  # tip well above the table, for the way to and from home
 ASIDE_RAD = np.array([0.9, 0.0, 0, 0, 0, 0])  # from RAISED_RAD to either side, out of the camera's view
@@ -123,13 +126,18 @@ class Loop:
         tqdm.write(f"would send  {joints}", file=sys.stdout)
 
     def go(self, goal_rad: np.ndarray) -> None:
-        """Move slowly to joint positions (6,), rad. Raises RobotError if the arm does not arrive."""
-        step = HOME_SPEED_RAD_S / CONTROL_HZ
+        """Move slowly to joint positions (6,), rad, or until the table stops the arm near them.
+
+        Raises RobotError if the arm does not arrive.
+        """
+        step, nearest, still = HOME_SPEED_RAD_S / CONTROL_HZ, np.inf, 0
         self.clock.start()
         for _ in range(round(HOME_WAIT_S * CONTROL_HZ)):
             self.measure()
             left = goal_rad - self.controller.joints_rad
-            if np.abs(left).max() < HOME_NEAR_RAD:
+            far = np.abs(left).max()
+            nearest, still = (far, 0) if far < nearest - HOME_STILL_RAD else (nearest, still + 1)
+            if far < HOME_NEAR_RAD or (far < HOME_TOUCH_RAD and still > HOME_STILL_S * CONTROL_HZ):
                 return
             self.move(np.clip(HOME_SHARE * left, -step, step))
             self.clock.wait()
@@ -138,6 +146,17 @@ class Loop:
             f"{JOINTS[joint]} stays {np.rad2deg(abs(left[joint])):.0f} degrees short of its goal: is something "
             "in its way, or its torque off?"
         )
+
+    def home(self) -> None:
+        """Move to home, from above. In the air the servo gain is estimated, unless it is known."""
+        self.go(RAISED_RAD)
+        if not self.controller.gain_known:
+            for _ in range(round(REST_S * CONTROL_HZ)):
+                self.move(np.zeros(ACT_DIM))
+                self.clock.wait()
+                self.measure()
+            self.controller.learn_gain()
+        self.go(HOME_RAD)
 
     def lift(self) -> None:
         """Lift the tip off the sheet."""

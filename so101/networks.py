@@ -11,7 +11,6 @@ import torch.nn as nn
 
 from so101_env import (
     ACT_DIM,
-    JOINT_MIRROR,
     MEASURED,
     OBS,
     OBSERVATION,
@@ -22,11 +21,10 @@ from so101_env import (
     Part,
     SO101Error,
     arrival_yaw,
-    in_sheet_axes,
     sheet_pose,
 )
-from so101_sim.control import clamp
-from so101_sim.geometry import rotate
+from so101_sim.control import JOINT_MIRROR, clamp
+from so101_sim.geometry import in_axes, rotate
 
 # ONNX export keeps module constants only as plain numbers, see so101/onnx.py
 _INNER_HALF_M = tuple((SHEET_HALF_M - SHAPING_INSET_M).tolist())
@@ -51,7 +49,7 @@ def sheet_to_tip(obs: np.ndarray) -> np.ndarray:
     It separates pressing from going to the sheet first. Networks hardly learn it from a yaw and two positions in so few
     steps.
     """
-    tip = in_sheet_axes(obs[:, OBS["tip_pos"]][:, :2], *sheet_pose(obs))
+    tip = in_axes(obs[:, OBS["tip_pos"]][:, :2], *sheet_pose(obs))
     return _to_inner(tip) / np.float32(-0.03)
 
 
@@ -63,7 +61,7 @@ def contact(obs: np.ndarray) -> np.ndarray:
     sheet to the tape if it presses on the sheet. Directions are unit vectors in the world frame.
     """
     tip, (sheet_xy, yaw) = obs[:, OBS["tip_pos"]], sheet_pose(obs)
-    inside = in_sheet_axes(tip[:, :2], sheet_xy, yaw)
+    inside = in_axes(tip[:, :2], sheet_xy, yaw)
     away = _to_inner(inside)
     distance = np.hypot(away[:, 0], away[:, 1])
     beside = np.minimum(distance / np.float32(SHAPING_INSET_M), 1)

@@ -1,9 +1,10 @@
 """Policies as ONNX files, for another machine, another program, or an arm.
 
 `python eval_so101.py --model CHECKPOINT --export policy.onnx` writes one with `export_onnx`. Features, normalisation
-and mirror average are part of the graph. Its input is observations (N, 25), or (N, 31) with the base policy's action;
-its output is residuals (N, 6) in [-1, 1]. The file's metadata contain everything else that its user must know, as JSON
-under "so101". Reading needs onnxruntime (extra "arm"); writing also needs onnx and onnxscript (extra "export").
+and mirror average are part of the graph. Its input is observations (N, 25), plus 6 numbers for the load on the joints
+and 6 for the base policy's action if the policy observes them. Its output is residuals (N, 6) in [-1, 1]. The file's
+metadata contain everything else that its user must know, as JSON under "so101". Reading needs onnxruntime (extra
+"arm"); writing also needs onnx and onnxscript (extra "export").
 
 `onnx:PATH` as base policy is an `OnnxPolicy`. Files of other tools work, too: one input (N, 25), where N may be a fixed
 number, and one output with 6 numbers. Without this project's metadata, they are taken for a residual of the default
@@ -36,21 +37,22 @@ from so101.server import Server
 from so101.trust import Trust
 from so101_env import (
     ACT_DIM,
-    BASE_DELTA,
+    COMMAND,
     OBS,
-    OBS_DIM,
     OBSERVATION,
+    STATE,
     BaseObservation,
     SO101Error,
     SO101ResidualVectorEnv,
     Task,
+    extra_parts,
 )
 from so101_sim.scene import CONTROL_HZ
-from so101_sim.vector import Part
+from so101_sim.vector import Part, joint_load
 
 METADATA, FORMAT = "so101", "so101 onnx 2"
 CHECKSUM = "so101_sha256"  # key of the last metadata entry
-UNITS = {"pos": "rad", "vel": "rad/s", "base_delta": "rad", "qw": "1", "qx": "1", "qy": "1", "qz": "1"}
+UNITS = {"pos": "rad", "vel": "rad/s", "load": "rad", "base_delta": "rad", "qw": "1", "qx": "1", "qy": "1", "qz": "1"}
 CHECKED_OBSERVATIONS, TOLERANCE = 1000, 1e-5
 
 
@@ -79,7 +81,7 @@ class OnnxPolicy(StackedPolicy):
         self.observe_base, self.steps = self.metadata["observe_base"], self.metadata["global_step"]
         self.scale_rad = self.task.alpha * self.task.act_scale
         (source,), (sink,) = self.session.get_inputs(), self.session.get_outputs()
-        width = OBS_DIM + ACT_DIM * self.observe_base
+        width = sum(len(part.names) for part in _parts(self.task, self.observe_base))
         if len(source.shape) != 2 or source.shape[1] != width or source.type != "tensor(float)":
             raise SO101Error(f"{path}: takes {source.shape} {source.type}, not observations (N, {width}) in float32")
         if len(sink.shape) != 2 or sink.shape[1] != ACT_DIM or sink.type not in ("tensor(float)", "tensor(double)"):
@@ -89,7 +91,7 @@ class OnnxPolicy(StackedPolicy):
         self.residuals(np.zeros((2, width), np.float32))  # fails early if the graph does not run
 
     def residuals(self, obs: np.ndarray) -> np.ndarray:
-        """Residuals (n, 6) in [-1, 1] for observations (n, 25 or 31). Raises SO101Error if the graph does not run."""
+        """Residuals (n, 6) in [-1, 1] for observations (n, 25 to 37). Raises SO101Error if the graph does not run."""
         count, batch = len(obs), self.batch or len(obs)
         padded = np.zeros((-(-count // batch) * batch, obs.shape[1]), np.float32)  # whole batches
         padded[:count] = obs
@@ -106,6 +108,8 @@ class OnnxPolicy(StackedPolicy):
     def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
         """Joint deltas in rad (N, 6): those of its own base policy plus its residual."""
         base, flat = self.base_delta(obs, mask), flat_observation(obs)
+        if self.task.observe_load:
+            flat = np.concatenate([flat, joint_load(obs[COMMAND], obs[STATE])], axis=1)
         if self.observe_base:
             flat = np.concatenate([flat, base.astype(np.float32)], axis=1)
         residual = np.zeros((len(mask), ACT_DIM))
@@ -182,13 +186,17 @@ def _metadata(session: Any, content: bytes, path: str | Path) -> dict[str, Any]:
         if type(metadata.get(key)) is not kind:
             raise SO101Error(f"{path}: {key} of its metadata is missing or of a wrong type; export it again")
     task = restore_settings(Task, metadata["task"], path)
-    parts = [*OBSERVATION.values(), *([BASE_DELTA] if metadata["observe_base"] else [])]
-    for key, value in _interface(parts, task).items():
+    for key, value in _interface(_parts(task, metadata["observe_base"]), task).items():
         if metadata.get(key) != value:
             raise SO101Error(f"{path}: {key} of its metadata is not that of this version; export it again")
     if not 0 <= metadata["global_step"] <= MAX_COUNT:
         raise SO101Error(f"{path}: global_step of its metadata is {metadata['global_step']}; export it again")
     return metadata
+
+
+def _parts(task: Task, observe_base: bool) -> list[Part]:
+    """The parts of the observation that a policy gets."""
+    return [*OBSERVATION.values(), *extra_parts(task, observe_base).values()]
 
 
 def _interface(parts: Iterable[Part], task: Any) -> dict[str, Any]:
@@ -207,7 +215,7 @@ def _interface(parts: Iterable[Part], task: Any) -> dict[str, Any]:
 
 
 class _Actor(nn.Module):
-    """The module that is exported: from observations (N, 25 or 31), as a tensor, to an agent's clipped mean action."""
+    """The module that is exported: from observations (N, 25 to 37), as a tensor, to an agent's clipped mean action."""
 
     def __init__(self, agent: nn.Module):
         super().__init__()
@@ -289,7 +297,7 @@ def serialize(model: Any, metadata: dict[str, Any]) -> bytes:
 
 
 def _observations(envs: SO101ResidualVectorEnv, agent: nn.Module) -> np.ndarray:
-    """Observations (CHECKED_OBSERVATIONS, 25 or 31) of episodes in which the agent acts, with noise."""
+    """Observations (CHECKED_OBSERVATIONS, 25 to 37) of episodes in which the agent acts, with noise."""
     obs, seen, rng = envs.reset(seed=0)[0], [], np.random.default_rng(0)
     while sum(map(len, seen)) < CHECKED_OBSERVATIONS:
         seen.append(obs)

@@ -149,6 +149,8 @@ def check_args(args: Args) -> None:
             f"--minibatch-size {args.ppo.minibatch_size} exceeds a rollout of num_envs * num_steps = {samples} "
             "samples: lower it or raise --num-steps"
         )
+    if args.task.observe_load:
+        raise SO101Error("--observe-load: a camera policy has no such input; drop the flag")
     check_cameras("--actor-cameras", args.networks.actor_cameras)
 
 

@@ -9,8 +9,9 @@ import mujoco.batch
 import numpy as np
 
 from so101.base import BasePolicy, flat_observation
-from so101_env import ACT_DIM, COMMAND, HOME_RAD, OBS, distance_to_sheet, load_model, sheet_pose
+from so101_env import ACT_DIM, COMMAND, HOME_RAD, OBS, SHEET_HALF_M, load_model, sheet_pose
 from so101_sim.control import COMMAND_WINDOW_RAD, FIRMWARE_P
+from so101_sim.geometry import distance_to_rectangle
 
 ARM = 4  # shoulder_pan, shoulder_lift, elbow_flex and wrist_flex move the tip; wrist_roll and gripper keep still
 # stages
@@ -139,7 +140,7 @@ class JacobianPolicy(TipPolicy):
         tip, to_tape = obs[:, OBS["tip_pos"]], obs[:, OBS["tape_minus_sheet"]][:, :2]
         goal_distance = np.linalg.norm(to_tape, axis=1)
         pulled_out = np.linalg.norm(to_tape + self.PULL_OUT_M, axis=1) < 1.5 * self.TOLERANCE_M
-        aside = distance_to_sheet(tip[:, :2], *sheet_pose(obs), self.INSET_M)
+        aside = distance_to_rectangle(tip[:, :2], *sheet_pose(obs), SHEET_HALF_M, self.INSET_M)
         # with encoders that are off by a degree the tip seems millimetres too high: then it is stopped in its descent
         waiting = (old == LOWER) & (tip_velocity_z > self.SINKING_M_S)
         waiting |= (old == DRAG) & (goal_distance < 1.5 * self.TOLERANCE_M)

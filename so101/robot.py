@@ -34,6 +34,7 @@ class Robot:
     ranges: Calibration | None = None  # joint ranges of its calibration; None: those of the model
     enabled = False  # whether servos may be under torque by `enable`
     servo_gain = 1.0  # believed gain of its servos, relative to the model's at the same P coefficient
+    gain_known = False  # whether that was measured; otherwise the loop estimates it
 
     def __init__(self) -> None:
         self.events: collections.Counter[str] = collections.Counter()  # what happened and how often, for the report

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from so101.base import BasePolicy, follow_chunks, new_chunks
+from so101.base import BasePolicy, camera_names, follow_chunks, new_chunks
 from so101.extras import import_extra
 from so101.trust import Trust
 from so101_env import (
@@ -21,7 +21,6 @@ from so101_env import (
     BaseObservation,
     BasePolicyError,
     SO101Error,
-    camera_names,
 )
 from so101_sim.control import from_rad, to_rad
 from so101_sim.vector import IMAGES

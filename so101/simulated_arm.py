@@ -57,7 +57,7 @@ class Flaws:
     backlash_deg: float = float(np.rad2deg(BACKLASH_RAD))
     """degrees of play of every joint"""
     latency_s: float = 0.0
-    """s until a command takes effect"""
+    """s until a command takes effect, beside what is drawn"""
     picture_latency_s: float = 0.0
     """s until a picture is delivered"""
     finger_friction: float | None = None
@@ -82,9 +82,8 @@ class SimulatedArm:
 
     Args:
         task: settings of the task; firmware_p is that of the servos.
-        backlash_rad: play of every joint; with flaws, theirs counts.
-        flaws: what is wrong with this arm. Nothing is drawn then but the start of the sheet and the look. None:
-            everything is drawn as with --full-randomization.
+        flaws: what is wrong with this arm.
+        drawn: draw the rest for each episode, as with --full-randomization; otherwise only the sheet's start and look.
         joint_range_deg: where the joints' end stops are, (6, 2). None: where those of the model are, at which the
             servos' targets end, too.
     """
@@ -92,19 +91,20 @@ class SimulatedArm:
     def __init__(
         self,
         task: Task,
-        backlash_rad: float = BACKLASH_RAD,
         flaws: Flaws | None = None,
+        drawn: bool = True,
         joint_range_deg: np.ndarray | None = None,
     ):
         full = DomainRandomization.full()
-        self.task, self.flaws = task, flaws
-        self.max_latency_s = full.latency_steps / CONTROL_HZ
-        # latency is simulated here, in physics steps instead of control steps
-        drawn = full
-        if flaws is not None:
-            backlash_rad = float(np.deg2rad(flaws.backlash_deg))
-            drawn = dataclasses.replace(DomainRandomization.nominal(), limp_sheet=True)
-        self.ranges = dataclasses.replace(drawn, latency_steps=0, backlash_rad=(backlash_rad, backlash_rad))
+        self.task, self.flaws = task, flaws or Flaws()
+        self.max_latency_s = full.latency_steps / CONTROL_HZ * drawn
+        backlash_rad = float(np.deg2rad(self.flaws.backlash_deg))
+        self.ranges = dataclasses.replace(
+            full if drawn else dataclasses.replace(DomainRandomization.nominal(), limp_sheet=True),
+            latency_steps=0,  # simulated here, in physics steps instead of control steps
+            backlash_rad=(backlash_rad, backlash_rad),
+            supply_gain=(self.flaws.gain, self.flaws.gain),
+        )
         self.arms = make_arms(1, task, self.ranges, num_threads=1)
         self.model, self.timestep_s = self.arms.model, self.arms.model.opt.timestep
         self._active = np.ones(1, bool)
@@ -115,8 +115,7 @@ class SimulatedArm:
         if joint_range_deg is not None:
             for name, rows in (("jnt_range", slice(0, ACT_DIM)), ("actuator_ctrlrange", slice(None))):
                 self._change(name, rows, np.deg2rad(joint_range_deg))
-        if flaws is not None:
-            self._apply(flaws)
+        self._apply(self.flaws)
 
     def _change(self, name: str, rows: Any, value: Any) -> None:
         """Set rows of a field of the model, which the batch has copied already."""
@@ -138,7 +137,8 @@ class SimulatedArm:
             if names is table:  # the limp sheet's own weight, too
                 rows = slice(ACT_DIM, None)
                 self._change("dof_frictionloss", rows, model.dof_frictionloss[rows] * scale)
-        self._change("body_pos", (model.body("base").id, 2), -flaws.table_height_m)
+        if flaws.table_height_m:
+            self._change("body_pos", (model.body("base").id, 2), -flaws.table_height_m)
         if flaws.camera_turned:
             camera = model.camera("top").id
             turned = np.zeros(4)
@@ -147,7 +147,7 @@ class SimulatedArm:
             model.cam_quat[camera] = turned
 
     def reset(self, seed: int, start_rad: np.ndarray | None = None) -> None:
-        """Draw another start of the sheet; without flaws also another arm, look and latency.
+        """Draw another start of the sheet and another look; if drawn, also another arm and latency.
 
         Args:
             seed: of everything that is drawn.
@@ -157,15 +157,13 @@ class SimulatedArm:
         self.arms.qpos[0] = start_qpos(self.arms, draw_start(rng, self.ranges, self.task.tape_margin))
         resample_sheet(self.arms, 0, rng, self.ranges)
         self.arms.resample(0, rng)
+        self.arms.joint_offset[0] += np.deg2rad(self.flaws.joint_offset_deg)
         if start_rad is None:
             self.arms.start(np.array([0]))
         else:
             self.place(start_rad)
         self.look = PaperVisuals().draw(self.model, seed)
-        self.latency_s = float(np.random.default_rng(seed).uniform(0, self.max_latency_s))
-        if self.flaws is not None:
-            self.arms.joint_offset[0] = np.deg2rad(self.flaws.joint_offset_deg)
-            self.latency_s = self.flaws.latency_s
+        self.latency_s = float(np.random.default_rng(seed).uniform(0, self.max_latency_s)) + self.flaws.latency_s
         self.target_rad = self.arms.command[0].copy()
         self.pending: list[tuple[float, np.ndarray]] = []  # commands, and when they take effect, s
         self.time_s, self.count = 0.0, 0  # since the reset; count is in physics steps

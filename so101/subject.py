@@ -23,7 +23,8 @@ from so101_sim.scene import ASSETS
 from so101_sim.vector import ArmVectorEnv
 
 Settings = TypeVar("Settings")
-CONDITIONS = ("tape_margin", "full_randomization", "visual_randomization")  # by default as the model was trained
+# by default as the model was trained
+CONDITIONS = ("tape_margin", "full_randomization", "arm_randomization", "visual_randomization")
 PRETRAINED = ASSETS / "pretrained.pt"
 
 
@@ -39,6 +40,8 @@ class Subject:
     """m between sheet and tape, 0.04 standard, 0.02 precise"""
     full_randomization: bool = False
     """also randomise sheet mass, servos, latency, joint offsets, backlash and observation noise, with a limp sheet"""
+    arm_randomization: bool = False
+    """full_randomization in the wider ranges of arms from a kit"""
     visual_randomization: bool = False
     """randomise what cameras see"""
     num_threads: int | None = None

@@ -225,9 +225,8 @@ class VirtualArm:
         seed: int = 0,
     ):
         flaws = flaws or Flaws()
-        self.arm = SimulatedArm(Task(firmware_p=FIRMWARE_P, tape_margin=tape_margin), 0.0, flaws, JOINT_RANGE_DEG)
+        self.arm = SimulatedArm(Task(firmware_p=FIRMWARE_P, tape_margin=tape_margin), flaws, False, JOINT_RANGE_DEG)
         self.start_rad, (self.volts, self.power) = start_rad, SERVOS[servo]
-        self.gain = flaws.gain * self.power
         self.stall_n_m = self.power * self.arm.model.actuator_forcerange[:, 1]
         self.servos = [Servo(number + 1) for number in range(ACT_DIM)]
         self.bus, self.reader = Bus(self.servos), Reader()
@@ -283,7 +282,7 @@ class VirtualArm:
                 servo.set("Torque_Enable", 0)
             servo.advance(seconds)
             on = servo.torque_on
-            arm.strength[0, number] = on * self.gain * servo.get("P_Coefficient") / FIRMWARE_P
+            arm.strength[0, number] = on * self.power * servo.get("P_Coefficient") / FIRMWARE_P
             arm.max_torque_n_m[0, number] = servo.torque_share * self.stall_n_m[number]
             target[number] += on * servo.position_error * TICK_RAD
             if on and self.first_torque_s == np.inf:

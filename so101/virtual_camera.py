@@ -99,7 +99,7 @@ class Scene:
     """What is filmed: the last state that has arrived, as `film` needs it."""
 
     def __init__(self, flaws: Flaws, tape_margin: float):
-        self._arm = SimulatedArm(Task(tape_margin=tape_margin), flaws=flaws)
+        self._arm = SimulatedArm(Task(tape_margin=tape_margin), flaws, drawn=False)
         self._arm.reset(0)
         self.model, self._seed = self._arm.model, 0
         self.qpos, self.seed, self.count = self._arm.qpos, 0, 0

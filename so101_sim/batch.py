@@ -11,7 +11,7 @@ import mujoco
 import mujoco.batch
 import numpy as np
 
-from so101_sim.control import ACT_DIM, FIRMWARE_P, Controller, clamp
+from so101_sim.control import ACT_DIM, BACKLASH_RAD, FIRMWARE_P, LEARNED_GAIN_FLOOR, Controller, clamp
 from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ
 
@@ -27,6 +27,10 @@ class ArmRandomization:
 
     servo_gain: float = 0.0
     """fraction, proportional gain, sampled per joint"""
+    supply_gain: tuple[float, float] = (1.0, 1.0)
+    """factor of the gain of all servos of an arm, log-uniform between these: servo variant and supply voltage"""
+    known_gain_error: tuple[float, float] = (1.0, 1.0)
+    """factor by which what the command law knows of that gain is off, log-uniform: it is measured, see `learn_gain`"""
     servo_damping: float = 0.0
     """fraction, joint damping, sampled per joint"""
     latency_steps: int = 0
@@ -35,6 +39,25 @@ class ArmRandomization:
     """calibration error of the joint encoders, sampled per joint, uniform in +- this"""
     backlash_rad: tuple[float, float] = (0.0, 0.0)
     """play before the servo reacts; sampled per joint, uniformly between these bounds"""
+    table_height_m: tuple[float, float] = (0.0, 0.0)
+    """height of the table above the plane that the arm is mounted on, uniform between these"""
+
+
+# ranges of an arm that is the model's but for wear and tolerances, and of arms that somebody has built from a kit
+FULL_ARM: dict[str, Any] = {
+    "servo_gain": 0.15, "servo_damping": 0.15, "latency_steps": 2, "joint_offset_rad": float(np.deg2rad(1.0)),
+    "backlash_rad": (0.0, BACKLASH_RAD),
+}  # fmt: skip
+KIT_ARM: dict[str, Any] = FULL_ARM | {
+    "supply_gain": (0.5, 1.6), "known_gain_error": (0.8, 1.25), "table_height_m": (-0.005, 0.005),
+    "joint_offset_rad": float(np.deg2rad(3.0)), "backlash_rad": (0.0, 2 * BACKLASH_RAD),
+}  # fmt: skip
+
+
+def log_uniform(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
+    """A factor between two bounds, uniform on a logarithmic scale. Equal bounds draw nothing from the generator."""
+    low, high = bounds
+    return low if low == high else float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
 class Arms:
@@ -62,9 +85,10 @@ class Arms:
     ):
         self.model, self.num_arms, self.ranges = model, num_arms, ranges or ArmRandomization()
         ranges = self.ranges
-        # it knows what is known of a real arm: bounds on backlash and latency, not what is drawn for an episode
-        latency_s = ranges.latency_steps / CONTROL_HZ
-        self.controller = Controller(model, firmware_p, ranges.backlash_rad[1], latency_s)
+        # it knows what is known of a real arm: bounds on backlash and latency, not what is drawn for an episode; and it
+        # assumes no more than typical backlash, because the window, and with it a finger's force, grows with it
+        latency_s, backlash_rad = ranges.latency_steps / CONTROL_HZ, min(ranges.backlash_rad[1], BACKLASH_RAD)
+        self.controller = Controller(model, firmware_p, backlash_rad, latency_s)
         for parameter in (model.actuator_gainprm[:, 0], model.actuator_biasprm[:, 1]):
             parameter *= firmware_p / FIRMWARE_P
         threads = min(num_threads or os.cpu_count() or 1, num_arms)
@@ -79,12 +103,14 @@ class Arms:
         self.joint_pos, self.joint_vel = self.qpos[:, :ACT_DIM], self.qvel[:, :ACT_DIM]  # true, rad and rad/s
         self.home = self._settle(np.asarray(home_qpos, np.float64))
         names = list(resampled)
-        names += ["actuator_gainprm", "actuator_biasprm"] if ranges.servo_gain else []
+        gains = ranges.servo_gain or ranges.supply_gain != (1.0, 1.0)
+        names += ["actuator_gainprm", "actuator_biasprm"] if gains else []
+        names += ["body_pos"] if any(ranges.table_height_m) else []
         names += ["dof_damping"] if ranges.servo_damping else []
         self.fields = {name: self.batch.expand(name) for name in names}
         nominal_gain = np.broadcast_to(model.actuator_gainprm[:, 0], (num_arms, ACT_DIM))
         # (N, 6), N m/rad; a view where it is resampled
-        self._gain = self.fields["actuator_gainprm"][:, :, 0] if ranges.servo_gain else nominal_gain
+        self.gain = self.fields["actuator_gainprm"][:, :, 0] if gains else nominal_gain
         # with the state rows and the resampled fields, these arrays are the whole state: see get_state
         self._state = {
             "command": np.zeros((num_arms, ACT_DIM)),  # last commanded joint targets, rad, in encoder coordinates
@@ -92,8 +118,13 @@ class Arms:
             "latency": np.zeros(num_arms, np.int64),  # control steps
             "joint_offset": np.zeros((num_arms, ACT_DIM)),  # encoder minus true position, rad
             "backlash": np.zeros((num_arms, ACT_DIM)),  # rad
+            "known_gain": np.ones((num_arms, 1)),  # factor of the servo gain, as far as the command law knows it
+            "table_height": np.zeros(num_arms),  # m, above the plane that the arm is mounted on
         }
-        self.command, self._delayed, self._latency, self.joint_offset, self._backlash = self._state.values()
+        self.command, self._delayed, self._latency, self.joint_offset, self._backlash, *_ = self._state.values()
+        if ranges.supply_gain[0] != ranges.supply_gain[1]:
+            self.controller.gain_factor = self._state["known_gain"]
+            self.controller.gain_floor = LEARNED_GAIN_FLOOR
 
     def _settle(self, home_qpos: np.ndarray) -> dict[str, np.ndarray]:
         """Nominal resting state: joints at home, servo targets raised by gravity sag, objects settled on the table."""
@@ -112,6 +143,20 @@ class Arms:
     def joints_rad(self) -> np.ndarray:
         """Joint positions (N, 6), rad, as the encoders measure them."""
         return self.joint_pos + self.joint_offset
+
+    @property
+    def measured_tip_m(self) -> np.ndarray:
+        """Gripper tips (N, 3) float32, m, as an arm computes them from its encoders, as if the table were at height 0.
+
+        To first order, the Jacobian carries the encoders' errors over.
+        """
+        tip = self.tip_m.astype(np.float32)
+        if self.ranges.joint_offset_rad:
+            jacobian, _ = self.batch.jac(int(self.model.site("gripperframe").bodyid[0]), self.tip_m)
+            tip += np.einsum("nij,nj->ni", jacobian[:, :, :ACT_DIM], self.joint_offset)
+        if any(self.ranges.table_height_m):
+            tip[:, 2] += self._state["table_height"]
+        return tip
 
     def limit(self, target_rad: np.ndarray) -> np.ndarray:
         """Wanted joint targets (N, 6), rad in encoder coordinates, clipped by the command law."""
@@ -132,6 +177,15 @@ class Arms:
             self.joint_offset[i] = ranges.joint_offset_rad * rng.uniform(-1.0, 1.0, ACT_DIM)
         if ranges.backlash_rad[1]:
             self._backlash[i] = rng.uniform(*ranges.backlash_rad, ACT_DIM)
+        if ranges.supply_gain != (1.0, 1.0):
+            factor = log_uniform(rng, ranges.supply_gain)
+            self.fields["actuator_gainprm"][i, :, 0] *= factor
+            self.fields["actuator_biasprm"][i, :, 1] *= factor
+            self._state["known_gain"][i] = factor * log_uniform(rng, ranges.known_gain_error)
+        if any(ranges.table_height_m):  # the arm is shifted instead of the table
+            height_m, base = rng.uniform(*ranges.table_height_m), model.body("base").id
+            self.fields["body_pos"][i, base, 2] = model.body_pos[base, 2] - height_m
+            self._state["table_height"][i] = height_m
 
     def start(self, ids: np.ndarray, at_home: bool = True) -> None:
         """Put the arms ids at rest at their qpos, which have been written before.
@@ -139,7 +193,7 @@ class Arms:
         With at_home the joints are at home_qpos[:6]; servo targets are then those of the settled resting state.
         """
         if at_home:
-            self._ctrl[ids] = self.home["qpos"][:ACT_DIM] + self.home["torque"] / self._gain[ids]
+            self._ctrl[ids] = self.home["qpos"][:ACT_DIM] + self.home["torque"] / self.gain[ids]
         if "body_mass" in self.fields:
             self.batch.set_const(ids)
         self.qvel[ids] = 0.0
@@ -147,7 +201,7 @@ class Arms:
         self.batch.bind("qacc_warmstart")[ids] = self.home["warmstart"]
         self.batch.forward(ids, stage=STAGE)
         if not at_home:
-            self._ctrl[ids] = self.joint_pos[ids] + self.gravity_n_m[ids] / self._gain[ids]
+            self._ctrl[ids] = self.joint_pos[ids] + self.gravity_n_m[ids] / self.gain[ids]
         self.command[ids] = self._ctrl[ids] + self.joint_offset[ids]
         self._delayed[ids] = self.command[ids][:, None]
 
@@ -196,7 +250,7 @@ class Arms:
         if strength is not None:
             felt = felt * strength
         if max_torque_n_m is not None:
-            largest = max_torque_n_m / self._gain
+            largest = max_torque_n_m / self.gain
             felt = clamp(felt, -largest, largest)
         self._ctrl[rows] = (self.joint_pos + felt)[rows]
         self.batch.step(ids, nstep=1, stage=STAGE)

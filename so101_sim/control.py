@@ -20,6 +20,7 @@ from so101_sim.scene import ASSETS, CONTROL_HZ
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 ACT_DIM = len(JOINTS)
+JOINT_MIRROR = (-1, 1, 1, 1, -1, 1)  # in the left-right mirror image pan and roll turn the other way
 SHOULDER_LIFT, ELBOW_FLEX, WRIST_ROLL, GRIPPER = 1, 2, 4, 5
 # Largest distance of a target from the target that a free arm would need for the same motion. Times the servo gain it
 # limits the torque against an obstacle to 0.21 N m and the force of a fingertip to about 1 N, light enough to drag
@@ -28,6 +29,11 @@ COMMAND_WINDOW_RAD = 0.012
 BACKLASH_RAD = float(np.deg2rad(1.0))  # typical backlash of the servos
 FIRMWARE_P = 32  # assets/so101.xml has the servo gain for this P; the gain is proportional. LeRobot's drivers set 16
 LATENCY_S = 2 / CONTROL_HZ  # upper bound on command latency; not measured on a real arm
+# Smallest possible ratio of the true servo gain to the expected one: by stall torque the 7.4 V servo has half the gain
+# of the 12 V servo, which is the model's, and joints differ. Then the same for a gain that `learn_gain` has found.
+GAIN_FLOOR, LEARNED_GAIN_FLOOR = 0.4, 0.8
+LARGEST_GAIN = 2.5  # that learn_gain can find, as a share of the expected one
+HOLDING_N_M = 0.2  # a joint that carries more than this shows its servo's gain
 TICKS_PER_TURN = 4096  # encoder resolution
 # Accepted spans of the joints that a hand sweeps from stop to stop, degrees. In published calibrations of SO-101
 # followers they are 182 to 242, 203 to 222, 192 to 196, 198 to 211 and, of the gripper, 109 to 140.
@@ -168,6 +174,11 @@ class Controller:
         backlash_rad: play before a servo reacts; the window is wider by half of it.
         latency_s: largest command latency; the window of a moving joint is wider by the motion in this time.
         max_speed_rad_s: largest speed of the targets of `move`.
+        gain_factor: what is known of the servos' gain beyond that: its ratio to the gain for firmware_p. A 7.4 V servo
+            has about 0.5. An array (N, 1) for a batch of arms.
+        gain_floor: smallest possible ratio of the true gain to the known one, or an array as above. Below 1 the window
+            is wider on the side that carries the arm, and in the direction of its motion, so that a weak arm does not
+            sink. A finger at rest presses no harder on the table.
         measured: joint ranges of the arm's calibration, within which `measure` accepts readings, too: an arm that is
             folded lies beyond the limits of the model, because a hand presses it against its stops.
     """
@@ -179,12 +190,17 @@ class Controller:
         backlash_rad: float = 0.0,
         latency_s: float = 0.0,
         max_speed_rad_s: float = 2.0,
+        gain_factor: float | np.ndarray = 1.0,
+        gain_floor: float | np.ndarray = 1.0,
         measured: Calibration | None = None,
     ):
-        self.gain = model.actuator_gainprm[:, 0] * (firmware_p / FIRMWARE_P)  # N m/rad, (6,)
+        self._nominal_gain = model.actuator_gainprm[:, 0] * (firmware_p / FIRMWARE_P)
+        self.gain_factor, self.gain_floor = gain_factor, gain_floor
+        self.gain_known = bool(np.all(gain_floor == 1.0))  # then learn_gain is not needed
         self.damping = model.dof_damping[:ACT_DIM].copy()  # N m s/rad, (6,)
         self.latency_s = latency_s
-        self.window_rad = COMMAND_WINDOW_RAD * FIRMWARE_P / firmware_p + backlash_rad / 2
+        self.slack_rad = 0.0  # a wider window, for motions in the air of an arm whose gain is not known yet
+        self._nominal_window_rad, self._backlash_rad = COMMAND_WINDOW_RAD * FIRMWARE_P / firmware_p, backlash_rad
         self.low_rad, self.high_rad = model.actuator_ctrlrange.T.copy()
         measured = measured or Calibration(self.low_rad, self.high_rad)
         self._lowest_rad = np.minimum(self.low_rad, measured.low_rad) - BEYOND_RANGE_RAD
@@ -192,6 +208,16 @@ class Controller:
         self.max_step_rad = max_speed_rad_s / CONTROL_HZ
         self._model = model
         self.reset()
+
+    @property
+    def gain(self) -> np.ndarray:
+        """Servo gain as far as it is known, N m/rad, (6,) or (N, 6)."""
+        return self._nominal_gain * self.gain_factor
+
+    @property
+    def window_rad(self) -> float | np.ndarray:
+        """Largest distance of a target from that of a free arm, rad; (N, 1) if gain_factor is an array."""
+        return self._nominal_window_rad / self.gain_factor + self._backlash_rad / 2 + self.slack_rad
 
     @functools.cached_property
     def _data(self) -> mujoco.MjData:
@@ -214,6 +240,9 @@ class Controller:
         # the targets of a free arm in the same motion: the measured positions plus the lag under gravity and damping
         holding = joints_rad + (gravity_n_m + self.damping * velocity_rad_s) / self.gain
         lower, upper = holding - self.window_rad, holding + self.window_rad
+        for torque in (gravity_n_m, self.damping * velocity_rad_s):  # by how much farther the weakest arm lags
+            lag = torque / self.gain * (1.0 / self.gain_floor - 1.0)
+            lower, upper = lower + np.minimum(lag, 0.0), upper + np.maximum(lag, 0.0)
         if self.latency_s:  # plus the lag for any latency from none to this
             lead = velocity_rad_s * self.latency_s
             lower, upper = lower + np.minimum(lead, 0.0), upper + np.maximum(lead, 0.0)
@@ -256,6 +285,20 @@ class Controller:
         self.tip_m = self._data.site("gripperframe").xpos.copy()
         if self.command_rad is None:
             self.command_rad = clamp(joints_rad + self.gravity_n_m / self.gain, self.low_rad, self.high_rad)
+
+    def learn_gain(self) -> None:
+        """Estimate gain_factor from how far the arm, at rest in the air, hangs below its last targets.
+
+        Least squares over the joints that carry weight. Half of the expected backlash is part of the sag. An arm that
+        leans on something, and so does not sag, teaches nothing.
+        """
+        loaded = np.abs(self.gravity_n_m) > HOLDING_N_M
+        gravity = self.gravity_n_m[loaded]
+        sag = (self.command_rad - self.joints_rad)[loaded] - np.sign(gravity) * self._backlash_rad / 2
+        torque = self._nominal_gain[loaded] * sag  # that servos of the expected gain would exert
+        if torque @ gravity > 0:
+            self.gain_factor = float(clamp(gravity @ torque / (torque @ torque), GAIN_FLOOR, LARGEST_GAIN))
+            self.gain_floor = LEARNED_GAIN_FLOOR
 
     def move(self, delta_rad: np.ndarray, time_s: float) -> np.ndarray:
         """The next joint targets (6,), rad: the last targets plus delta (6,), within limits, window and speed.

@@ -19,11 +19,12 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import TimeLimit
 
 from so101_sim.batch import LARGEST, Arms, check_arrays
-from so101_sim.control import ACT_DIM, clamp
+from so101_sim.control import ACT_DIM, JOINT_MIRROR, JOINTS, clamp
 from so101_sim.errors import SO101Error, require
 from so101_sim.scene import CONTROL_HZ, Look, Renderer, VisualRandomization, add_noise, camera_names
 from so101_sim.viewer import Viewer, check_display
 
+UNSEEN_STEPS = CONTROL_HZ // 2  # longest time that `ArmVectorEnv.lose_view` hides an object for
 IMAGES = "observation.images."  # prefix of a camera's name, as LeRobot has it
 
 
@@ -34,6 +35,15 @@ class Part(NamedTuple):
     mean: Any
     scale: Any
     mirror: Any  # sign of each component in the left-right mirror image of the scene
+
+
+# The load on each joint, rad. At rest it is the servo's torque over its gain: an arm feels gravity and contacts in it.
+LOAD = Part(tuple(f"{joint}.load" for joint in JOINTS), 0.0, 0.02, JOINT_MIRROR)
+
+
+def joint_load(command_rad: np.ndarray, joints_rad: np.ndarray) -> np.ndarray:
+    """The part LOAD (N, 6) float32: commanded joint targets minus measured joint positions, (N, 6) each, rad."""
+    return (command_rad - joints_rad).astype(np.float32)
 
 
 def slices(parts: Mapping[str, Part]) -> dict[str, slice]:
@@ -100,7 +110,8 @@ class ArmVectorEnv(gym.vector.VectorEnv):
     Args:
         arms: the physics.
         max_episode_steps: control steps until truncation.
-        extra_parts: parts appended to those that `observe` returns; `extend_observation` writes them.
+        extra_parts: parts appended to those that `observe` returns. LOAD, as "load", is computed from the task's part
+            "joint_pos"; `extend_observation` writes the others.
         observe_pixels: the observation is a dict: pixels_CAMERA (N, H, W, 3) uint8 for each camera, and state, the
             parts named by measured. The full observation is then info["full_observation"].
         measured: names of the parts that a real arm can measure.
@@ -119,7 +130,8 @@ class ArmVectorEnv(gym.vector.VectorEnv):
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}
     parts: Mapping[str, Part]
     _spec: EnvSpec | None = None
-    _STATE: tuple[str, ...] = ("_steps", "_done", "_obs", "_look_seed")  # arrays with a row per environment, saved
+    # arrays with a row per environment, saved
+    _STATE: tuple[str, ...] = ("_steps", "_done", "_obs", "_look_seed", "_unseen")
 
     def __init__(
         self,
@@ -173,6 +185,7 @@ class ArmVectorEnv(gym.vector.VectorEnv):
         self._rngs: list[np.random.Generator] = [None] * n
         self._steps = np.zeros(n, np.int64)
         self._done = np.ones(n, bool)
+        self._unseen = np.zeros(n, np.int64)  # control steps for which the object stays out of view, see lose_view
         self._obs = np.zeros((n, obs_dim), np.float32)
         self._look_seed = np.zeros(n, np.int64)  # seed of the episode's look
         self._pixels = {camera: np.zeros((n, *self.image_size, 3), np.uint8) for camera in self.cameras}
@@ -239,7 +252,18 @@ class ArmVectorEnv(gym.vector.VectorEnv):
         """Called before the physics of a control step of the environments in active, (N,) bool."""
 
     def extend_observation(self, mask: np.ndarray) -> None:
-        """Write the columns of extra_parts into self._obs for the environments in mask, (N,) bool."""
+        """Write the columns of extra_parts but "load" into self._obs for the environments in mask, (N,) bool."""
+
+    def lose_view(self, mask: np.ndarray, probability: float) -> np.ndarray:
+        """In which environments in mask, (N,) bool, a camera does not see the object now, (N,) bool; call once a step.
+
+        In each step, but not at the start of an episode, the view is lost with this probability, for up to
+        UNSEEN_STEPS steps, drawn from the episode's generator.
+        """
+        for i in np.flatnonzero(mask & (self._steps > 0)):
+            lost = self._rngs[i].random() < probability
+            self._unseen[i] = self._rngs[i].integers(UNSEEN_STEPS) + 1 if lost else max(self._unseen[i] - 1, 0)
+        return mask & (self._unseen > 0)
 
     # -- Gymnasium API
 
@@ -484,7 +508,7 @@ class ArmVectorEnv(gym.vector.VectorEnv):
             if self.visuals is not None:  # read, not drawn: episodes are otherwise the same with and without it
                 self._look_seed[i] = self._rngs[i].bit_generator.state["state"]["state"] % 2**63
         self.arms.start(ids, at_home=qpos is None)
-        self._steps[ids] = 0
+        self._steps[ids], self._unseen[ids] = 0, 0
         self._done[ids] = False
         scene = self.scene()
         self.begin(ids, scene)
@@ -502,6 +526,10 @@ class ArmVectorEnv(gym.vector.VectorEnv):
             self._obs[:, : self._own_dim] = obs
         else:
             self._obs[mask, : self._own_dim] = obs[mask]
+        if "load" in self.parts:
+            where = slices(self.parts)
+            load = joint_load(self.arms.command, self._obs[:, where["joint_pos"]])
+            self._obs[mask, where["load"]] = load[mask]
         self.extend_observation(mask)
         for camera, pixels in self._pixels.items() if mask.any() else ():
             pixels[mask] = self._current_images(camera, np.flatnonzero(mask), self.image_size)

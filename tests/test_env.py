@@ -25,6 +25,8 @@ from so101_env import (
     sheet_inside,
 )
 
+HOME_TIP_M = 0.0173  # height of the gripper tip at home
+
 
 def place_sheet(envs: SO101ResidualVectorEnv, x: float, y: float, yaw: float = 0.0) -> None:
     """Put every sheet somewhere else in the middle of an episode."""
@@ -358,6 +360,62 @@ def test_full_randomisation_ranges():
     np.testing.assert_allclose(obs[:, 19], 0.27 - obs[:, 12], atol=1e-6)  # the goal follows from the noisy sheet
 
 
+def test_ranges_of_arms_from_a_kit():
+    envs = SO101ResidualVectorEnv(400, arm_randomization=True)
+    obs, _ = envs.reset(seed=0)
+    models = [envs.arms.batch.get_model(i) for i in range(400)]
+    gain = np.array([m.actuator_gainprm[:, 0] for m in models]).mean(1) / 17.8
+    assert 0.45 < gain.min() < 0.55 and 1.5 < gain.max() < 1.75
+    off = np.rad2deg(obs[:, :6] - envs.qpos[:, :6])
+    assert (2.7 < np.abs(off).max(0)).all() and np.abs(off).max() < 4
+    finger, table = friction(envs, "fixed_finger_sheet"), friction(envs, "sheet_table")
+    assert 0.33 < finger.min() < 0.42 and 1.15 < finger.max() < 1.4
+    assert 0.19 < table.min() < 0.24 and 0.54 < table.max() < 0.65
+    height = HOME_TIP_M - envs.arms.tip_m[:, 2]
+    assert -0.0051 < height.min() < -0.0047 and 0.0047 < height.max() < 0.0051
+    assert 0.03 < envs.arms._backlash.max() <= np.deg2rad(2.0)
+    with pytest.raises(SO101Error, match="--arm-randomization contradicts --no-randomize"):
+        SO101ResidualVectorEnv(1, arm_randomization=True, randomize=False)
+
+
+def test_a_sheet_out_of_view_stays_where_it_was_seen_last():
+    """For up to half a second; everything else is observed as ever, and an episode starts with a view."""
+    envs = SO101ResidualVectorEnv(20, randomization=DomainRandomization(pose_dropout=0.05, observation_noise=1.0))
+    obs, rng, held = [envs.reset(seed=0)[0]], np.random.default_rng(0), []
+    for _ in range(149):
+        obs.append(envs.step(rng.uniform(-1, 1, (20, ACT_DIM)))[0])
+    obs = np.array(obs)
+    same = (obs[1:] == obs[:-1])[:, :, [12, 13, 18, 19, 20]]  # x and y, yaw, and the way to the tape
+    assert (same.all(2) | ~same.any(2)).all()  # the whole pose or nothing of it
+    hidden = same.all(2)
+    assert (obs[1:, :, :12] == obs[:-1, :, :12]).mean() < 1e-3
+    for column in hidden.T:
+        edges = np.flatnonzero(np.diff(np.r_[0, column.astype(int), 0]))
+        held += (edges[1::2] - edges[::2]).tolist()
+    assert np.percentile(held, 70) <= 15 and 14 <= max(held) < 50  # a view may be lost again at once
+    assert 0.15 < hidden.mean() < 0.4
+
+
+def test_the_load_is_what_the_servos_carry():
+    """At rest at home it is gravity over servo gain; in motion command minus noisy encoder reading, bit-identical."""
+    envs = SO101ResidualVectorEnv(1, randomize=False, observe_load=True)
+    obs, _ = envs.reset(seed=0)
+    data = mujoco.MjData(envs.model)
+    data.qpos[:] = envs.qpos[0]
+    mujoco.mj_forward(envs.model, data)
+    assert abs(data.qfrc_bias[1]) > 0.5
+    np.testing.assert_allclose(obs[0, 25:31], data.qfrc_bias[:6] / 17.8, atol=1e-4)
+
+    envs = SO101ResidualVectorEnv(3, "jacobian", arm_randomization=True, observe_load=True, observe_base=True)
+    envs.reset(seed=0)
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        obs = envs.step(rng.uniform(-1, 1, (3, ACT_DIM)))[0]
+    assert obs.shape == (3, 37) and list(envs.parts)[-2:] == ["load", "base_delta"]
+    np.testing.assert_array_equal(obs[:, 25:31], (envs.command - obs[:, :6]).astype(np.float32))
+    np.testing.assert_array_equal(obs[:, 31:], envs._base.astype(np.float32))
+
+
 def test_joint_offsets_are_carried_to_the_tip():
     """The observed tip is where the arm would be if the encoder readings were true."""
     envs = SO101ResidualVectorEnv(20, randomization=DomainRandomization(joint_offset_rad=float(np.deg2rad(1.0))))
@@ -497,8 +555,12 @@ def plain(value):
 
 @pytest.mark.parametrize(
     "more",
-    [{"base_policy": "jacobian", "observe_base": True}, PIXELS | {"observe_base": False}],
-    ids=["state", "pixels"],
+    [
+        {"base_policy": "jacobian", "observe_base": True},
+        {"randomization": DomainRandomization.arm(), "observe_load": True},
+        PIXELS | {"observe_base": False},
+    ],
+    ids=["state", "arm", "pixels"],
 )
 def test_a_restored_state_continues_bit_identically(more):
     kwargs = {"max_episode_steps": 20, "shaping_gamma": 0.98, "randomization": DomainRandomization.full(), **more}
@@ -520,10 +582,11 @@ def test_a_restored_state_continues_bit_identically(more):
     "more",
     [
         {"full_randomization": True, "observe_base": True},
+        pytest.param({"arm_randomization": True, "observe_load": True}, marks=pytest.mark.slow),
         pytest.param({}, marks=pytest.mark.slow),
         pytest.param(PIXELS, marks=pytest.mark.slow),
     ],
-    ids=["full", "default", "pixels"],
+    ids=["full", "arm", "default", "pixels"],
 )
 @pytest.mark.parametrize("mode", list(AutoresetMode))
 def test_a_batch_equals_gymnasiums_vector_of_single_environments(mode, more):

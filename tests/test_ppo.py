@@ -206,10 +206,12 @@ def test_agent_initialisation_and_state_dict():
     )
 
 
-@pytest.mark.parametrize("arrival_yaw_weight, observe_base", [(0.0, False), (0.8, True)])
-def test_agent_is_mirror_symmetric(arrival_yaw_weight, observe_base):
+@pytest.mark.parametrize(
+    "arrival_yaw_weight, observe_load, observe_base", [(0.0, False, False), (0.0, True, False), (0.8, True, True)]
+)
+def test_agent_is_mirror_symmetric(arrival_yaw_weight, observe_load, observe_base):
     args = ppo.Args()
-    args.task = dataclasses.replace(args.task, arrival_yaw_weight=arrival_yaw_weight)
+    args.task = dataclasses.replace(args.task, arrival_yaw_weight=arrival_yaw_weight, observe_load=observe_load)
     args.base = ppo.Base("jacobian", observe_base)
     envs = ppo.make_envs(args, 40)
     obs, _ = envs.reset(seed=0)
@@ -219,9 +221,13 @@ def test_agent_is_mirror_symmetric(arrival_yaw_weight, observe_base):
     for i in (0, 6, 10, 13, 18, 20, 23):  # pan; pan and roll velocity; sheet y; quaternion z; goal y; tip y
         mirrored[:, i] *= -1
     mirrored[:, 4] = 2 * HOME_RAD[4] - mirrored[:, 4]  # roll, about the angle that puts the jaws into the mirror plane
+    if observe_load:
+        obs[:, 25:31] = mirrored[:, 25:31] = np.random.default_rng(0).normal(0, 0.02, (40, 6))
+        mirrored[:, [25, 29]] *= -1  # pan and roll are loaded the other way
     if observe_base:
-        mirrored[:, [25, 29]] *= -1  # the base moves pan and roll the other way
-        assert (obs[:, 25] != 0).any()
+        base = mirrored[:, -6:]
+        base[:, [0, 4]] *= -1  # the base moves pan and roll the other way
+        assert (base[:, 0] != 0).any()
     x, mirrored_x = agent.features(obs), agent.features(mirrored)
     # some tips start beside the sheet, some press on it: no derived feature is zero everywhere
     assert (x[:, 0, obs.shape[1] :] != 0).any(0).all()

@@ -13,7 +13,6 @@ from so101.arm_check import (
     TOUCHES,
     ArmCheck,
     ArmProfile,
-    CorrectedRobot,
     Fingertip,
     Gain,
     Offsets,
@@ -49,7 +48,7 @@ def make_check(
     arms.start(np.array([0]))
     arm.target_rad = arms.command[0].copy()
     controller = Controller(load_model(), 16, BACKLASH_RAD, LATENCY_S)
-    return ArmCheck(Loop(robot, None, controller, VirtualClock(robot), False), 16)
+    return ArmCheck(Loop(robot, None, controller, VirtualClock(robot)))
 
 
 def tip_m(check: ArmCheck) -> np.ndarray:
@@ -58,7 +57,7 @@ def tip_m(check: ArmCheck) -> np.ndarray:
 
 
 def arm_of(check: ArmCheck):
-    return check.robot.robot.arm
+    return check.loop.robot.arm
 
 
 def set_table_height(check: ArmCheck, height_m: float) -> None:
@@ -92,7 +91,7 @@ def test_gain_and_joint_offsets(offset_deg, gain):
     assert (np.abs(offsets.offset_rad - true_rad)[1:4] < 3 * offsets.error_rad[1:4]).all()
     np.testing.assert_allclose(measured.joints, arms._gain[0, 1:3] / nominal, rtol=0.02)
     np.testing.assert_allclose(measured.backlash_rad, np.deg2rad(1.0), atol=np.deg2rad(0.15))
-    assert check.gain_factor == measured.factor and (check.robot.offset_rad == offsets.offset_rad).all()
+    assert check.gain_factor == measured.factor and (check.loop.offset_rad == offsets.offset_rad).all()
     # what a policy needs: where the arm believes its tip to be
     joints = arm_of(check).qpos[:6]
     believed = check.finger.point_m(joints + true_rad - offsets.offset_rad)
@@ -231,7 +230,7 @@ def test_what_a_person_is_asked_is_what_happens():
 
 def test_swapped_and_stuck_servos_are_named():
     check = make_check()
-    robot, swap = check.robot.robot, [0, 2, 1, 3, 4, 5]
+    robot, swap = check.loop.robot, [0, 2, 1, 3, 4, 5]
     write = robot.write
     read = robot.read
     check.go(RAISED_RAD)
@@ -272,7 +271,7 @@ def test_the_side_of_the_camera(turned):
 
 def test_a_camera_that_cannot_tell_is_refused():
     check = make_check(SEED + 2, sheet=None)
-    robot, locator = check.robot.robot, SheetLocator()
+    robot, locator = check.loop.robot, SheetLocator()
     frozen, render = robot.picture().image, robot.picture
     robot.picture = lambda: Picture(frozen, robot.time_s)
     with pytest.raises(NotSeen, match="does not see the arm move"):
@@ -319,13 +318,13 @@ def test_a_fingertip_that_slips_is_told(friction, grips):
 
 
 def test_corrected_coordinates():
-    check = make_check()
-    robot = check.robot.robot
-    offset = np.array([0.0, 0.1, -0.2, 0.0, 0.0, 0.0])
-    corrected = CorrectedRobot(robot, offset)
-    np.testing.assert_allclose(corrected.read()[0], robot.read()[0] - offset)
-    corrected.write(np.ones(6))
-    np.testing.assert_allclose(robot.sent[-1], 1.0 + offset)
+    loop, offset = make_check().loop, np.array([0.0, 0.1, -0.2, 0.0, 0.0, 0.0])
+    loop.controller.reset()
+    loop.offset_rad = offset
+    loop.measure()
+    np.testing.assert_allclose(loop.controller.joints_rad, loop.robot.read()[0] - offset)
+    loop.move(np.zeros(6))
+    np.testing.assert_allclose(loop.robot.sent[-1], loop.controller.command_rad + offset)
 
 
 def test_a_profile_is_kept(tmp_path):

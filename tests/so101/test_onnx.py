@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, error_of, run_script
+from conftest import ROOT, error_of, run_script, train
 from gymnasium.vector import AutoresetMode
 
 from so101.checkpoints import load_checkpoint, load_script
@@ -201,16 +201,21 @@ def test_an_export_that_would_not_be_the_same_is_not_written(tmp_path, monkeypat
     assert not path.exists()
 
 
-def test_a_residual_that_sees_its_base(tmp_path):
-    """31 numbers go in, and the base policy named in the file acts below it."""
+@pytest.mark.parametrize(
+    "load, width", [((), 31), pytest.param(("--observe-load",), 37, marks=pytest.mark.slow)], ids=["base", "load"]
+)
+def test_a_residual_that_sees_its_base(tmp_path, load, width):
+    """And the load: 31 or 37 numbers go in, and the base policy named in the file acts below it."""
     done = run_script(
         "ppo_residual_so101.py", *"--total-timesteps 384 --num-envs 4 --num-steps 32 --minibatch-size 64".split(),
         *"--eval-every 0 --base-policy jacobian --observe-base --run-name r --learning-rate 0.01".split(),
-        "--log-dir", str(tmp_path),
+        "--log-dir", str(tmp_path), *load,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     model, path = str(tmp_path / "r" / "final_model.pt"), tmp_path / "p.onnx"
-    assert export_onnx(model, path)["base_policy"] == "jacobian"
+    metadata = export_onnx(model, path)
+    assert metadata["base_policy"] == "jacobian" and len(metadata["observation"]) == width
+    assert OnnxPolicy(str(path)).session.get_inputs()[0].shape[1] == width
     task = dataclasses.asdict(OnnxPolicy(str(path)).task)
     assert task == torch.load(model, weights_only=True)["args"]["task"]
     steps = []
@@ -219,3 +224,23 @@ def test_a_residual_that_sees_its_base(tmp_path):
         steps.append(np.array([episode["base_delta_rad"] for episode in evaluate(no_residual, envs, SEEDS[:4])]))
     np.testing.assert_allclose(steps[0], steps[1], rtol=2e-3, atol=1e-5)
     assert steps[0].max() > 1e-3
+
+
+def test_the_load_is_the_same_in_the_environment_and_in_both_kinds_of_files(tmp_path):
+    """In a rollout of random residuals: what the agent gets in training, and what policies in files compute."""
+    flags = "--total-timesteps 8 --num-envs 4 --num-steps 2 --minibatch-size 8 --eval-every 0 --final-eval-episodes 0"
+    model = train(tmp_path, *flags.split(), "--observe-load") / "final_model.pt"
+    policies, seen = [load_policy(f"checkpoint:{model}"), OnnxPolicy(str(ROOT / "assets" / "arm.onnx"))], {0: [], 1: []}
+    agent, session = policies[0].agent, policies[1].residuals
+    agent.act = lambda flat: seen[0].append(flat) or np.zeros((len(flat), ACT_DIM), np.float32)
+    policies[1].residuals = lambda flat: seen[1].append(flat) or session(flat)
+    envs = SO101ResidualVectorEnv(5, arm_randomization=True, observe_load=True, firmware_p=16)
+    obs, rng, mask = envs.reset(seed=0)[0], np.random.default_rng(0), np.array([True, True, False, True, True])
+    for policy in policies:
+        policy.reset(np.ones(5, bool))
+    for step in range(20):
+        for i, policy in enumerate(policies):
+            policy.act(base_observation(envs.full_observation, envs.command), mask)
+            np.testing.assert_array_equal(seen[i][step], obs[mask])
+        obs = envs.step(rng.uniform(-1, 1, (5, ACT_DIM)))[0]
+    assert np.abs(obs[:, 25:31]).max() > 0.02

@@ -5,7 +5,7 @@ import pytest
 from small_task import HOME_QPOS, HOME_RAD, load_model
 
 from so101_sim.batch import ArmRandomization, Arms
-from so101_sim.control import ACT_DIM
+from so101_sim.control import ACT_DIM, BACKLASH_RAD
 
 GAIN, FRICTION = 17.8, 0.052  # N m/rad and N m, of the servos in so101.xml
 
@@ -121,9 +121,37 @@ def test_ranges():
     assert 0.019 < np.abs(arms.joint_offset).max() <= 0.02 and np.abs(arms.joint_offset.mean(0)).max() < 0.003
     assert 0.01 <= arms._backlash.min() < 0.0105 and 0.0295 < arms._backlash.max() <= 0.03
     np.testing.assert_allclose(arms.joints_rad - arms.joint_pos, arms.joint_offset, atol=1e-12)
-    # bounds, not what was drawn
+    # bounds, not what was drawn; of the backlash no more than is typical
     np.testing.assert_allclose(arms.controller.gain, GAIN)
-    assert arms.controller.latency_s == 2 / 30 and arms.controller.window_rad == pytest.approx(0.012 + 0.015)
+    assert arms.controller.latency_s == 2 / 30 and arms.controller.window_rad == pytest.approx(0.012 + BACKLASH_RAD / 2)
+
+
+def test_other_servo_variants_and_tables():
+    """One factor for all servos of an arm, known to the command law with an error; an arm is lower on a high table."""
+    ranges = {"supply_gain": (0.5, 1.6), "known_gain_error": (0.8, 1.25), "table_height_m": (-0.005, 0.003)}
+    arms = make_arms(400, **ranges)
+    ratio = np.array([arms.batch.get_model(i).actuator_gainprm[:, 0] for i in range(400)]) / GAIN
+    assert (np.ptp(ratio, axis=1) < 1e-12).all()
+    assert 0.5 <= ratio.min() < 0.51 and 1.57 < ratio.max() <= 1.6
+    assert np.median(ratio) == pytest.approx(np.sqrt(0.5 * 1.6), abs=0.06)  # log-uniform
+    error = arms.controller.gain_factor[:, 0] / ratio[:, 0]
+    assert 0.8 <= error.min() < 0.81 and 1.23 < error.max() <= 1.25
+    np.testing.assert_allclose(arms.controller.gain, GAIN * ratio * error[:, None])
+
+    height = make_arms(1).tip_m[0, 2] - arms.tip_m[:, 2]
+    assert -0.005 <= height.min() < -0.0048 and 0.0028 < height.max() <= 0.003
+    np.testing.assert_allclose(arms.measured_tip_m[:, 2], arms.tip_m[:, 2] + height, atol=1e-6)
+
+
+@pytest.mark.parametrize("factor, floor, rises", [(0.5, 1.0, True), (1.0, 0.5, True), (1.0, 1.0, False)])
+def test_a_weak_arm_is_raised(factor, floor, rises):
+    """With half the gain: if the command law knows it, or allows for it; otherwise the arm sinks."""
+    arms = make_arms(supply_gain=(0.5, 0.500001))
+    arms.controller.gain_factor, arms.controller.gain_floor = factor, floor
+    delta = np.zeros((1, ACT_DIM))
+    delta[0, 1] = -0.01  # up
+    move(arms, delta, 30)
+    assert (arms.joint_pos[0, 1] < HOME_RAD[1] - 0.2) == rises
 
 
 def test_latency_delays_the_command():

@@ -53,14 +53,26 @@ def test_the_command_law_joint_by_joint(model):
     assert 0 < within < n * ACT_DIM
 
 
-@pytest.mark.parametrize("firmware_p", [8, 16, 32])
-def test_the_torque_against_an_obstacle_does_not_depend_on_the_gain(model, firmware_p):
-    controller = Controller(model, firmware_p=firmware_p)
+def test_a_window_for_arms_that_may_be_weaker(model):
+    """It is wider by what the weakest arm lags more, on the side of this lag; on the other side it is as ever."""
+    gravity, velocity = np.array([[0.0, -0.6, 0.3, 0.0, 0.0, 0.0]]), np.array([[0.2, 0.0, 0.0, 0.0, -0.2, 0.0]])
+    bounds = []  # lowest and highest targets (2, 6)
+    for controller in (Controller(model), Controller(model, gain_floor=0.5)):
+        targets = [controller.limit(np.full((1, 6), far), np.zeros((1, 6)), velocity, gravity) for far in (-1.0, 1.0)]
+        bounds.append(np.concatenate(targets))
+    lag = 0.6 * 0.2 / 17.8  # damping
+    np.testing.assert_allclose(bounds[1][0] - bounds[0][0], [0, -0.6 / 17.8, 0, 0, -lag, 0], atol=1e-12)
+    np.testing.assert_allclose(bounds[1][1] - bounds[0][1], [lag, 0, 0.3 / 17.8, 0, 0, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize("firmware_p, gain_factor", [(8, 1.0), (16, 1.0), (16, 0.5), (32, 1.6)])
+def test_the_torque_against_an_obstacle_does_not_depend_on_the_gain(model, firmware_p, gain_factor):
+    controller = Controller(model, firmware_p=firmware_p, gain_factor=gain_factor)
     controller.measure(HOME_RAD, 0.0)
     for step in range(1, 20):
         controller.measure(HOME_RAD, step / 30)  # it does not move
         target = controller.move(np.full(6, 0.01), step / 30)
-    torque = controller.gain * (target - HOME_RAD) - controller.gravity_n_m
+    torque = model.actuator_gainprm[:, 0] * gain_factor * firmware_p / 32 * (target - HOME_RAD) - controller.gravity_n_m
     np.testing.assert_allclose(torque, COMMAND_WINDOW_RAD * model.actuator_gainprm[:, 0], rtol=1e-6)
 
 
@@ -80,6 +92,24 @@ def test_an_arm_is_measured(model):
     for step in range(4):
         controller.measure(HOME_RAD + velocity * step / 30, step / 30)
     np.testing.assert_allclose(controller.velocity_rad_s, velocity, atol=1e-9)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_the_gain_is_learned_from_an_arm_that_hangs(model, factor):
+    """Exactly from a sag of gravity over gain and half of the backlash; a supported arm teaches nothing."""
+    controller = Controller(model, firmware_p=16, backlash_rad=0.02, gain_floor=0.5)
+    controller.measure(HOME_RAD, 0.0)
+    lag = controller.gravity_n_m / (8.9 * factor) + 0.01 * np.sign(controller.gravity_n_m)
+    controller.command_rad = HOME_RAD + lag
+    controller.learn_gain()
+    assert controller.gain_factor == pytest.approx(factor, rel=1e-6)
+    np.testing.assert_allclose(controller.gain, 8.9 * factor)
+
+    supported = Controller(model, firmware_p=16, backlash_rad=0.02, gain_floor=0.5)
+    supported.measure(HOME_RAD, 0.0)
+    supported.command_rad = HOME_RAD - lag
+    supported.learn_gain()
+    assert supported.gain_factor == 1.0 and supported.gain_floor == 0.5
 
 
 def test_targets_are_no_faster_than_allowed(model):
