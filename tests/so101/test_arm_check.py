@@ -89,7 +89,7 @@ def test_gain_and_joint_offsets(offset_deg, gain):
     true_rad, nominal = arms.joint_offset[0], arms.model.actuator_gainprm[1:3, 0]
     np.testing.assert_allclose(offsets.offset_rad[1:3], true_rad[1:3], atol=np.deg2rad(0.35))
     assert (np.abs(offsets.offset_rad - true_rad)[1:4] < 3 * offsets.error_rad[1:4]).all()
-    np.testing.assert_allclose(measured.joints, arms._gain[0, 1:3] / nominal, rtol=0.02)
+    np.testing.assert_allclose(measured.joints, arms.gain[0, 1:3] / nominal, rtol=0.02)
     np.testing.assert_allclose(measured.backlash_rad, np.deg2rad(1.0), atol=np.deg2rad(0.15))
     assert check.gain_factor == measured.factor and (check.loop.offset_rad == offsets.offset_rad).all()
     # what a policy needs: where the arm believes its tip to be
