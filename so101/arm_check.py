@@ -160,7 +160,7 @@ class Fingertip:
             left = self.point_m(joints)
             left = np.array([place.reach_m - (left[:2] - PAN_AXIS_M) @ out, height_m - left[2]])
             if np.abs(left).max() < 1e-6:
-                return joints
+                break
             matrix = self.jacobian(joints)
             plane = np.stack([out @ matrix[:2], matrix[2]])
             # wrist_flex turns back what the other two turn, so that the gripper keeps its pitch
@@ -168,7 +168,10 @@ class Fingertip:
             step = np.linalg.solve(plane.T @ plane + 1e-8 * np.eye(2), plane.T @ left)
             step *= min(1.0, 0.3 / np.abs(step).max())
             joints[SHOULDER_LIFT : WRIST_FLEX + 1] += *step, -step.sum()
-        raise SO101Error(f"no posture of the arm puts its fingertip {1000 * place.reach_m:.0f} mm ahead of its axis")
+        low_rad, high_rad = self.model.actuator_ctrlrange.T
+        if np.abs(left).max() < 1e-6 and (low_rad < joints).all() and (joints < high_rad).all():
+            return joints
+        raise SO101Error(f"the fingertip cannot be held {1000 * place.reach_m:.0f} mm ahead of the shoulder_pan axis")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,13 +231,13 @@ class Sag(NamedTuple):
 
 # Far apart, so that shoulder_lift and elbow_flex can be told apart, and tilted, so that the tip presses without jamming
 TOUCHES = (Place(0.16, 0.5, -0.6), Place(0.28, 0.25, -0.3), Place(0.33, -0.25, -0.6), Place(0.20, -0.5, -0.6))
-HOVER_M, LOWEST_M = 0.05, -0.03  # height, as measured, at which a touch begins, and at which it is given up
+HOVER_M, LOWEST_M = 0.06, -0.03  # height, as measured, at which a touch begins, and at which it is given up
 LOWER_M_S, LIFT_M_S = 0.007, 0.04
 # The tip touches when the servos' torques have changed as by a force of PRESS_N on it, and it has fallen by less than
-# STALL_M in the last STALL_STEPS control steps. Torques are compared with those FREE_STEPS control steps ago, in the
-# air, so that friction, backlash and a gain that is 20 % off are not taken for a force. The tip's goal is at most
-# LEAD_M below the tip.
-PRESS_N, STALL_STEPS, STALL_M, FREE_STEPS, LEAD_M = 0.7, 8, 0.0006, (54, 42), 0.008
+# STALL_M in the last STALL_STEPS control steps (means over four). Torques are compared with those FREE_STEPS control
+# steps ago, in the air, so that friction, backlash and a gain that is 20 % off are not taken for a force; the first
+# SETTLE_STEPS are left out. The tip's goal is at most LEAD_M below the tip.
+PRESS_N, STALL_STEPS, STALL_M, SETTLE_STEPS, FREE_STEPS, LEAD_M = 0.7, 8, 0.0006, 25, (54, 42), 0.008
 OFFSET_PRIOR_RAD = float(np.deg2rad(3.0))  # standard deviation of the offsets that are fitted
 WRIST_PRIOR_RAD = float(np.deg2rad(1.0))
 CONTACT_ERROR_M = 0.0007  # standard deviation of a touch: table, encoder, shape of the fingertip
@@ -293,6 +296,8 @@ def fit_gain(finger: Fingertip, sags: Sequence[Sag], gain_n_m: np.ndarray, offse
         torque = np.array([finger.gravity_n_m(each - offset_rad)[sag.joint] for each in sag.joints_rad])
         hangs = sag.command_rad - sag.joints_rad[:, sag.joint]
         heavy = np.abs(torque) > SWEEP_MIN_N_M
+        if heavy.sum() < CONTROL_HZ:
+            raise RobotError(f"{JOINTS[sag.joint]} carries too little weight in its motion: calibrate the arm again")
         torque, hangs, direction = torque[heavy], hangs[heavy], sag.direction[heavy]
         columns = np.stack([torque / gain_n_m[sag.joint], np.sign(torque), direction], axis=1)
         (softness, play, _), residuals, _, _ = np.linalg.lstsq(columns, hangs, rcond=None)
@@ -318,11 +323,11 @@ def fit_gain(finger: Fingertip, sags: Sequence[Sag], gain_n_m: np.ndarray, offse
 
 # what a person sees when a joint moves in its positive direction, from RAISED_RAD
 DIRECTIONS = (
-    "the arm turn to its right, as seen from behind its base",
+    "the arm turn to its right, seen from behind its base",
     "the whole arm lean forwards, away from its base",
     "the forearm go down",
     "the gripper bend down and back, towards the base",
-    "the gripper turn counterclockwise, as seen from above",
+    "the gripper turn counterclockwise, seen from above",
     "the gripper open",
 )
 RAISED_RAD = HOME_RAD + np.array([0.0, -0.35, 0.0, 0.0, 0.0, OPEN_RAD])  # tip well above the table
@@ -340,7 +345,8 @@ class Nudge(NamedTuple):
     question: str  # for the person who watches
 
 
-WIGGLE_RAD, WIGGLE_WAIT_S = 0.9, 0.4  # shoulder_pan to either side; until the picture is newer than the motion
+WIGGLE_RAD = 0.9  # of shoulder_pan to either side
+STILL_S, PICTURE_WAIT_S = 0.2, 2.0  # after a motion: until the arm is still, and at most until there is a picture of it
 CHANGED = 20.0  # a pixel that differs by this much, in 1/255, after a blur over 5 pixels, shows something that moved
 MIN_CHANGED = 0.003  # share of the picture that the arm must cover
 MAX_RESTLESS = 0.3  # share of the change that may also be between two pictures with the arm in the same pose
@@ -389,7 +395,7 @@ def camera_side(left: np.ndarray, middle: np.ndarray, right: np.ndarray, to_pict
     return Side(bool(shift_m < 0), float(shift_m), float(along))
 
 
-DRAG_M, DRAG_LONGEST_M, DRAG_M_S, DRAG_DEPTH_M, DRAG_TILT_RAD = 0.02, 0.05, 0.03, 0.006, -0.3
+DRAG_M, DRAG_LONGEST_M, DRAG_M_S, DRAG_DEPTH_M, DRAG_TILT_RAD = 0.02, 0.05, 0.03, 0.006, -0.6
 ASIDE_RAD = 0.9  # of shoulder_pan: the arm hides neither sheet nor tape
 GRIPS = 0.7  # share of the tip's path that a sheet must follow
 
@@ -408,7 +414,7 @@ def _raised(pan_rad: float) -> np.ndarray:
 
 
 class ArmCheck:
-    """The steps of the check that move the arm. Each leaves it raised.
+    """The steps of the check that move the arm. Each leaves the fingertip above the table.
 
     Args:
         loop: a so101.loop.Loop on the arm; its policy is not used. Its offset_rad and the gain_factor of its controller
@@ -528,13 +534,13 @@ class ArmCheck:
             joints.append(c.joints_rad)
             torques.append(c.gain * (c.command_rad - c.joints_rad) - c.gravity_n_m)
             heights.append(float(self.finger.point_m(c.joints_rad)[2]))
-            if len(joints) < FREE_STEPS[0]:
+            if len(joints) < SETTLE_STEPS + FREE_STEPS[0]:
                 continue
             free = np.mean(torques[-FREE_STEPS[0] : -FREE_STEPS[1]], axis=0)
-            force_n = self.finger.force_n(c.joints_rad, np.mean(torques[-STALL_STEPS // 2 :], axis=0) - free)
-            stalled = heights[-STALL_STEPS - 1] - heights[-1] < STALL_M
-            if stalled and (force_n > PRESS_N or aim_m < heights[-1] - LEAD_M + STALL_M):
-                return np.mean(joints[-STALL_STEPS // 2 :], axis=0) + self.loop.offset_rad
+            force_n = self.finger.force_n(c.joints_rad, np.mean(torques[-4:], axis=0) - free)
+            fell_m = np.mean(heights[-4 - STALL_STEPS : -STALL_STEPS]) - np.mean(heights[-4:])
+            if fell_m < STALL_M and (force_n > PRESS_N or aim_m < heights[-1] - LEAD_M + STALL_M):
+                return np.mean(joints[-4:], axis=0) + self.loop.offset_rad
         raise RobotError(
             f"no table was felt within {-1000 * lowest_m:.0f} mm of the height of the base: is there a table below the "
             "fingertip, and was every joint calibrated to both of its stops?"
@@ -654,9 +660,13 @@ class ArmCheck:
     def look(self, pan_rad: float) -> np.ndarray:
         """A picture (H, W, 3) uint8 with the arm raised and turned."""
         self.go(_raised(pan_rad))
-        self.loop.clock.sleep(WIGGLE_WAIT_S)
-        self.loop.measure()
-        return self.loop.robot.picture().image
+        still_s = self.loop.clock.now() + STILL_S
+        for _ in range(round(PICTURE_WAIT_S * CONTROL_HZ)):
+            self.loop.clock.sleep(1 / CONTROL_HZ)
+            self.loop.measure()
+            if (picture := self.loop.robot.picture()).time_s >= still_s:
+                return picture.image
+        raise RobotError(f"the camera has taken no picture in {PICTURE_WAIT_S:.0f} s: is it unplugged?")
 
     # -- friction of the fingertip
 

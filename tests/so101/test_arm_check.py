@@ -174,7 +174,7 @@ def test_postures_of_the_fingertip():
         delta = np.eye(6) * 1e-6
         numeric = np.array([(finger.point_m(joints + each) - finger.point_m(joints - each)) / 2e-6 for each in delta])
         np.testing.assert_allclose(finger.jacobian(joints), numeric.T, atol=1e-6)
-    with pytest.raises(SO101Error, match="no posture"):
+    with pytest.raises(SO101Error, match="cannot be held 600 mm ahead"):
         finger.joints_at(Place(0.6, 0.0, 0.0), 0.0)
 
 
@@ -273,6 +273,9 @@ def test_a_camera_that_cannot_tell_is_refused():
     check = make_check(SEED + 2, sheet=None)
     robot, locator = check.loop.robot, SheetLocator()
     frozen, render = robot.picture().image, robot.picture
+    robot.picture = lambda: Picture(frozen, 0.0)
+    with pytest.raises(RobotError, match="has taken no picture in 2 s"):
+        check.look(0.0)
     robot.picture = lambda: Picture(frozen, robot.time_s)
     with pytest.raises(NotSeen, match="does not see the arm move"):
         check.find_side(locator)
