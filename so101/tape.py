@@ -54,13 +54,26 @@ def is_red(redness: np.ndarray) -> np.ndarray:
     return (redness > max(MIN_REDNESS, 0.6 * np.percentile(redness, 98.5))).astype(np.float32)
 
 
-def is_tape(redness: np.ndarray, to_picture: np.ndarray, opening_half_m: np.ndarray) -> np.ndarray:
-    """Pixels that are as red as the tape, rather than as red as the table inside it: (H, W) float32, 1 or 0."""
+def is_tape(redness: np.ndarray, to_picture: np.ndarray, opening_half_m: np.ndarray) -> tuple[np.ndarray, float]:
+    """Pixels that are as red as the tape, rather than as red as the table inside it, and the width of the tape.
+
+    Args:
+        redness: (H, W) float32, see `redness_of`.
+        to_picture: homography (3, 3) from the table, m, to pixels.
+        opening_half_m: half the sides (2,) of the rectangle inside the tape.
+
+    Returns:
+        (H, W) float32, 1 or 0; the width, m, 0 if there is no tape, as with tags.
+    """
     corners = rectangle(opening_half_m, *TAPE_CENTER_M, 0.0)
     beside = np.nan_to_num(sample_normals(redness, to_picture, corners, np.array([0.005, -0.006]), 24)[0])
     tape, table = np.percentile(beside, 70, axis=(0, 1))  # parts of both are hidden, usually by things less red
-    limit = 0.5 * (tape + table) if tape - table > MIN_REDNESS else 1.0  # there is no tape with tags
-    return (redness > limit).astype(np.float32)
+    if tape - table < MIN_REDNESS:
+        return np.zeros_like(redness), 0.0
+    red = (redness > 0.5 * (tape + table)).astype(np.float32)
+    offsets = np.arange(0.0, WIDTHS_M[-1], 0.002)
+    across = np.nan_to_num(sample_normals(red, to_picture, corners, offsets, 12)[0]).mean((0, 1))
+    return red, float(offsets[across > 0.5 * across.max()].max())
 
 
 def find_tape(image: np.ndarray, opening_half_m: np.ndarray, turned: bool = False) -> Tape:
@@ -307,14 +320,14 @@ def _refine(
         NotSeen: see `find_tape`.
     """
     redness = np.ascontiguousarray(both[..., 0])
-    corners, change = rectangle(half_m, *TAPE_CENTER_M, 0.0), start
+    corners, change, flank = rectangle(half_m, *TAPE_CENTER_M, 0.0), start, round(FLANK_M / STEP_M)
     width_m = _width(redness, camera.homography(change), half_m, 0.040)[0]
     for reach_m in (0.040, 0.020, 0.008):
         homography = camera.homography(change)
         offsets = np.arange(-reach_m - FLANK_M, reach_m + width_m + 2 * FLANK_M, STEP_M)
         values, points, normals = sample_normals(both, homography, corners, offsets, TAPE_POINTS)
         values = np.nan_to_num(values)  # outside the picture counts as not red
-        inner, outer, height = _edges(values[:, :, : values.shape[2] - round(FLANK_M / STEP_M)], round(width_m / STEP_M))
+        inner, outer, height = _edges(values[:, :, :-flank], round(width_m / STEP_M))
         # demand the full width of the tape, not the strip that a sheet on it leaves visible
         enough = np.maximum(MIN_REDNESS, 0.6 * np.percentile(height, 85, axis=1, keepdims=True))
         widths_m = (outer - inner) * STEP_M
@@ -351,11 +364,11 @@ def _refine(
     # red pixels along the middle of the tape, and next to it, where none should be
     beside_m = max(width_m / 2, FLANK_M)
     offsets = np.array([width_m / 2, width_m + beside_m, -beside_m])
-    along = sample_normals(is_tape(redness, homography, half_m), homography, corners, offsets, TAPE_POINTS)[0]
+    along = sample_normals(is_tape(redness, homography, half_m)[0], homography, corners, offsets, TAPE_POINTS)[0]
     on, out, within = np.nan_to_num(along).sum(1).T
     if (on <= np.maximum(out, within)).any():
         raise NotSeen("the red tape cannot be distinguished from other red things")
-    inner_m = [left_m[side, : TAPE_POINTS][good[side]] for side in range(4)]
+    inner_m = [left_m[side, :TAPE_POINTS][good[side]] for side in range(4)]
     off_m = [np.median(each) for each in inner_m]
     sides_m = 2 * half_m + (off_m[1] + off_m[3], off_m[0] + off_m[2])
     residual_m = float(np.sqrt(np.mean(np.concatenate(inner_m) ** 2)))
