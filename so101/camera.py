@@ -11,6 +11,8 @@ from so101.extras import import_extra
 from so101_env import SO101Error, load_model
 
 CAMERA = "top"
+DARK = 100.0  # in 1/255: below this brightness the scale of `whiteness_of` is nearly linear
+SCALE = (255 * np.log1p(np.arange(256) / DARK) / np.log1p(255 / DARK)).astype(np.float32)
 
 
 class NotSeen(SO101Error):
@@ -20,6 +22,14 @@ class NotSeen(SO101Error):
 def import_cv2() -> types.ModuleType:
     """OpenCV. Raises SO101Error if it is not installed."""
     return import_extra("cv2", "arm", "locating the sheet")
+
+
+def whiteness_of(image: np.ndarray) -> np.ndarray:
+    """Whiteness (H, W) float32, 0 to 255, of a picture (H, W, 3) uint8: the smallest channel, on a logarithmic scale.
+
+    On this scale the step from table to sheet is nearly as high in a shadow as in the light.
+    """
+    return SCALE[image.min(axis=2)]
 
 
 def project(homography: np.ndarray, points: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from so101.camera import NotSeen, import_cv2, project, rectangle, sample_normals
+from so101.camera import NotSeen, import_cv2, project, rectangle, sample_normals, whiteness_of
 from so101.tags import find_tags
 from so101.tape import Tape, find_tape, is_tape, near_line, redness_of
 from so101_env import SHEET_HALF_M, TAPE_CENTER_M, TAPE_MARGIN_M
@@ -24,11 +24,10 @@ SHEET_POINTS, MIN_SHEET_POINTS = 32, 8  # points on each side of the sheet: exam
 SURE, ENOUGH = 0.59, 0.5
 MIN_USABLE = 0.5  # the share is computed relative to the usable part of the outline, but at least to this much of it
 MIN_CONTRAST = 8.0  # between sheet and table, on the scale of `whiteness_of`
-DARK = 100.0  # in 1/255: below this brightness the scale of `whiteness_of` is nearly linear
-SCALE = (255 * np.log1p(np.arange(256) / DARK) / np.log1p(255 / DARK)).astype(np.float32)
 # Bright paper spills over its edges in the picture. All sides may appear this far outside; without evidence from
 # opposite sides they appear in place, as if so many points said so.
 MAX_SPILL_M, SPILL_POINTS = 0.003, 6
+TAPE_EDGE_M = 0.006  # a sheet's edge on the tape, this far from the tape's own edges, is not one of these
 STARTS = 12  # number of rough poses that are refined
 # the sheet as a ruler: points required on a side; how much larger it appears by blur, and at most where it is clipped
 MIN_RULER_POINTS, BLUR_M, CLIPPED, CLIPPED_BLUR_M = 14, 0.001, 250.0, 0.006
@@ -42,14 +41,6 @@ class Measurement:
     sides_mm: np.ndarray  # (2,) inside the tape, along x and y; NaN if the sheet, which is the ruler, is not seen
     residual_mm: float  # root mean square distance of the marks from a rectangle of the known size
     width_mm: float  # of the tape; NaN with tags
-
-
-def whiteness_of(image: np.ndarray) -> np.ndarray:
-    """Whiteness (H, W) float32, 0 to 255, of a picture (H, W, 3) uint8: the smallest channel, on a logarithmic scale.
-
-    On this scale the step from table to sheet is as high in a shadow as in the light.
-    """
-    return SCALE[image.min(axis=2)]
 
 
 class SheetLocator:
@@ -129,15 +120,15 @@ class SheetLocator:
     ) -> tuple[np.ndarray | None, float]:
         """The pose (3,) that agrees best with the picture, and the share of its outline that does; see `locate`."""
         whiteness = whiteness_of(image)
-        tape = is_tape(redness_of(image), to_picture, self.opening_half_m)
+        tape, width_m = is_tape(redness_of(image), to_picture, self.opening_half_m)
         yaws, starts = np.arange(-0.78, 0.78, 0.06), []
         if last is not None:
-            pose, support = self._refine(whiteness, tape, to_picture, last)
+            pose, support = self._refine(whiteness, tape, width_m, to_picture, last)
             if support >= SURE:
                 return pose, support
             yaws, starts = last[2] + np.array([-0.12, -0.06, 0.0, 0.06, 0.12]), [last]
         starts += self._search(whiteness, to_picture, yaws)[: 4 if starts else STARTS]
-        found = [self._refine(whiteness, tape, to_picture, start) for start in starts]
+        found = [self._refine(whiteness, tape, width_m, to_picture, start) for start in starts]
         return max(found, key=lambda each: each[1], default=(None, 0.0))
 
     def _check_size(self, image: np.ndarray, to_picture: np.ndarray, pose: np.ndarray) -> None:
@@ -194,28 +185,31 @@ class SheetLocator:
         return [pose for support, pose in best if support > 0.3 * outline]
 
     def _refine(
-        self, whiteness: np.ndarray, tape: np.ndarray, to_picture: np.ndarray, start: np.ndarray
+        self, whiteness: np.ndarray, tape: np.ndarray, width_m: float, to_picture: np.ndarray, start: np.ndarray
     ) -> tuple[np.ndarray, float]:
         """Fit the sheet's outline to the edges in the picture.
 
         Args:
             whiteness: (H, W) float32, the smallest channel of the picture.
-            tape: (H, W) float32, see `is_tape`.
+            tape: (H, W) float32, and
+            width_m: see `is_tape`.
             to_picture: homography (3, 3) from the table, m, to pixels.
             start: approximate pose (3,).
 
         Returns:
             The pose (3,), and the share of the outline that agrees with the picture; 0 unless two adjacent sides have
-            enough points. Parts of the outline with red directly outside are not usable, because a bright table also
-            ends at the tape.
+            enough points. Parts of the outline with red directly outside are not usable near the edges of the tape,
+            because a bright table also ends there.
         """
         pose = start.copy()
         for reach_m in (0.020, 0.012, 0.008, 0.006):
             points, normals, distance, good = _find_edges(whiteness, to_picture, pose, reach_m)
             pose, inliers = _fit_rectangle(pose, points, normals, distance, good)
         corners = rectangle(SHEET_HALF_M, *pose)
-        outside_red = sample_normals(tape, to_picture, corners, np.arange(0.003, 0.009, 0.001), SHEET_POINTS)[0]
-        usable = np.nan_to_num(outside_red).mean(2) < 0.5
+        red, points, _ = sample_normals(tape, to_picture, corners, np.arange(0.003, 0.009, 0.001), SHEET_POINTS)
+        on_tape_m = (np.abs(points - TAPE_CENTER_M) - self.opening_half_m).max(2)  # from the inner edge
+        amid = (on_tape_m > TAPE_EDGE_M) & (on_tape_m < width_m - TAPE_EDGE_M)
+        usable = (np.nan_to_num(red).mean(2) < 0.5) | amid
         inliers = inliers & usable
         counts = inliers.sum(1)
         across = min(max(counts[0], counts[2]), max(counts[1], counts[3]))
@@ -299,7 +293,7 @@ def measure_sheet(image: np.ndarray, to_picture: np.ndarray, pose: np.ndarray) -
 
     Returns:
         Its sides (2,), along its x and y, relative to those of an A5 sheet, NaN where two opposite sides are not in
-        view; how far its corners are from right angles, rad, NaN unless all sides are in view.
+        view; how far its corners are from right angles, rad, NaN unless half of each side is in view.
     """
     linear = image.min(axis=2).astype(np.float32)
     points, normals, distance, good = _find_edges(linear, to_picture, pose, 0.012)
@@ -310,8 +304,10 @@ def measure_sheet(image: np.ndarray, to_picture: np.ndarray, pose: np.ndarray) -
         found = points[side] - pose[:2] + distance[side, :, None] * normal
         straight = good[side] & near_line(found, good[side], normal, 0.0015)
         if straight.sum() >= MIN_RULER_POINTS:
-            along = found @ np.array([-normal[1], normal[0]])
-            slope[side], off_m[side] = np.polyfit(along[straight], (found @ normal)[straight], 1)
+            along = (found @ np.array([-normal[1], normal[0]]))[straight]
+            slope[side], off_m[side] = np.polyfit(along, (found @ normal)[straight], 1)
+            if np.ptp(along) < SHEET_HALF_M[side % 2]:  # too short for an angle
+                slope[side] = np.nan
     sides_m = np.array([off_m[1] + off_m[3], off_m[0] + off_m[2]])
     brightness = sample_normals(linear, to_picture, rectangle(SHEET_HALF_M, *pose), np.array([-0.008]), 8)[0]
     excess_m = sides_m - 2 * SHEET_HALF_M

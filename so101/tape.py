@@ -54,13 +54,26 @@ def is_red(redness: np.ndarray) -> np.ndarray:
     return (redness > max(MIN_REDNESS, 0.6 * np.percentile(redness, 98.5))).astype(np.float32)
 
 
-def is_tape(redness: np.ndarray, to_picture: np.ndarray, opening_half_m: np.ndarray) -> np.ndarray:
-    """Pixels that are as red as the tape, rather than as red as the table inside it: (H, W) float32, 1 or 0."""
+def is_tape(redness: np.ndarray, to_picture: np.ndarray, opening_half_m: np.ndarray) -> tuple[np.ndarray, float]:
+    """Pixels that are as red as the tape, rather than as red as the table inside it, and the width of the tape.
+
+    Args:
+        redness: (H, W) float32, see `redness_of`.
+        to_picture: homography (3, 3) from the table, m, to pixels.
+        opening_half_m: half the sides (2,) of the rectangle inside the tape.
+
+    Returns:
+        (H, W) float32, 1 or 0; the width, m, 0 if there is no tape, as with tags.
+    """
     corners = rectangle(opening_half_m, *TAPE_CENTER_M, 0.0)
     beside = np.nan_to_num(sample_normals(redness, to_picture, corners, np.array([0.005, -0.006]), 24)[0])
     tape, table = np.percentile(beside, 70, axis=(0, 1))  # parts of both are hidden, usually by things less red
-    limit = 0.5 * (tape + table) if tape - table > MIN_REDNESS else 1.0  # there is no tape with tags
-    return (redness > limit).astype(np.float32)
+    if tape - table < MIN_REDNESS:
+        return np.zeros_like(redness), 0.0
+    red = (redness > 0.5 * (tape + table)).astype(np.float32)
+    offsets = np.arange(0.0, WIDTHS_M[-1], 0.002)
+    across = np.nan_to_num(sample_normals(red, to_picture, corners, offsets, 12)[0]).mean((0, 1))
+    return red, float(offsets[across > 0.5 * across.max()].max())
 
 
 def find_tape(image: np.ndarray, opening_half_m: np.ndarray, turned: bool = False) -> Tape:
@@ -265,6 +278,32 @@ def _edges(values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, np.n
     return *edges, height
 
 
+def _outer_edges(values: np.ndarray, width: int, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """The outer edge of the tape on each normal, also where a sheet hides the inner one.
+
+    Args:
+        values: (4, count, K, 2), redness and red excess along the normals.
+        width: of the tape, in samples.
+        first: the sample at which the tape is expected to begin.
+
+    Returns:
+        The edges, samples with fractions, NaN where there is none; which of them are distinct, (4, count) bool.
+    """
+    strip, flank = 6, round(FLANK_M / STEP_M)  # samples inside and outside the edge
+    places = np.arange(first + width - flank, first + width + flank + 1)
+    sums = np.cumsum(np.pad(values[..., 0], ((0, 0), (0, 0), (1, 0))), axis=2)
+    inside = (sums[..., places] - sums[..., places - strip]) / strip
+    outside = (sums[..., places + flank] - sums[..., places + 1]) / (flank - 1)
+    drop = inside - outside
+    edge, excess = places[drop.argmax(2)], values[..., 1]
+    level = _mean_between(excess, edge - strip, edge - 2)
+    floor = np.clip(_mean_between(excess, edge + 2, edge + flank), 0, 0.5 * level)
+    height = drop.max(2)
+    distinct = height > np.maximum(MIN_REDNESS, 0.6 * np.percentile(height, 85, axis=1, keepdims=True))
+    found = _crossing(excess, 0.5 * (level + floor), edge - strip // 2, True)
+    return found, distinct & (np.abs(found - edge) <= flank)
+
+
 def _refine(
     both: np.ndarray, camera: NominalCamera, half_m: np.ndarray, start: np.ndarray, names: tuple[str, ...]
 ) -> Tape:
@@ -281,14 +320,14 @@ def _refine(
         NotSeen: see `find_tape`.
     """
     redness = np.ascontiguousarray(both[..., 0])
-    corners, change = rectangle(half_m, *TAPE_CENTER_M, 0.0), start
+    corners, change, flank = rectangle(half_m, *TAPE_CENTER_M, 0.0), start, round(FLANK_M / STEP_M)
     width_m = _width(redness, camera.homography(change), half_m, 0.040)[0]
     for reach_m in (0.040, 0.020, 0.008):
         homography = camera.homography(change)
-        offsets = np.arange(-reach_m - FLANK_M, reach_m + width_m + FLANK_M, STEP_M)
+        offsets = np.arange(-reach_m - FLANK_M, reach_m + width_m + 2 * FLANK_M, STEP_M)
         values, points, normals = sample_normals(both, homography, corners, offsets, TAPE_POINTS)
         values = np.nan_to_num(values)  # outside the picture counts as not red
-        inner, outer, height = _edges(values, round(width_m / STEP_M))
+        inner, outer, height = _edges(values[:, :, :-flank], round(width_m / STEP_M))
         # demand the full width of the tape, not the strip that a sheet on it leaves visible
         enough = np.maximum(MIN_REDNESS, 0.6 * np.percentile(height, 85, axis=1, keepdims=True))
         widths_m = (outer - inner) * STEP_M
@@ -307,18 +346,33 @@ def _refine(
         if np.isfinite(outer[good]).any():
             width_m = float(np.clip(np.nanmedian(widths_m[good]), WIDTHS_M[0], WIDTHS_M[-1]))
         pixels = project(homography, found)
-        change, left_m = _fit_camera(camera, change, corners, normals, pixels, good)
+        if reach_m > 0.010:
+            change, width_m, left_m = _fit_camera(camera, change, corners, normals, pixels, good, width_m)
+            continue
+        # the outer edges, too: they are in view where a sheet hides the inner ones
+        expected = round((reach_m + FLANK_M) / STEP_M)
+        outer, distinct = _outer_edges(values, round(width_m / STEP_M), expected)
+        found = points + np.nan_to_num(offsets[0] + outer * STEP_M)[..., None] * normals[:, None]
+        also = np.zeros(seen.shape, bool)
+        for side in range(4):
+            if distinct[side].sum() >= MIN_TAPE_POINTS:
+                also[side] = distinct[side] & near_line(found[side], distinct[side], normals[side], 0.003)
+        both_pixels = np.concatenate([pixels, project(homography, found)], axis=1)
+        both_good = np.concatenate([good, also], axis=1)
+        change, width_m, left_m = _fit_camera(camera, change, corners, normals, both_pixels, both_good, width_m)
     homography = camera.homography(change)
     # red pixels along the middle of the tape, and next to it, where none should be
     beside_m = max(width_m / 2, FLANK_M)
     offsets = np.array([width_m / 2, width_m + beside_m, -beside_m])
-    along = sample_normals(is_tape(redness, homography, half_m), homography, corners, offsets, TAPE_POINTS)[0]
+    along = sample_normals(is_tape(redness, homography, half_m)[0], homography, corners, offsets, TAPE_POINTS)[0]
     on, out, within = np.nan_to_num(along).sum(1).T
     if (on <= np.maximum(out, within)).any():
         raise NotSeen("the red tape cannot be distinguished from other red things")
-    off_m = [np.median(left_m[np.nonzero(good)[0] == side]) for side in range(4)]
+    inner_m = [left_m[side, :TAPE_POINTS][good[side]] for side in range(4)]
+    off_m = [np.median(each) for each in inner_m]
     sides_m = 2 * half_m + (off_m[1] + off_m[3], off_m[0] + off_m[2])
-    return Tape(homography, width_m, sides_m, float(np.sqrt(np.mean(left_m**2))), int(good.sum()))
+    residual_m = float(np.sqrt(np.mean(np.concatenate(inner_m) ** 2)))
+    return Tape(homography, width_m, sides_m, residual_m, int(good.sum()))
 
 
 def _fit_camera(
@@ -328,30 +382,38 @@ def _fit_camera(
     normals: np.ndarray,
     pixels: np.ndarray,
     good: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Fit the camera to points on a rectangle's sides.
+    width_m: float,
+) -> tuple[np.ndarray, float, np.ndarray]:
+    """Fit the camera to points on a rectangle's sides, and on their parallels a tape's width farther out.
 
     Args:
         camera: the nominal camera.
         start: approximate deviation (7,), see `NominalCamera.homography`.
         corners: (4, 2) of the rectangle, m.
         normals: (4, 2) of its sides, outwards.
-        pixels: (4, count, 2), where its sides appear.
-        good: (4, count) bool, which of these to use.
+        pixels: (4, TAPE_POINTS, 2), where its sides appear, or (4, 2 * TAPE_POINTS, 2), with the parallels last.
+        good: (4, TAPE_POINTS) or (4, 2 * TAPE_POINTS) bool, which of these to use.
+        width_m: approximate width of the tape.
 
     Returns:
-        The deviation (7,), and how far outside the sides the points (n,) that were used then lie, m.
+        The deviation (7,); the width, m; how far outside its line each point then lies, m, in the shape of `good`.
     """
-    side, pixels = np.nonzero(good)[0], pixels[good]
-    normal, level = normals[side], (corners * normals).sum(1)[side]
+    side, point = np.nonzero(good)
+    normal, level, outer = normals[side], (corners * normals).sum(1)[side], point >= TAPE_POINTS
 
-    def misses_m(change: np.ndarray) -> np.ndarray:
-        points = project(np.linalg.inv(camera.homography(change)), pixels)
-        return (points * normal).sum(1) - level
+    def misses_m(fit: np.ndarray) -> np.ndarray:
+        points = project(np.linalg.inv(camera.homography(fit[:7])), pixels[good])
+        return (points * normal).sum(1) - level - outer * fit[7]
 
-    # in mm, with a weak prior on the focal length
-    change = least_squares(lambda change: np.append(1000 * misses_m(change), change[6] / 0.3), start, loss="soft_l1").x
-    return change, misses_m(change)
+    # in mm, with weak priors on focal length and width
+    fit = least_squares(
+        lambda fit: np.append(1000 * misses_m(fit), [fit[6] / 0.3, (fit[7] - width_m) / 0.01]),
+        np.append(start, width_m),
+        loss="soft_l1",
+    ).x
+    left_m = np.zeros(good.shape)
+    left_m[good] = misses_m(fit)
+    return fit[:7], float(np.clip(fit[7], WIDTHS_M[0], WIDTHS_M[-1])), left_m
 
 
 def near_line(found: np.ndarray, seen: np.ndarray, normal: np.ndarray, tolerance_m: float) -> np.ndarray:
