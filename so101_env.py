@@ -249,7 +249,7 @@ def base_observation(
 
     observation.state (N, 6), joint positions, rad; observation.environment_state (N, 19), the rest of obs (N, 25);
     command (N, 6), last commanded joint targets, rad; residual (N, 6), what the residual added to them in the last
-    step, and load (N, 6), see Controller.load, both in rad and 0 by default; observation.images.CAMERA (N, H, W, 3) uint8
+    step, and load (N, 6), see Controller.load, both rad, 0 by default; observation.images.CAMERA (N, H, W, 3) uint8
     """
     arrays = {STATE: obs[:, :ACT_DIM].copy(), ENVIRONMENT: obs[:, ACT_DIM:].copy(), COMMAND: command.copy()}
     for name, given in ((RESIDUAL, residual), (LOADS, load)):
