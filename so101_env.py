@@ -94,7 +94,7 @@ class Task:
     visual_randomization: bool = False
     """randomise what cameras see: light, shadows, colours, table texture, camera poses, image noise"""
     observe_load: bool = False
-    """append the load on each joint, commanded minus measured position, to the observation: 6 more numbers"""
+    """append the load on each joint, in which an arm feels contacts, to the observation: 6 more numbers"""
     firmware_p: int = FIRMWARE_P
     """P coefficient that the servos are set to, to which their gain is proportional; LeRobot's driver sets 16"""
     arrival_yaw_weight: float = 0.0
@@ -203,7 +203,7 @@ MEASURED = ("joint_pos", "joint_vel", "tip_pos")  # parts that a real arm measur
 OBS_DIM = sum(len(part.names) for part in OBSERVATION.values())
 # the same numbers by LeRobot's names, for datasets, base policies and policy servers
 STATE, ENVIRONMENT, ACTION = "observation.state", "observation.environment_state", "action"
-COMMAND, RESIDUAL = "command", "residual"
+COMMAND, RESIDUAL, LOADS = "command", "residual", "load"
 STATE_NAMES = list(OBSERVATION["joint_pos"].names)
 ENVIRONMENT_NAMES = [name for part in list(OBSERVATION.values())[1:] for name in part.names]
 
@@ -242,16 +242,18 @@ def _complete(obs: np.ndarray, yaw_rad: np.ndarray) -> None:
 
 
 def base_observation(
-    obs: np.ndarray, command: np.ndarray, residual: np.ndarray | None = None, **cameras: Any
-) -> BaseObservation:
+    obs: np.ndarray, command: np.ndarray, residual: np.ndarray | None = None, load: np.ndarray | None = None,
+    **cameras: Any,
+) -> BaseObservation:  # fmt: skip
     """What base policies see, by LeRobot's names, a row per environment.
 
     observation.state (N, 6), joint positions, rad; observation.environment_state (N, 19), the rest of obs (N, 25);
-    command (N, 6), last commanded joint targets, rad; residual (N, 6), what the residual added to the targets in the
-    last step, rad; and observation.images.CAMERA (N, H, W, 3) uint8, see BaseObservation.
+    command (N, 6), last commanded joint targets, rad; residual (N, 6), what the residual added to them in the last
+    step, and load (N, 6), see Controller.load, both rad, 0 by default; observation.images.CAMERA (N, H, W, 3) uint8
     """
     arrays = {STATE: obs[:, :ACT_DIM].copy(), ENVIRONMENT: obs[:, ACT_DIM:].copy(), COMMAND: command.copy()}
-    arrays[RESIDUAL] = np.zeros(command.shape) if residual is None else residual.copy()
+    for name, given in ((RESIDUAL, residual), (LOADS, load)):
+        arrays[name] = np.zeros(command.shape) if given is None else given.copy()
     return BaseObservation(arrays, **cameras)
 
 
@@ -323,8 +325,7 @@ def make_arms(num_arms: int, task: Task, ranges: DomainRandomization, num_thread
     """The physics of N arms with their sheets."""
     home_qpos = [*HOME_RAD, *TAPE_CENTER_M, SHEET_HALF_THICKNESS_M, 0.0]
     factors = {ranges.sheet_friction_factor, ranges.finger_friction_factor}
-    frictions = ranges.sheet_friction or ranges.finger_friction or factors != {(1.0, 1.0)}
-    fields = ["pair_friction"] if frictions else []
+    fields = ["pair_friction"] if ranges.sheet_friction or ranges.finger_friction or factors != {(1.0, 1.0)} else []
     fields += ["body_mass", "body_inertia"] if ranges.sheet_mass else []
     fields += ["geom_pos", "dof_frictionloss"] if ranges.limp_sheet else []
     model = load_model(task.tape_margin, ranges.limp_sheet)
@@ -680,8 +681,8 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
             return np.zeros(expected)
         start = time.perf_counter()
         render = functools.partial(self._current_images, size=tuple(policy.image_size))
-        observation = self.full_observation
-        seen = base_observation(observation, self.arms.command, self._residual, cameras=policy.cameras, render=render)
+        known = (self.full_observation, self.arms.command, self._residual, self.arms.load)
+        seen = base_observation(*known, cameras=policy.cameras, render=render)
         base = np.asarray(policy.act(seen, mask), np.float64)
         self.base_time_s += time.perf_counter() - start
         if base.shape != expected or not np.isfinite(base).all():

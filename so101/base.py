@@ -46,7 +46,8 @@ class BasePolicy:
             obs: see so101_env.base_observation: observation.state (N, 6), joint positions, rad;
                 observation.environment_state (N, 19), see so101_env.ENVIRONMENT_NAMES; command (N, 6), the last
                 commanded joint targets, rad; residual (N, 6), what the residual added to them in the last step, rad;
-                observation.images.CAMERA (N, H, W, 3) uint8 for each of `cameras`.
+                load (N, 6), on the joints, rad, see Controller.load; observation.images.CAMERA (N, H, W, 3) uint8 for
+                each of `cameras`.
         """
         raise NotImplementedError
 

@@ -210,7 +210,8 @@ class Loop:
         def image(camera: str, ids: np.ndarray) -> np.ndarray:
             return resize(picture.image, (height, width))[None][ids]
 
-        return base_observation(flat, c.command_rad[None], cameras=self.policy.cameras, render=image)
+        load = c.load(c.command_rad, c.joints_rad, c.velocity_rad_s, c.gravity_n_m)[None]
+        return base_observation(flat, c.command_rad[None], load=load, cameras=self.policy.cameras, render=image)
 
     def episode(self, max_steps: int, tape_margin: float) -> dict[str, Any]:
         """Act until the sheet is seen inside the tape for SUCCESS_STEPS steps, or for max_steps control steps.

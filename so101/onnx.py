@@ -37,10 +37,9 @@ from so101.server import Server
 from so101.trust import Trust
 from so101_env import (
     ACT_DIM,
-    COMMAND,
+    LOADS,
     OBS,
     OBSERVATION,
-    STATE,
     BaseObservation,
     SO101Error,
     SO101ResidualVectorEnv,
@@ -48,7 +47,7 @@ from so101_env import (
     extra_parts,
 )
 from so101_sim.scene import CONTROL_HZ
-from so101_sim.vector import Part, joint_load
+from so101_sim.vector import Part
 
 METADATA, FORMAT = "so101", "so101 onnx 2"
 CHECKSUM = "so101_sha256"  # key of the last metadata entry
@@ -109,7 +108,7 @@ class OnnxPolicy(StackedPolicy):
         """Joint deltas in rad (N, 6): those of its own base policy plus its residual."""
         base, flat = self.base_delta(obs, mask), flat_observation(obs)
         if self.task.observe_load:
-            flat = np.concatenate([flat, joint_load(obs[COMMAND], obs[STATE])], axis=1)
+            flat = np.concatenate([flat, obs[LOADS]], axis=1)
         if self.observe_base:
             flat = np.concatenate([flat, base.astype(np.float32)], axis=1)
         residual = np.zeros((len(mask), ACT_DIM))

@@ -24,9 +24,9 @@ from so101.checkpoints import (
 from so101.pusher import JacobianPolicy
 from so101.server import Server, ServerPolicy
 from so101.trust import Trust
-from so101_env import COMMAND, MEASURED, OBS, STATE, BaseObservation, BasePolicyError
+from so101_env import LOADS, MEASURED, OBS, BaseObservation, BasePolicyError
 from so101_sim.control import ACT_DIM
-from so101_sim.vector import IMAGES, joint_load
+from so101_sim.vector import IMAGES
 
 SPECS = (
     "zero, jacobian, keyboard, checkpoint:PATH, onnx:PATH, bc:PATH, server:HOST:PORT, opencv:SPEC, "
@@ -58,7 +58,7 @@ class CheckpointPolicy(StackedPolicy):
         if self.own_cameras:
             flat = np.concatenate([flat[:, OBS[name]] for name in MEASURED], axis=1)
         if getattr(self.task, "observe_load", False):  # the task of another script may have no such setting
-            flat = np.concatenate([flat, joint_load(obs[COMMAND], obs[STATE])[mask]], axis=1)
+            flat = np.concatenate([flat, obs[LOADS][mask]], axis=1)
         if self.observe_base:
             flat = np.concatenate([flat, base_delta[mask].astype(np.float32)], axis=1)
         seen = obs.rows(mask)

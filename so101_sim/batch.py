@@ -49,7 +49,7 @@ FULL_ARM: dict[str, Any] = {
     "backlash_rad": (0.0, BACKLASH_RAD),
 }  # fmt: skip
 KIT_ARM: dict[str, Any] = FULL_ARM | {
-    "supply_gain": (0.5, 1.6), "known_gain_error": (0.8, 1.25), "table_height_m": (-0.005, 0.005),
+    "supply_gain": (0.5, 1.6), "known_gain_error": (0.85, 1.18), "table_height_m": (-0.005, 0.005),
     "joint_offset_rad": float(np.deg2rad(3.0)), "backlash_rad": (0.0, 2 * BACKLASH_RAD),
 }  # fmt: skip
 
@@ -157,6 +157,11 @@ class Arms:
         if any(self.ranges.table_height_m):
             tip[:, 2] += self._state["table_height"]
         return tip
+
+    @property
+    def load(self) -> np.ndarray:
+        """Load (N, 6) float32 on each joint, rad, as far as an arm knows it, see Controller.load."""
+        return self.controller.load(self.command, self.joints_rad, self.joint_vel, self.gravity_n_m)
 
     def limit(self, target_rad: np.ndarray) -> np.ndarray:
         """Wanted joint targets (N, 6), rad in encoder coordinates, clipped by the command law."""

@@ -224,6 +224,23 @@ class Controller:
         """Kinematics of the measured arm."""
         return mujoco.MjData(self._model)
 
+    def free_target(
+        self, joints_rad: np.ndarray, velocity_rad_s: np.ndarray, gravity_n_m: np.ndarray
+    ) -> np.ndarray:  # fmt: skip
+        """Joint targets (..., 6), rad, of a free arm in this motion: positions plus lag; arguments as in `limit`."""
+        return joints_rad + (gravity_n_m + self.damping * velocity_rad_s) / self.gain
+
+    def load(
+        self, command_rad: np.ndarray, joints_rad: np.ndarray, velocity_rad_s: np.ndarray, gravity_n_m: np.ndarray
+    ) -> np.ndarray:  # fmt: skip
+        """Load (..., 6) float32 on each joint, rad: torque against contacts over the expected servo gain.
+
+        It is the last target minus that of a free arm, times gain_factor; arguments as in `limit`. Errors of the gain,
+        backlash and dry friction are part of it.
+        """
+        ahead = command_rad - self.free_target(joints_rad, velocity_rad_s, gravity_n_m)
+        return (ahead * self.gain_factor).astype(np.float32)
+
     def limit(
         self,
         target_rad: np.ndarray,
@@ -237,8 +254,7 @@ class Controller:
             target_rad, joints_rad, velocity_rad_s: wanted and measured, (N, 6).
             gravity_n_m: torque that holds the joints at rest in this pose, (N, 6).
         """
-        # the targets of a free arm in the same motion: the measured positions plus the lag under gravity and damping
-        holding = joints_rad + (gravity_n_m + self.damping * velocity_rad_s) / self.gain
+        holding = self.free_target(joints_rad, velocity_rad_s, gravity_n_m)
         lower, upper = holding - self.window_rad, holding + self.window_rad
         for torque in (gravity_n_m, self.damping * velocity_rad_s):  # by how much farther the weakest arm lags
             lag = torque / self.gain * (1.0 / self.gain_floor - 1.0)

@@ -37,13 +37,8 @@ class Part(NamedTuple):
     mirror: Any  # sign of each component in the left-right mirror image of the scene
 
 
-# The load on each joint, rad. At rest it is the servo's torque over its gain: an arm feels gravity and contacts in it.
+# The load on each joint, rad, see Controller.load: an arm feels contacts in it
 LOAD = Part(tuple(f"{joint}.load" for joint in JOINTS), 0.0, 0.02, JOINT_MIRROR)
-
-
-def joint_load(command_rad: np.ndarray, joints_rad: np.ndarray) -> np.ndarray:
-    """The part LOAD (N, 6) float32: commanded joint targets minus measured joint positions, (N, 6) each, rad."""
-    return (command_rad - joints_rad).astype(np.float32)
 
 
 def slices(parts: Mapping[str, Part]) -> dict[str, slice]:
@@ -110,8 +105,8 @@ class ArmVectorEnv(gym.vector.VectorEnv):
     Args:
         arms: the physics.
         max_episode_steps: control steps until truncation.
-        extra_parts: parts appended to those that `observe` returns. LOAD, as "load", is computed from the task's part
-            "joint_pos"; `extend_observation` writes the others.
+        extra_parts: parts appended to those that `observe` returns; `extend_observation` writes them, but for LOAD,
+            which is named "load".
         observe_pixels: the observation is a dict: pixels_CAMERA (N, H, W, 3) uint8 for each camera, and state, the
             parts named by measured. The full observation is then info["full_observation"].
         measured: names of the parts that a real arm can measure.
@@ -527,9 +522,7 @@ class ArmVectorEnv(gym.vector.VectorEnv):
         else:
             self._obs[mask, : self._own_dim] = obs[mask]
         if "load" in self.parts:
-            where = slices(self.parts)
-            load = joint_load(self.arms.command, self._obs[:, where["joint_pos"]])
-            self._obs[mask, where["load"]] = load[mask]
+            self._obs[mask, slices(self.parts)["load"]] = self.arms.load[mask]
         self.extend_observation(mask)
         for camera, pixels in self._pixels.items() if mask.any() else ():
             pixels[mask] = self._current_images(camera, np.flatnonzero(mask), self.image_size)

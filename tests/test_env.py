@@ -396,15 +396,18 @@ def test_a_sheet_out_of_view_stays_where_it_was_seen_last():
     assert 0.15 < hidden.mean() < 0.4
 
 
-def test_the_load_is_what_the_servos_carry():
-    """At rest at home it is gravity over servo gain; in motion command minus noisy encoder reading, bit-identical."""
+def test_the_load_is_the_torque_of_contacts():
+    """Zero in the air, by MuJoCo's own torques on the table, and in motion by the formula, with what the arm knows."""
     envs = SO101ResidualVectorEnv(1, randomize=False, observe_load=True)
     obs, _ = envs.reset(seed=0)
-    data = mujoco.MjData(envs.model)
-    data.qpos[:] = envs.qpos[0]
+    np.testing.assert_allclose(obs[0, 25:31], 0, atol=1e-9)
+    for _ in range(60):
+        obs = envs.step(np.array([[0, 0.5, 0, 0, 0, 0]]))[0]
+    data = envs.arms.batch.get_data(0)
     mujoco.mj_forward(envs.model, data)
-    assert abs(data.qfrc_bias[1]) > 0.5
-    np.testing.assert_allclose(obs[0, 25:31], data.qfrc_bias[:6] / 17.8, atol=1e-4)
+    carried = data.qfrc_actuator[:6] - data.qfrc_bias[:6] - 0.6 * data.qvel[:6]
+    assert carried[1] > 0.15
+    np.testing.assert_allclose(obs[0, 25:31], carried / 17.8, atol=1e-4)
 
     envs = SO101ResidualVectorEnv(3, "jacobian", arm_randomization=True, observe_load=True, observe_base=True)
     envs.reset(seed=0)
@@ -412,8 +415,13 @@ def test_the_load_is_what_the_servos_carry():
     for _ in range(30):
         obs = envs.step(rng.uniform(-1, 1, (3, ACT_DIM)))[0]
     assert obs.shape == (3, 37) and list(envs.parts)[-2:] == ["load", "base_delta"]
-    np.testing.assert_array_equal(obs[:, 25:31], (envs.command - obs[:, :6]).astype(np.float32))
     np.testing.assert_array_equal(obs[:, 31:], envs._base.astype(np.float32))
+    for i in range(3):
+        data = envs.arms.batch.get_data(i)
+        known = envs.arms.controller.gain_factor[i, 0]
+        read = data.qpos[:6] + envs.arms.joint_offset[i]
+        expected = known * (envs.command[i] - read) - (data.qfrc_bias[:6] + 0.6 * data.qvel[:6]) / 17.8
+        np.testing.assert_allclose(obs[i, 25:31], expected, atol=1e-5)
 
 
 def test_joint_offsets_are_carried_to_the_tip():
