@@ -2,11 +2,13 @@
 
 import io
 import json
+import multiprocessing
 import os
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 
@@ -15,7 +17,7 @@ import pytest
 from PIL import Image
 from virtual import VirtualProcess
 
-from so101 import virtual_arm
+from so101 import simulated_arm, virtual_arm
 from so101.feetech import BROADCAST, PING, READ, REGISTERS, SYNC_READ, WRITE, Packet, Reader, encode
 from so101.simulated_arm import Flaws, RealTime
 from so101.virtual_arm import (
@@ -28,6 +30,7 @@ from so101.virtual_arm import (
     load_calibration,
     parse_fault,
 )
+from so101_env import Task
 from so101_sim.control import GRIPPER, JOINTS, read_calibration, to_rad
 from so101_sim.errors import SO101Error
 
@@ -115,6 +118,27 @@ def test_a_slow_machine_falls_behind_but_each_turn_stays_short():
     while not machine.real_time.wait_s():
         machine.real_time.advance()
     assert (machine.steps - steps) * 0.005 <= RealTime.MAX_LAG_S + 0.01
+
+
+def test_the_simulated_arm_of_drive_answers_between_its_steps(monkeypatch):
+    """Also where every step takes five times as long as what it simulates."""
+    steps = []
+
+    def slow_step(arm):
+        steps.append(time.sleep(0.02))
+
+    monkeypatch.setattr(simulated_arm.SimulatedArm, "step", slow_step)
+    monkeypatch.setattr(simulated_arm, "film", lambda *arguments: None)
+    ours, theirs = multiprocessing.Pipe()
+    process = threading.Thread(target=simulated_arm._run_arm, args=(theirs, Task(), False, (24, 32)), daemon=True)
+    process.start()
+    for _ in range(10):
+        ours.send(("read", None))
+        assert ours.poll(20.0), "no answer"
+        ours.recv()
+    ours.close()
+    process.join(20.0)
+    assert not process.is_alive() and steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
