@@ -150,6 +150,7 @@ class Servo:
 
     def __init__(self, number: int):
         self.memory = bytearray(MEMORY_BYTES)
+        self._values: dict[str, int] = {}  # decoded registers, until the bus writes
         for name, value in {**FACTORY, "ID": number}.items():
             self.set(name, value)
         self.raw = 0.0  # the encoder's own position, ticks
@@ -161,12 +162,18 @@ class Servo:
 
     def get(self, name: str) -> int:
         """The value of a register."""
-        register = REGISTERS[name]
-        stored = int.from_bytes(self.memory[register.address : register.address + register.size], "little")
-        return stored if register.sign_bit is None else from_sign_magnitude(stored, register.sign_bit)
+        if (value := self._values.get(name)) is None:
+            register = REGISTERS[name]
+            value = int.from_bytes(self.memory[register.address : register.address + register.size], "little")
+            value = value if register.sign_bit is None else from_sign_magnitude(value, register.sign_bit)
+            self._values[name] = value
+        return value
 
     def set(self, name: str, value: int) -> None:
         """Change a register, whether the bus may or not."""
+        if self._values.pop(name, None) == value:
+            self._values[name] = value
+            return
         register = REGISTERS[name]
         stored = value if register.sign_bit is None else to_sign_magnitude(value, register.sign_bit)
         self.memory[register.address : register.address + register.size] = stored.to_bytes(register.size, "little")
@@ -247,6 +254,7 @@ class Servo:
         for at, value in enumerate(data, address):
             if at < MEMORY_BYTES and at not in READ_ONLY and not (locked and at < EEPROM_END):
                 self.memory[at] = value
+        self._values.clear()
         for name, register in REGISTERS.items():
             if address <= register.address < address + len(data):
                 self.written[name] += 1

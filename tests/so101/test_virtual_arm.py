@@ -2,31 +2,35 @@
 
 import io
 import json
+import multiprocessing
 import os
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
 from virtual import VirtualProcess
 
+from so101 import simulated_arm, virtual_arm
 from so101.feetech import BROADCAST, PING, READ, REGISTERS, SYNC_READ, WRITE, Packet, Reader, encode
 from so101.simulated_arm import Flaws, RealTime
 from so101.virtual_arm import (
     FAULTS,
     JOINT_RANGE_DEG,
     TICK_RAD,
+    Port,
     VirtualArm,
     factory_calibration,
     load_calibration,
     parse_fault,
 )
+from so101_env import Task
 from so101_sim.control import GRIPPER, JOINTS, read_calibration, to_rad
 from so101_sim.errors import SO101Error
 
@@ -114,6 +118,27 @@ def test_a_slow_machine_falls_behind_but_each_turn_stays_short():
     while not machine.real_time.wait_s():
         machine.real_time.advance()
     assert (machine.steps - steps) * 0.005 <= RealTime.MAX_LAG_S + 0.01
+
+
+def test_the_simulated_arm_of_drive_answers_between_its_steps(monkeypatch):
+    """Also where every step takes five times as long as what it simulates."""
+    steps = []
+
+    def slow_step(arm):
+        steps.append(time.sleep(0.02))
+
+    monkeypatch.setattr(simulated_arm.SimulatedArm, "step", slow_step)
+    monkeypatch.setattr(simulated_arm, "film", lambda *arguments: None)
+    ours, theirs = multiprocessing.Pipe()
+    process = threading.Thread(target=simulated_arm._run_arm, args=(theirs, Task(), False, (24, 32)), daemon=True)
+    process.start()
+    for _ in range(10):
+        ours.send(("read", None))
+        assert ours.poll(20.0), "no answer"
+        ours.recv()
+    ours.close()
+    process.join(20.0)
+    assert not process.is_alive() and steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -473,44 +498,36 @@ def test_a_pulled_cable_is_an_error_for_the_client_until_it_is_plugged_in_again(
     os.close(fd)
 
 
-def start(*flags: str, cwd=ROOT) -> subprocess.CompletedProcess:
-    """The program, which is expected to end by itself."""
-    command = [sys.executable, "-m", "so101.virtual_arm", *flags]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
-
-
 def test_a_port_that_exists_is_refused_and_kept(program, tmp_path):
-    file, directory = tmp_path / "file", tmp_path / "directory"
+    file, directory, dangling = (tmp_path / name for name in ("file", "directory", "dangling"))
     file.write_text("precious")
     directory.mkdir()
-    dangling = tmp_path / "dangling"
     dangling.symlink_to(tmp_path / "nothing")
     before = os.readlink(program.port)
-    for path in (file, program.port):
-        done = start("--port", str(path))
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"--port {path}: exists" in done.stderr
-    from so101.virtual_arm import Port
-
-    for path in (directory, dangling):
-        with pytest.raises(SO101Error, match="exists"):
+    for path in (file, directory, dangling, program.port):
+        with pytest.raises(SO101Error, match=f"--port {path}: exists"):
             Port(str(path))
-    assert file.read_text() == "precious" and directory.is_dir() and dangling.is_symlink()
-    assert os.readlink(program.port) == before
     with pytest.raises(SO101Error, match="--port .* cannot be made"):
         Port(str(tmp_path / "none" / "port"))
+    assert file.read_text() == "precious" and directory.is_dir() and dangling.is_symlink()
+    assert os.readlink(program.port) == before
 
 
-def test_the_link_of_an_arm_that_was_killed_is_replaced_and_both_signals_end_cleanly(tmp_path):
+def test_the_link_of_an_arm_that_was_killed_is_replaced(tmp_path):
+    link = tmp_path / "port"
+    link.symlink_to("/dev/pts/987654321")
+    port = Port(str(link))
+    assert os.readlink(link) == port.name and os.path.exists(link)
+    port.close()
+    assert not os.path.lexists(link)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_it_with_a_line_and_without_the_link(tmp_path, signum):
     with VirtualProcess(tmp_path) as virtual:
-        virtual.process.kill()
-        virtual.process.wait()
-        assert os.path.islink(virtual.port) and not os.path.exists(virtual.port)
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            with VirtualProcess(tmp_path) as again:
-                assert os.path.exists(again.port)
-                code, out, err = again.stop(signum)
-            assert (code, err) == (0, "") and out == f"stopped: {again.port} is removed\n"
-            assert not os.path.lexists(again.port)
+        assert os.path.exists(virtual.port)
+        assert virtual.stop(signum) == (0, f"stopped: {virtual.port} is removed\n", "")
+        assert not os.path.lexists(virtual.port)
 
 
 @pytest.mark.parametrize(
@@ -522,9 +539,7 @@ def test_the_link_of_an_arm_that_was_killed_is_replaced_and_both_signals_end_cle
         (["--camera-size", "2", "2"], "--camera-size"),
     ],
 )  # fmt: skip
-def test_flags_that_cannot_be_used_are_named_and_no_port_is_left(tmp_path, monkeypatch, capsys, flags, wrong):
-    from so101 import virtual_arm
-
+def test_flags_that_cannot_be_used_are_named_and_no_port_is_left(tmp_path, monkeypatch, flags, wrong):
     port = str(tmp_path / "port")
     monkeypatch.setattr(sys, "argv", ["virtual_arm", "--port", port, *flags])
     with pytest.raises(SO101Error, match=wrong):
