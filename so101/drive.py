@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from so101.arm_check import ArmProfile
+from so101.arm_check import MAX_OFFSET_RAD, ArmProfile
 from so101.arm_film import CameraFilm, print_replay, replay_film
 from so101.base import BasePolicy
 from so101.camera import CAMERA
@@ -44,7 +44,7 @@ from so101.robot import LEROBOT_P, Robot
 from so101.server import Server
 from so101.simulated_arm import SimulatedRobot
 from so101_env import MAX_EPISODE_STEPS, Task, load_model
-from so101_sim.control import ACT_DIM, BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Controller
+from so101_sim.control import ACT_DIM, BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Calibration, Controller
 from so101_sim.errors import SO101Error
 from so101_sim.scene import ASSETS, CONTROL_HZ
 
@@ -167,9 +167,12 @@ def arm_loop(args: Args, policy: BasePolicy, task: Task) -> Iterator[Loop]:
             if args.robot != "sim":
                 profile = load_profile(robot, args.robot_id)
                 offset_rad = use_profile(args, robot, policy, profile)
+            measured = robot.ranges and Calibration(
+                robot.ranges.low_rad - MAX_OFFSET_RAD, robot.ranges.high_rad + MAX_OFFSET_RAD
+            )
             controller = Controller(
                 load_model(task.tape_margin), task.firmware_p, BACKLASH_RAD, LATENCY_S, args.max_speed,
-                robot.servo_gain, 1.0 if robot.gain_known else GAIN_FLOOR, robot.ranges,
+                robot.servo_gain, 1.0 if robot.gain_known else GAIN_FLOOR, measured,
             )  # fmt: skip
             loop = Loop(robot, policy, controller, Clock(), args.dry_run, offset_rad)
             try:

@@ -157,7 +157,8 @@ class SimulatedArm:
         self.arms.qpos[0] = start_qpos(self.arms, draw_start(rng, self.ranges, self.task.tape_margin))
         resample_sheet(self.arms, 0, rng, self.ranges)
         self.arms.resample(0, rng)
-        self.arms.joint_offset[0] += np.deg2rad(self.flaws.joint_offset_deg)
+        drawn = self.arms.joint_offset[0] if self.ranges.joint_offset_rad else 0.0
+        self.arms.joint_offset[0] = drawn + np.deg2rad(self.flaws.joint_offset_deg)
         if start_rad is None:
             self.arms.start(np.array([0]))
         else:
