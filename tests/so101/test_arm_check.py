@@ -91,6 +91,7 @@ def test_gain_and_joint_offsets(offset_deg, gain):
     assert (np.abs(offsets.offset_rad - true_rad)[1:4] < 3 * offsets.error_rad[1:4]).all()
     np.testing.assert_allclose(measured.joints, arms.gain[0, 1:3] / nominal, rtol=0.02)
     np.testing.assert_allclose(measured.backlash_rad, np.deg2rad(1.0), atol=np.deg2rad(0.15))
+    assert measured.factor == pytest.approx(np.mean(measured.joints))
     assert check.gain_factor == measured.factor and (check.loop.offset_rad == offsets.offset_rad).all()
     # what a policy needs: where the arm believes its tip to be
     joints = arm_of(check).qpos[:6]
@@ -293,7 +294,7 @@ def test_a_camera_that_cannot_tell_is_refused():
     # something that moves towards and away from the camera's far side, not along the tape's long sides
     to_picture = locator.find_tape(frozen)
     pictures = [frozen.copy() for _ in range(3)]
-    pictures[0][20:60, 100:140], pictures[2][180:220, 100:140] = 250, 250
+    pictures[0][20:60, 100:140], pictures[2][180:220, 140:180] = 250, 250
     with pytest.raises(NotSeen, match="along the long sides"):
         camera_side(*pictures, to_picture)
 
@@ -328,6 +329,18 @@ def test_corrected_coordinates():
     np.testing.assert_allclose(loop.controller.joints_rad, loop.robot.read()[0] - offset)
     loop.move(np.zeros(6))
     np.testing.assert_allclose(loop.robot.sent[-1], loop.controller.command_rad + offset)
+
+
+def test_new_beliefs_do_not_move_the_arm():
+    """Other offsets change the coordinates, not the targets that the servos get."""
+    check = make_check()
+    check.go(RAISED_RAD)
+    sent = check.loop.robot.sent[-1]
+    check.believe(1.05, np.array([0.0, 0.08, -0.05, 0.0, 0.0, 0.0]))
+    np.testing.assert_allclose(check.loop.controller.joints_rad[1], RAISED_RAD[1] - 0.08, atol=0.02)
+    check.loop.move(np.zeros(6))
+    np.testing.assert_allclose(check.loop.robot.sent[-1], sent, atol=0.002)
+    np.testing.assert_allclose(check.loop.controller.gain[1], 1.05 * 8.9, rtol=1e-6)
 
 
 def test_a_profile_is_kept(tmp_path):
