@@ -308,6 +308,9 @@ def measure_sheet(image: np.ndarray, to_picture: np.ndarray, pose: np.ndarray) -
             slope[side], off_m[side] = np.polyfit(along, (found @ normal)[straight], 1)
             if np.ptp(along) < SHEET_HALF_M[side % 2]:  # too short for an angle
                 slope[side] = np.nan
+    for a, b in ((0, 2), (1, 3)):  # one of two sides that are not parallel is something else
+        if abs(slope[a] - slope[b]) > MAX_SHEAR_RAD:
+            off_m[[a, b]] = slope[[a, b]] = np.nan
     sides_m = np.array([off_m[1] + off_m[3], off_m[0] + off_m[2]])
     brightness = sample_normals(linear, to_picture, rectangle(SHEET_HALF_M, *pose), np.array([-0.008]), 8)[0]
     excess_m = sides_m - 2 * SHEET_HALF_M
