@@ -564,6 +564,16 @@ class Program:
         self._unplug()
 
 
+def answer_first() -> None:
+    """Ask for real-time scheduling, which usually only root gets: LeRobot gives up after 50 ms without an answer.
+
+    The loop needs a few percent of a core. The camera, a process of its own, is scheduled as any other program.
+    """
+    if hasattr(os, "sched_setscheduler"):  # not on macOS
+        with contextlib.suppress(PermissionError):
+            os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+
+
 def _stdin_to_watch() -> int | None:
     """The descriptor of standard input; None if there is none, or if it is a terminal that another program reads."""
     signal.signal(signal.SIGTTIN, signal.SIG_IGN)
@@ -643,6 +653,7 @@ def main() -> int:
             program = Program(virtual, args.port, camera)
             where = f", camera {camera.url}" if camera else ""
             print(f"ready: port {args.port} ({program.port.name}){where}; Ctrl+C ends", flush=True)
+            answer_first()
             program.run()
         except Stop:
             pass
