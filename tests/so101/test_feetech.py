@@ -90,6 +90,12 @@ def test_no_packet_with_a_wrong_bit_is_accepted_and_the_next_one_is_found():
         assert found == [good]
 
 
+def test_a_packet_inside_a_broken_one_is_found():
+    longer = bytearray(encode(Packet(1, PING)))
+    longer[3] += 6  # its length: it now ends with the next packet
+    assert Reader().feed(bytes(longer) + encode(Packet(2, PING)), 0.0) == [Packet(2, PING)]
+
+
 def test_sign_and_magnitude():
     for bit, number in itertools.product((10, 11, 15), (-1023, -1, 0, 1, 1023)):
         assert from_sign_magnitude(to_sign_magnitude(number, bit), bit) == number

@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.request
 
+import mujoco
 import numpy as np
 import pytest
 from PIL import Image
@@ -146,7 +147,7 @@ def test_the_simulated_arm_of_drive_answers_between_its_steps(monkeypatch):
 
 
 def test_a_limp_arm_falls_and_one_under_torque_holds():
-    limp, held = placed(), placed()
+    limp, held = placed(flaws=Flaws(latency_s=0.1)), placed()
     write_to(held, "Torque_Enable", 1)
     fell, stayed = run(limp, 1.5) - ABOVE_DEG, run(held, 1.5) - ABOVE_DEG
     assert fell[SHOULDER_LIFT] > 10 and limp.arm.arms.tip_m[0, 2] < 0.02
@@ -210,9 +211,16 @@ def test_flaws_reach_the_model():
     assert model.pair("moving_finger_sheet").friction[0] == pytest.approx(0.4)
     assert model.pair("sheet_table").friction[0] == pytest.approx(0.2)
     np.testing.assert_allclose(virtual.arm.arms.tip_m[0] - plain.arm.arms.tip_m[0], [0, 0, -0.005], atol=1e-6)
-    # opposite sides of the tape's centre, at (0.27, 0), and both look at it
-    x = [each.camera("top").pos[0] for each in (model, normal)]
-    assert np.mean(x) == pytest.approx(0.27) and x[0] < 0 < x[1]
+    # the camera is turned about the tape's centre, at (0.27, 0), and so is the spot of the table that it looks at
+    stands, looks_at = [], []
+    for each in (model, normal):
+        turn = np.zeros(9)
+        mujoco.mju_quat2Mat(turn, each.camera("top").quat)
+        position, ahead = each.camera("top").pos, -turn.reshape(3, 3)[:, 2]
+        stands.append(position[0])
+        looks_at.append((position - position[2] / ahead[2] * ahead)[0])
+    assert np.mean(stands) == pytest.approx(0.27) and stands[0] < 0 < stands[1]
+    assert np.mean(looks_at) == pytest.approx(0.27) and 0.2 < min(looks_at) < max(looks_at) < 0.35
 
 
 def test_the_sheet_is_where_the_seed_puts_it_and_the_arm_stays():
