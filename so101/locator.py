@@ -24,6 +24,8 @@ SHEET_POINTS, MIN_SHEET_POINTS = 32, 8  # points on each side of the sheet: exam
 SURE, ENOUGH = 0.59, 0.5
 MIN_USABLE = 0.5  # the share is computed relative to the usable part of the outline, but at least to this much of it
 MIN_CONTRAST = 8.0  # between sheet and table, on the scale of `whiteness_of`
+HIGH_CONTRAST = 20.0  # an edge this much higher counts fully in the search
+SHARE_OF_CONTRAST = 0.25  # an edge must be at least this high, relative to the sheet's distinct edges
 # Bright paper spills over its edges in the picture. All sides may appear this far outside; without evidence from
 # opposite sides they appear in place, as if so many points said so.
 MAX_SPILL_M, SPILL_POINTS = 0.003, 6
@@ -170,7 +172,7 @@ class SheetLocator:
                 # brightness two cells before minus brightness two cells behind, along the axis
                 fall = np.roll(seen, near, axis) - np.roll(seen, -near, axis)
                 for sign in (1, -1):
-                    edge = np.clip(sign * fall / MIN_CONTRAST - 0.5, 0, 1)
+                    edge = np.clip((sign * fall - MIN_CONTRAST / 2) / HIGH_CONTRAST, 0, 1)
                     wide = cv2.dilate(edge, np.ones((3, 1) if axis == 0 else (1, 3)))
                     along = (length, 1) if axis == 0 else (1, length)  # width and height of the filter
                     support = cv2.boxFilter(wide, cv2.CV_32F, along, normalize=False, borderType=cv2.BORDER_CONSTANT)
@@ -182,7 +184,7 @@ class SheetLocator:
                 score[max(i - 5, 0) : i + 6, max(j - 5, 0) : j + 6] = 0
         outline = 4 * (half_x + half_y)
         best = sorted(peaks, key=lambda peak: -peak[0])[:STARTS]
-        return [pose for support, pose in best if support > 0.3 * outline]
+        return [pose for support, pose in best if support > 0.15 * outline]
 
     def _refine(
         self, whiteness: np.ndarray, tape: np.ndarray, width_m: float, to_picture: np.ndarray, start: np.ndarray
@@ -246,7 +248,7 @@ def _find_edges(
     curve = before - 2 * at + after
     shift = np.where(curve < -1e-6, 0.5 * (before - after) / np.minimum(curve, -1e-6), 0.0)
     distance = offsets[0] + (k + near - 0.5 + np.clip(shift, -1, 1)) * step
-    good = (height > max(MIN_CONTRAST, 0.4 * np.percentile(height, 75))) & (np.abs(distance) < reach_m)
+    good = (height > max(MIN_CONTRAST, SHARE_OF_CONTRAST * np.percentile(height, 75))) & (np.abs(distance) < reach_m)
     return points, normals, distance, good
 
 
