@@ -40,6 +40,7 @@ from so101_sim.control import ACT_DIM, BACKLASH_RAD, TICKS_PER_TURN
 from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ, Renderer, add_noise, camera_names
 
+AWAY_M = 0.9  # x of a sheet that is out of reach and out of view
 ANSWER_S = 0.05  # a bus without an answer for this long counts as lost
 
 
@@ -174,10 +175,12 @@ class SimulatedArm:
         self.arms.qpos[0, :ACT_DIM] = joints_rad
         self.arms.start(np.array([0]), at_home=False)
 
-    def lay_sheet(self, seed: int) -> None:
-        """Put the sheet where reset(seed) puts it; the arm stays where it is."""
-        start = draw_start(seeding.np_random(seed)[0], self.ranges, self.task.tape_margin)
+    def lay_sheet(self, seed: int | None) -> None:
+        """Put the sheet where reset(seed) puts it, or out of reach; the arm stays where it is."""
+        start = draw_start(seeding.np_random(seed or 0)[0], self.ranges, self.task.tape_margin)
         self.arms.qpos[0, ACT_DIM:] = start_qpos(self.arms, start)[ACT_DIM:]
+        if seed is None:
+            self.arms.qpos[0, ACT_DIM] = AWAY_M
         self.arms.qvel[0, ACT_DIM:] = 0.0
 
     @property

@@ -6,7 +6,7 @@
 
 The port is a pseudo-terminal with six STS3215 servos that speak Feetech's protocol, in real time. The camera `top` is
 an MJPEG stream under any path, and one picture under /snapshot.jpg. Lines on standard input are commands, each answered
-by a line of JSON: state, sheet SEED, reset SEED, place DEGREES (six), hand NAME, fault FAULT, clear. See
+by a line of JSON: state, sheet SEED, sheet away, reset SEED, place DEGREES (six), hand NAME, fault FAULT, clear. See
 docs/virtual_arm.md.
 """
 
@@ -550,10 +550,12 @@ class Program:
                 virtual.faults.append(parse_fault(values[0]))
             elif name == "hand" and len(values) == 1:
                 virtual.grasp(values[0])
+            elif words == ["sheet", "away"]:
+                virtual.arm.lay_sheet(None)
             elif name in ("sheet", "reset") and len(values) == 1 and values[0].isdecimal():
                 (virtual.arm.lay_sheet if name == "sheet" else virtual.reset)(int(values[0]))
             else:
-                known = "state, sheet SEED, reset SEED, place DEGREES (six), hand NAME, fault FAULT, clear"
+                known = "state, sheet SEED, sheet away, reset SEED, place DEGREES (six), hand NAME, fault FAULT, clear"
                 return {"error": f"{' '.join(words)}: is not one of {known}"}
         except (SO101Error, ValueError) as error:
             return {"error": str(error)}

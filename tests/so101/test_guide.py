@@ -26,7 +26,7 @@ class Person:
         virtual = self.evening.virtual
         self.evening.time.sleep(0.1)
         if "take the sheet off" in prompt:
-            virtual.arm.arms.qpos[0, 6] = 0.9
+            virtual.arm.lay_sheet(None)
         if "lay the sheet" in prompt:
             virtual.arm.lay_sheet(5)
         if "(y/n)" in prompt:
