@@ -217,6 +217,9 @@ SWEEP_MIN_N_M = 0.2
 # Width of the command window for motions in the air. Servos with 0.4 of the assumed gain sag by this much more. It
 # allows a torque of 1.2 N m against an obstacle, so nothing may be in reach of the arm.
 AIR_WINDOW_RAD = 0.14
+# Motions in the air correct a smaller share of what is left per step than so101.drive does, because servos with half of
+# the gain that is assumed are slow: with more, they oscillate about the goal
+GO_RAD_S, GO_SHARE, GO_NEAR_RAD, GO_WAIT_S = 0.4, 0.07, 0.015, 20.0
 
 
 class Gain(NamedTuple):
@@ -487,9 +490,26 @@ class ArmCheck:
             controller.window_rad = window_rad
 
     def go(self, joints_rad: np.ndarray) -> None:
-        """Move to joint positions (6,), rad, above the table."""
+        """Move slowly to joint positions (6,), rad, above the table.
+
+        Raises:
+            RobotError: the arm does not arrive.
+        """
+        loop, step = self.loop, GO_RAD_S / CONTROL_HZ
+        loop.clock.start()
         with self.in_air():
-            self.loop.go(joints_rad)
+            for _ in range(round(GO_WAIT_S * CONTROL_HZ)):
+                loop.measure()
+                left = joints_rad - loop.controller.joints_rad
+                if np.abs(left).max() < GO_NEAR_RAD:
+                    return
+                loop.move(np.clip(GO_SHARE * left, -step, step))
+                loop.clock.wait()
+        joint = int(np.abs(left).argmax())
+        raise RobotError(
+            f"{JOINTS[joint]} stays {np.rad2deg(abs(left[joint])):.1f} degrees short of its goal: is something in its "
+            "way, or its torque off?"
+        )
 
     # -- the gain
 
@@ -502,7 +522,7 @@ class ArmCheck:
         loop, sags = self.loop, []
         with self.in_air():
             for joint, start_rad, travel_rad in SWEEPS:
-                loop.go(start_rad)
+                self.go(start_rad)
                 step, commands, joints, directions = np.zeros(ACT_DIM), [], [], []
                 loop.clock.start()
                 for direction in (1, -1):
