@@ -248,6 +248,21 @@ def servo_advice(gain: Gain, offsets: Offsets) -> list[str]:
     return advice
 
 
+def record_servos(profile: ArmProfile, gain: Gain, offsets: Offsets) -> ArmProfile:
+    """The profile with the result of ArmCheck.measure_servos, its step "servos"."""
+    result = {
+        "gain_factor": gain.factor,
+        "gain_error": gain.error,
+        "backlash_deg": np.rad2deg(gain.backlash_rad).tolist(),
+        "offset_deg": np.rad2deg(offsets.offset_rad).tolist(),
+        "offset_error_deg": np.rad2deg(offsets.error_rad).tolist(),
+        "misfit_mm": 1000 * offsets.misfit_m,
+        "advice": servo_advice(gain, offsets),
+    }
+    offset_rad = tuple(offsets.offset_rad.tolist())
+    return profile.with_step("servos", result, offset_rad=offset_rad, gain_factor=gain.factor)
+
+
 class Sag(NamedTuple):
     """One joint's slow motion in the air, in the coordinates of the encoders."""
 
@@ -262,7 +277,7 @@ class Sag(NamedTuple):
 
 # Far apart, so that shoulder_lift and elbow_flex can be told apart, and tilted, so that the tip presses without jamming
 TOUCHES = (Place(0.16, 0.5, -0.6), Place(0.28, 0.25, -0.3), Place(0.33, -0.25, -0.6), Place(0.20, -0.5, -0.6))
-HOVER_M, LOWEST_M = 0.06, -0.03  # height, as measured, at which a touch begins, and at which it is given up
+HOVER_M, LOWEST_M = 0.06, -0.03  # height, by the offsets known so far, where a touch begins, and where it is given up
 LOWER_M_S, LIFT_M_S = 0.007, 0.04
 # The tip touches when the servos' torques have changed as by a force of PRESS_N on it, and it has fallen by less than
 # STALL_M in the last STALL_STEPS control steps (means over four). Torques are compared with those FREE_STEPS control
@@ -546,14 +561,13 @@ class ArmCheck:
 
     # -- touching the table
 
-    def touch(self, place: Place, lowest_m: float = LOWEST_M) -> np.ndarray:
+    def touch(self, place: Place) -> np.ndarray:
         """Lower the fingertip until it rests on the table, measure, and lift it again.
 
         The command window bounds the force; the descent ends when the tip presses by about 1 N.
 
         Args:
             place: where.
-            lowest_m: height, by the joint offsets known so far, below which there should be a table.
 
         Returns:
             Joint positions (6,), rad, at rest on the table, in the coordinates of the encoders.
@@ -563,7 +577,7 @@ class ArmCheck:
         """
         self.hover(place)
         try:
-            return self._lower(place, lowest_m)
+            return self._lower(place)
         finally:
             self._lift(place)
 
@@ -573,10 +587,10 @@ class ArmCheck:
             self.go(joints_rad)
         self.loop.clock.start()
 
-    def _lower(self, place: Place, lowest_m: float) -> np.ndarray:
+    def _lower(self, place: Place) -> np.ndarray:
         """See touch."""
         joints, torques, heights, aim_m = [], [], [HOVER_M], HOVER_M
-        while heights[-1] > lowest_m and aim_m > lowest_m - LEAD_M:
+        while heights[-1] > LOWEST_M and aim_m > LOWEST_M - LEAD_M:
             aim_m = max(aim_m - LOWER_M_S / CONTROL_HZ, heights[-1] - LEAD_M)
             self.follow(self.finger.joints_at(place, aim_m))
             c = self.loop.controller
@@ -591,7 +605,7 @@ class ArmCheck:
             if fell_m < STALL_M and (force_n > PRESS_N or aim_m < heights[-1] - LEAD_M + STALL_M):
                 return np.mean(joints[-4:], axis=0) + self.robot.offset_rad
         raise RobotError(
-            f"no table was felt within {-1000 * lowest_m:.0f} mm of the height of the base: is there a table below the "
+            f"no table was felt within {-1000 * LOWEST_M:.0f} mm of the height of the base: is there a table below the "
             "fingertip, and was every joint calibrated to both of its stops?"
         )
 
@@ -736,7 +750,7 @@ class ArmCheck:
         place = Place(float(np.hypot(*forward)), float(-np.arctan2(forward[1], forward[0])), DRAG_TILT_RAD)
         self.hover(place)
         try:
-            self._lower(place, LOWEST_M)
+            self._lower(place)
             start = self.finger.point_m(self.loop.controller.joints_rad)
             tip, aim = np.zeros(2), place
             while np.linalg.norm(tip) < DRAG_M:

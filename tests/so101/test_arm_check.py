@@ -20,6 +20,7 @@ from so101.arm_check import (
     Place,
     camera_side,
     fit_offsets,
+    record_servos,
     servo_advice,
 )
 from so101.drive import Loop
@@ -346,11 +347,14 @@ def test_new_beliefs_do_not_move_the_arm():
 def test_a_profile_is_kept(tmp_path):
     path = tmp_path / "arm.json"
     profile = ArmProfile("mine").with_step("directions", {"moved_deg": [5.0, 4.5]})
-    offset = (0.0, -0.05, 0.01, 0.0, 0.0, 0.0)
-    profile = profile.with_step("servos", {"misfit_mm": 0.1}, offset_rad=offset, gain_factor=0.6, camera_turned=True)
+    offsets = Offsets(np.array([0.0, -0.05, 0.01, 0.0, 0.0, 0.0]), np.full(6, 0.01), 0.0001)
+    profile = record_servos(profile, Gain(0.6, 0.02, (0.59, 0.61), (0.017, 0.06)), offsets)
+    profile = profile.with_step("camera", {"along": -1.0}, camera_turned=True)
     profile.save(path)
     again = ArmProfile.load(path, "mine")
-    assert again == profile and again.offset_rad == offset and {*again.steps} == {"directions", "servos"}
+    assert again == profile and again.offset_rad == (0.0, -0.05, 0.01, 0.0, 0.0, 0.0)
+    assert again.gain_factor == 0.6 and again.camera_turned and [*again.steps] == ["directions", "servos", "camera"]
+    assert "elbow_flex has 3.4 degrees" in again.steps["servos"]["advice"][0]
     assert again.steps["directions"]["moved_deg"] == [5.0, 4.5] and again.steps["servos"]["date"].endswith("UTC")
     with pytest.raises(SO101Error, match="is the profile of 'mine', not of 'other'"):
         ArmProfile.load(path, "other")
