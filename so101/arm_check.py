@@ -21,9 +21,10 @@ from so101.extras import import_extra
 from so101.files import write_json
 from so101.opencv import NotSeen, SheetLocator, project
 from so101.robot import Picture, Robot, RobotError
-from so101_env import FINGER_RADIUS_M, HOME_RAD, PAN_AXIS_M, TAPE_CENTER_M, load_model
+from so101_env import FINGER_RADIUS_M, HOME_RAD, PAN_AXIS_M, TAPE_CENTER_M, distance_to_sheet, load_model
 from so101_sim.control import ACT_DIM, BACKLASH_RAD, ELBOW_FLEX, JOINTS, LATENCY_S, SHOULDER_LIFT, Controller
 from so101_sim.errors import SO101Error
+from so101_sim.geometry import rotate
 from so101_sim.scene import CONTROL_HZ
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,6 +443,7 @@ def camera_side(left: np.ndarray, middle: np.ndarray, right: np.ndarray, to_pict
 
 
 DRAG_M, DRAG_LONGEST_M, DRAG_M_S, DRAG_DEPTH_M, DRAG_TILT_RAD = 0.02, 0.05, 0.03, 0.006, -0.6
+DRAG_REACH_M, DRAG_INSET_M = (0.22, 0.32), 0.02  # where a drag may begin, and how far inside the sheet's edges
 ASIDE_RAD = 0.9  # of shoulder_pan: the arm hides neither sheet nor tape
 GRIPS = 0.7  # share of the tip's path that a sheet must follow
 
@@ -452,6 +454,20 @@ class Grip(NamedTuple):
     share: float  # the sheet's path as a share of the tip's
     tip_m: float  # length of the tip's path
     advice: str  # empty if the fingertip grips
+
+
+def _place_on_sheet(pose: np.ndarray) -> Place:
+    """The place on a sheet with pose (3,), m and rad, nearest to its centre from which it can be dragged to the base.
+
+    Raises RobotError if there is none.
+    """
+    forward = pose[:2] - PAN_AXIS_M
+    reach_m, bearing = float(np.hypot(*forward)), forward / np.hypot(*forward)
+    within_m = float(np.clip(reach_m, *DRAG_REACH_M))
+    point = PAN_AXIS_M + within_m * bearing
+    if distance_to_sheet(point[None], pose[None, :2], pose[2:], DRAG_INSET_M)[0] > 0:
+        raise RobotError("the sheet is too near to the arm, or too far: lay it into the middle of the tape")
+    return Place(within_m, float(-np.arctan2(bearing[1], bearing[0])), DRAG_TILT_RAD)
 
 
 def _raised(pan_rad: float) -> np.ndarray:
@@ -741,13 +757,12 @@ class ArmCheck:
 
         Raises:
             NotSeen: tape or sheet is not seen.
-            RobotError: the sheet is out of reach, or is not felt.
+            RobotError: the sheet is out of reach, is not felt, or does not move.
         """
         picture = self.look(ASIDE_RAD)
         to_picture = locator.find_tape(picture)
         before = locator.locate(picture, to_picture)
-        forward = before[:2] - PAN_AXIS_M
-        place = Place(float(np.hypot(*forward)), float(-np.arctan2(forward[1], forward[0])), DRAG_TILT_RAD)
+        place = _place_on_sheet(before)
         self.hover(place)
         try:
             self._lower(place)
@@ -765,6 +780,8 @@ class ArmCheck:
         finally:
             self._lift(place)
         after = locator.locate(self.look(ASIDE_RAD), to_picture)
-        share = float((after - before)[:2] @ tip / (tip @ tip))
+        # where the paper under the tip went: the sheet may have turned, too
+        under = rotate((start[:2] - before[:2])[None], np.array([after[2] - before[2]]))[0]
+        share = float((after[:2] + under - start[:2]) @ tip / (tip @ tip))
         advice = "" if share >= GRIPS else "the fingertip slips on the paper: put a rubber band around it"
         return Grip(share, float(np.linalg.norm(tip)), advice)
