@@ -22,9 +22,10 @@ from so101.extras import import_extra
 from so101.files import write_json
 from so101.locator import SheetLocator
 from so101.robot import RobotError
-from so101_env import FINGER_RADIUS_M, HOME_RAD, PAN_AXIS_M, TAPE_CENTER_M, load_model
+from so101_env import FINGER_RADIUS_M, HOME_RAD, PAN_AXIS_M, SHEET_HALF_M, TAPE_CENTER_M, load_model
 from so101_sim.control import ACT_DIM, ELBOW_FLEX, JOINTS, SHOULDER_LIFT
 from so101_sim.errors import SO101Error
+from so101_sim.geometry import distance_to_rectangle, rotate
 from so101_sim.scene import CONTROL_HZ
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,6 +190,9 @@ SWEEP_MIN_N_M = 0.2
 # By how much the command window is wider in the air. Servos with 0.4 of the assumed gain sag by this much more. It
 # allows a torque of 1.2 N m against an obstacle, so nothing may be in reach of the arm.
 AIR_WINDOW_RAD = 0.14
+# Motions in the air correct a smaller share of what is left per step than so101.drive does, because servos with half of
+# the gain that is assumed are slow: with more, they oscillate about the goal
+GO_RAD_S, GO_SHARE, GO_NEAR_RAD, GO_WAIT_S = 0.4, 0.07, 0.015, 20.0
 
 
 class Gain(NamedTuple):
@@ -231,7 +235,7 @@ class Sag(NamedTuple):
 
 # Far apart, so that shoulder_lift and elbow_flex can be told apart, and tilted, so that the tip presses without jamming
 TOUCHES = (Place(0.16, 0.5, -0.6), Place(0.28, 0.25, -0.3), Place(0.33, -0.25, -0.6), Place(0.20, -0.5, -0.6))
-HOVER_M, LOWEST_M = 0.06, -0.03  # height, as measured, at which a touch begins, and at which it is given up
+HOVER_M, LOWEST_M = 0.06, -0.03  # height, by the offsets known so far, where a touch begins, and where it is given up
 LOWER_M_S, LIFT_M_S = 0.007, 0.04
 # The tip touches when the servos' torques have changed as by a force of PRESS_N on it, and it has fallen by less than
 # STALL_M in the last STALL_STEPS control steps (means over four). Torques are compared with those FREE_STEPS control
@@ -396,6 +400,7 @@ def camera_side(left: np.ndarray, middle: np.ndarray, right: np.ndarray, to_pict
 
 
 DRAG_M, DRAG_LONGEST_M, DRAG_M_S, DRAG_DEPTH_M, DRAG_TILT_RAD = 0.02, 0.05, 0.03, 0.006, -0.6
+DRAG_REACH_M, DRAG_INSET_M = (0.22, 0.32), 0.02  # where a drag may begin, and how far inside the sheet's edges
 ASIDE_RAD = 0.9  # of shoulder_pan: the arm hides neither sheet nor tape
 GRIPS = 0.7  # share of the tip's path that a sheet must follow
 
@@ -406,6 +411,20 @@ class Grip(NamedTuple):
     share: float  # the sheet's path as a share of the tip's
     tip_m: float  # length of the tip's path
     advice: str  # empty if the fingertip grips
+
+
+def _place_on_sheet(pose: np.ndarray) -> Place:
+    """The place on a sheet with pose (3,), m and rad, nearest to its centre from which it can be dragged to the base.
+
+    Raises RobotError if there is none.
+    """
+    forward = pose[:2] - PAN_AXIS_M
+    reach_m, bearing = float(np.hypot(*forward)), forward / np.hypot(*forward)
+    within_m = float(np.clip(reach_m, *DRAG_REACH_M))
+    point = PAN_AXIS_M + within_m * bearing
+    if distance_to_rectangle(point[None], pose[None, :2], pose[2:], SHEET_HALF_M, DRAG_INSET_M)[0] > 0:
+        raise RobotError("the sheet is too near to the arm, or too far: lay it into the middle of the tape")
+    return Place(within_m, float(-np.arctan2(bearing[1], bearing[0])), DRAG_TILT_RAD)
 
 
 def _raised(pan_rad: float) -> np.ndarray:
@@ -458,9 +477,26 @@ class ArmCheck:
             controller.slack_rad = 0.0
 
     def go(self, joints_rad: np.ndarray) -> None:
-        """Move to joint positions (6,), rad, above the table."""
+        """Move slowly to joint positions (6,), rad, above the table.
+
+        Raises:
+            RobotError: the arm does not arrive.
+        """
+        loop, step = self.loop, GO_RAD_S / CONTROL_HZ
+        loop.clock.start()
         with self.in_air():
-            self.loop.go(joints_rad)
+            for _ in range(round(GO_WAIT_S * CONTROL_HZ)):
+                loop.measure()
+                left = joints_rad - loop.controller.joints_rad
+                if np.abs(left).max() < GO_NEAR_RAD:
+                    return
+                loop.move(np.clip(GO_SHARE * left, -step, step))
+                loop.clock.wait()
+        joint = int(np.abs(left).argmax())
+        raise RobotError(
+            f"{JOINTS[joint]} stays {np.rad2deg(abs(left[joint])):.1f} degrees short of its goal: is something in its "
+            "way, or its torque off?"
+        )
 
     # -- the gain
 
@@ -473,7 +509,7 @@ class ArmCheck:
         loop, sags = self.loop, []
         with self.in_air():
             for joint, start_rad, travel_rad in SWEEPS:
-                loop.go(start_rad)
+                self.go(start_rad)
                 step, commands, joints, directions = np.zeros(ACT_DIM), [], [], []
                 loop.clock.start()
                 for direction in (1, -1):
@@ -497,14 +533,13 @@ class ArmCheck:
 
     # -- touching the table
 
-    def touch(self, place: Place, lowest_m: float = LOWEST_M) -> np.ndarray:
+    def touch(self, place: Place) -> np.ndarray:
         """Lower the fingertip until it rests on the table, measure, and lift it again.
 
         The command window bounds the force; the descent ends when the tip presses by about 1 N.
 
         Args:
             place: where.
-            lowest_m: height, by the joint offsets known so far, below which there should be a table.
 
         Returns:
             Joint positions (6,), rad, at rest on the table, in the coordinates of the encoders.
@@ -514,7 +549,7 @@ class ArmCheck:
         """
         self.hover(place)
         try:
-            return self._lower(place, lowest_m)
+            return self._lower(place)
         finally:
             self._lift(place)
 
@@ -524,10 +559,10 @@ class ArmCheck:
             self.go(joints_rad)
         self.loop.clock.start()
 
-    def _lower(self, place: Place, lowest_m: float) -> np.ndarray:
+    def _lower(self, place: Place) -> np.ndarray:
         """See touch."""
         joints, torques, heights, aim_m = [], [], [HOVER_M], HOVER_M
-        while heights[-1] > lowest_m and aim_m > lowest_m - LEAD_M:
+        while heights[-1] > LOWEST_M and aim_m > LOWEST_M - LEAD_M:
             aim_m = max(aim_m - LOWER_M_S / CONTROL_HZ, heights[-1] - LEAD_M)
             self.follow(self.finger.joints_at(place, aim_m))
             c = self.loop.controller
@@ -542,7 +577,7 @@ class ArmCheck:
             if fell_m < STALL_M and (force_n > PRESS_N or aim_m < heights[-1] - LEAD_M + STALL_M):
                 return np.mean(joints[-4:], axis=0) + self.loop.offset_rad
         raise RobotError(
-            f"no table was felt within {-1000 * lowest_m:.0f} mm of the height of the base: is there a table below the "
+            f"no table was felt within {-1000 * LOWEST_M:.0f} mm of the height of the base: is there a table below the "
             "fingertip, and was every joint calibrated to both of its stops?"
         )
 
@@ -678,16 +713,15 @@ class ArmCheck:
 
         Raises:
             NotSeen: tape or sheet is not seen.
-            RobotError: the sheet is out of reach, or is not felt.
+            RobotError: the sheet is out of reach, is not felt, or does not move.
         """
         picture = self.look(ASIDE_RAD)
         to_picture = locator.find_tape(picture)
         before = locator.locate(picture, to_picture)
-        forward = before[:2] - PAN_AXIS_M
-        place = Place(float(np.hypot(*forward)), float(-np.arctan2(forward[1], forward[0])), DRAG_TILT_RAD)
+        place = _place_on_sheet(before)
         self.hover(place)
         try:
-            self._lower(place, LOWEST_M)
+            self._lower(place)
             start = self.finger.point_m(self.loop.controller.joints_rad)
             tip, aim = np.zeros(2), place
             while np.linalg.norm(tip) < DRAG_M:
@@ -702,6 +736,8 @@ class ArmCheck:
         finally:
             self._lift(place)
         after = locator.locate(self.look(ASIDE_RAD), to_picture)
-        share = float((after - before)[:2] @ tip / (tip @ tip))
+        # where the paper under the tip went: the sheet may have turned, too
+        under = rotate((start[:2] - before[:2])[None], np.array([after[2] - before[2]]))[0]
+        share = float((after[:2] + under - start[:2]) @ tip / (tip @ tip))
         advice = "" if share >= GRIPS else "the fingertip slips on the paper: put a rubber band around it"
         return Grip(share, float(np.linalg.norm(tip)), advice)

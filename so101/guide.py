@@ -153,7 +153,11 @@ class Guide:
             f"{gain.factor:.2f} (+-{gain.error:.2f}) of the 12 V STS3215's"
         )
         changes = {"offset_rad": tuple(offsets.offset_rad.tolist()), "gain_factor": gain.factor}
-        return summary, {"misfit_mm": 1000 * offsets.misfit_m}, changes
+        result = {
+            "gain_error": gain.error, "backlash_deg": np.rad2deg(gain.backlash_rad).tolist(),
+            "offset_error_deg": np.rad2deg(offsets.error_rad).tolist(), "misfit_mm": 1000 * offsets.misfit_m,
+        }  # fmt: skip
+        return summary, result, changes
 
     def _camera(self) -> tuple[str, dict[str, Any], dict[str, Any]]:
         self._wait("lay the sheet into the rectangle of tape, and keep out of the picture")

@@ -30,6 +30,7 @@ from so101_sim.control import BACKLASH_RAD, JOINTS, LATENCY_S, Controller
 from so101_sim.errors import SO101Error
 
 SEED = 1_530_000_000
+MORE_FLAWS = (((-5, -3), 0.5), ((0, 0), 1.0), ((3, -5), 2.0), ((-3, 3), 0.4))
 FAR_M = (0.7, 0.3)  # where the sheet is out of the way
 
 
@@ -80,7 +81,10 @@ def watch(check: ArmCheck, see) -> list:
     return seen
 
 
-@pytest.mark.parametrize("offset_deg, gain", [((-3, 0), 0.6), ((-5, -3), 0.5), ((5, 5), 1.4)])
+@pytest.mark.parametrize(
+    "offset_deg, gain",
+    [((-3, 0), 0.6), ((5, 5), 1.4), *(pytest.param(*each, marks=pytest.mark.slow) for each in MORE_FLAWS)],
+)
 def test_gain_and_joint_offsets(offset_deg, gain):
     """Whatever is wrong at once: each follows to a few tenths of a degree, and the gain to 2 %."""
     check = make_check(SEED + 1, offset_deg, gain)
@@ -303,18 +307,27 @@ def test_a_camera_that_cannot_tell_is_refused():
 # friction of the fingertip
 
 
-@pytest.mark.parametrize("friction, grips", [(0.2, False), (0.8, True)])
-def test_a_fingertip_that_slips_is_told(friction, grips):
-    check = make_check(SEED + 3, sheet=(TAPE_CENTER_M[0], 0.02))
+@pytest.mark.parametrize(
+    "friction, grips, sheet", [(0.2, False, TAPE_CENTER_M), (0.8, True, TAPE_CENTER_M), (0.8, True, (0.21, 0.06))]
+)
+def test_a_fingertip_that_slips_is_told(friction, grips, sheet):
+    """Also of a sheet that is not pressed in its middle, and turns."""
+    check = make_check(SEED + 3, sheet=tuple(sheet))
     arm = arm_of(check)
     for finger in ("fixed", "moving"):
         arm.arms.fields["pair_friction"][0, arm.model.pair(f"{finger}_finger_sheet").id, :2] = friction
     before = arm.truth()["sheet"]
     grip = check.measure_grip(SheetLocator())
-    followed = np.linalg.norm(arm.truth()["sheet"][:2] - before[:2]) / grip.tip_m
-    assert grip.share == pytest.approx(followed, abs=0.15)
+    moved = np.linalg.norm(arm.truth()["sheet"][:2] - before[:2])
+    assert moved > 0.01 if grips else moved < 0.003
     assert grip.tip_m == pytest.approx(0.02, abs=0.003)
-    assert (grip.share > 0.7) is grips and ("rubber band" in grip.advice) is not grips
+    assert (grip.share > 0.8) is grips and grip.share < 1.1 and ("rubber band" in grip.advice) is not grips
+
+
+def test_a_sheet_out_of_reach_is_not_dragged():
+    check = make_check(SEED + 3, sheet=(0.43, 0.0))
+    with pytest.raises(RobotError, match="lay it into the middle of the tape"):
+        check.measure_grip(SheetLocator())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,18 +352,20 @@ def test_new_beliefs_do_not_move_the_arm():
     check.believe(1.05, np.array([0.0, 0.08, -0.05, 0.0, 0.0, 0.0]))
     np.testing.assert_allclose(check.loop.controller.joints_rad[1], RAISED_RAD[1] - 0.08, atol=0.02)
     check.loop.move(np.zeros(6))
-    np.testing.assert_allclose(check.loop.robot.sent[-1], sent, atol=0.002)
+    np.testing.assert_allclose(check.loop.robot.sent[-1], sent, atol=0.006)
     np.testing.assert_allclose(check.loop.controller.gain[1], 1.05 * 8.9, rtol=1e-6)
 
 
 def test_a_profile_is_kept(tmp_path):
     path = tmp_path / "arm.json"
     profile = ArmProfile("mine").with_step("directions", {"moved_deg": [5.0, 4.5]})
-    offset = (0.0, -0.05, 0.01, 0.0, 0.0, 0.0)
-    profile = profile.with_step("servos", {"misfit_mm": 0.1}, offset_rad=offset, gain_factor=0.6, camera_turned=True)
+    offset_rad = (0.0, -0.05, 0.01, 0.0, 0.0, 0.0)
+    profile = profile.with_step("servos", {"misfit_mm": 0.1}, offset_rad=offset_rad, gain_factor=0.6)
+    profile = profile.with_step("camera", {"along": -1.0}, camera_turned=True)
     profile.save(path)
     again = ArmProfile.load(path, "mine")
-    assert again == profile and again.offset_rad == offset and {*again.steps} == {"directions", "servos"}
+    assert again == profile and again.offset_rad == (0.0, -0.05, 0.01, 0.0, 0.0, 0.0)
+    assert again.gain_factor == 0.6 and again.camera_turned and [*again.steps] == ["directions", "servos", "camera"]
     assert again.steps["directions"]["moved_deg"] == [5.0, 4.5] and again.steps["servos"]["date"].endswith("UTC")
     with pytest.raises(SO101Error, match="is the profile of 'mine', not of 'other'"):
         ArmProfile.load(path, "other")
