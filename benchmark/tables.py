@@ -28,7 +28,7 @@ from so101_sim.geometry import wrap_angle
 from so101_sim.scene import Renderer, nominal_look
 
 SIZE, SEEN_SIZE = (480, 640), (240, 320)  # height and width, pixels, of the camera's pictures, and after scaling
-DRAWN_SIZE = (960, 1280)  # as drawn, before averaging
+DRAWN_SIZE = (720, 960)  # as drawn, before averaging
 CANVAS_MM, CANVAS_ORIGIN_M = 0.8, np.array([-0.20, -0.60])  # the table top that is drawn: mm per pixel, its corner
 CANVAS_SIZE = (1200, 1500)  # its rows run along x, its columns along y
 RIGHT_MM, RIGHT_DEG = 5.0, 3.0
@@ -362,7 +362,8 @@ class Studio:
         picture = np.clip(np.rint(255 * picture), 0, 255).astype(np.uint8)
         quality = [cv2.IMWRITE_JPEG_QUALITY, int(for_lens.integers(60, 96))]
         coded = cv2.imencode(".jpg", picture[..., ::-1], quality)[1]
-        scale = np.array([[0.5, 0, -0.25], [0, 0.5, -0.25], [0, 0, 1]])  # centres of pixels
+        share = SIZE[0] / DRAWN_SIZE[0]
+        scale = np.array([[share, 0, share / 2 - 0.5], [0, share, share / 2 - 0.5], [0, 0, 1]])  # centres of pixels
         return cv2.imdecode(coded, cv2.IMREAD_COLOR)[..., ::-1].copy(), pose, scale @ homography
 
     def _camera(self, rng: np.random.Generator, condition: Condition) -> tuple[np.ndarray, np.ndarray]:

@@ -34,6 +34,7 @@ STARTS = 12  # number of rough poses that are refined
 # the sheet as a ruler: points required on a side; how much larger it appears by blur, and at most where it is clipped
 MIN_RULER_POINTS, BLUR_M, CLIPPED, CLIPPED_BLUR_M = 14, 0.001, 250.0, 0.006
 MAX_SCALE_ERROR, MAX_ASPECT_ERROR, MAX_SHEAR_RAD = 0.02, 0.025, np.deg2rad(1.5)
+MAX_UNSURE_ERROR = 0.08
 
 
 @dataclasses.dataclass
@@ -110,7 +111,7 @@ class SheetLocator:
         """
         pose, support = self._best(image, to_picture, last)
         if last is None and pose is not None and support > 0.3:
-            self._check_size(image, to_picture, pose)
+            self._check_size(image, to_picture, pose, sure=support >= SURE)
         if support >= (SURE if last is None else ENOUGH):
             return pose
         raise NotSeen(
@@ -133,11 +134,14 @@ class SheetLocator:
         found = [self._refine(whiteness, tape, width_m, to_picture, start) for start in starts]
         return max(found, key=lambda each: each[1], default=(None, 0.0))
 
-    def _check_size(self, image: np.ndarray, to_picture: np.ndarray, pose: np.ndarray) -> None:
-        """Raise NotSeen if the sheet at pose (3,) shows that the rectangle was laid in the wrong size or shape."""
+    def _check_size(self, image: np.ndarray, to_picture: np.ndarray, pose: np.ndarray, sure: bool) -> None:
+        """Raise NotSeen if the sheet at pose (3,) shows that the rectangle was laid in the wrong size or shape.
+
+        Unless it is sure that this is the sheet, both of its sides must be measured, and be near those of a sheet.
+        """
         ratio, shear_rad = measure_sheet(image, to_picture, pose)
         name, measured = "red tape" if self.marks == "tape" else "tags", np.isfinite(ratio)
-        if not measured.any():
+        if not measured.any() or not (sure or np.abs(ratio - 1).max() < MAX_UNSURE_ERROR):
             return
         a, b = 1000 * 2 * self.opening_half_m
         if measured.all() and (abs(ratio[1] / ratio[0] - 1) > MAX_ASPECT_ERROR or abs(shear_rad) > MAX_SHEAR_RAD):

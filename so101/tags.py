@@ -33,6 +33,7 @@ CELLS = 6  # of a tag, with its black border
 TAG_M, CARD_M = 0.054, 0.072  # a tag, and the white card around it
 CORNERS = ("far from the arm, left", "near the arm, left", "near the arm, right", "far from the arm, right")
 MIN_TAGS = 3
+MAX_SPILL_M = 0.0025  # by which bright paper makes each side of a dark tag appear farther in
 MAX_RESIDUAL_M = 0.002  # root mean square distance of the tags from where they should lie
 ENLARGE = 3  # small pictures are enlarged before tags are searched in them
 SIGNS = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])  # of x and y, at the rectangle's corners
@@ -121,24 +122,34 @@ def _fit(camera: NominalCamera, places: np.ndarray, pixels: np.ndarray) -> tuple
         places: (n, 4, 2) on the table, m.
         pixels: (n, 4, 2), where they appear.
 
+    Raises NotSeen if the tags seem to have another size than they should.
+
     Returns:
         The homography (3, 3) from the table, m, to pixels; distances (n, 4), m, of places from pixels.
     """
     centers = places.mean(1, keepdims=True)
-    free = import_cv2().findHomography(places.reshape(-1, 2), pixels.reshape(-1, 2))[0]
-    # what is far from the arm is at the bottom of the picture, unless the camera stands on the arm's side
-    far, near = (project(free, TAPE_CENTER_M + (x, 0.0)) for x in (0.05, -0.05))
-    turn = half_turn() if far[1] < near[1] else np.eye(3)
 
-    def misses_m(fit: np.ndarray) -> np.ndarray:
+    def misses_m(fit: np.ndarray, turn: np.ndarray) -> np.ndarray:
         shown = places + fit[7] * np.sign(places - centers)
         return project(np.linalg.inv(camera.homography(fit[:7]) @ turn), pixels) - shown
 
-    def cost(fit: np.ndarray) -> np.ndarray:  # in mm, with weak priors
-        return np.concatenate([1000 * misses_m(fit).ravel(), [fit[6] / 0.3, fit[7] / 0.002]])
+    def cost(fit: np.ndarray, turn: np.ndarray) -> np.ndarray:  # in mm, with weak priors
+        return np.concatenate([1000 * misses_m(fit, turn).ravel(), [fit[6] / 0.3, fit[7] / 0.001]])
 
-    fit = least_squares(cost, np.zeros(8), loss="soft_l1").x
-    return camera.homography(fit[:7]) @ turn, np.linalg.norm(misses_m(fit), axis=2)
+    # the camera may stand on the arm's side, and may be mounted upside down
+    fits = []
+    for turn, roll_rad in itertools.product((np.eye(3), half_turn()), (0.0, np.pi)):
+        start = np.array([0.0, 0.0, roll_rad, 0.0, 0.0, 0.0, 0.0, 0.0])
+        pixels_then = project(camera.homography(start[:7]) @ turn, centers[:, 0])
+        fits.append((np.abs(pixels_then - pixels.mean(1)).sum(), turn, start))
+    _, turn, start = min(fits, key=lambda each: each[0])
+    fit = least_squares(cost, start, loss="soft_l1", args=(turn,)).x
+    if abs(fit[7]) > MAX_SPILL_M:
+        raise NotSeen(
+            f"the tags appear to measure {1000 * (TAG_M + 2 * fit[7]):.0f} mm, not {1000 * TAG_M:.0f}: print them at "
+            "100 %, and lay them as far apart as --tape-margin says"
+        )
+    return camera.homography(fit[:7]) @ turn, np.linalg.norm(misses_m(fit, turn), axis=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -220,6 +220,18 @@ def test_errors_of_opencv_are_measured(tmp_path):
 
 
 @pytest.mark.slow
+def test_tables_are_composed_and_judged(tmp_path):
+    pytest.importorskip("cv2")
+    result, flags = tmp_path / "tables.json", ("--scenes", "2", "--pictures", str(tmp_path))
+    done = run_script("benchmark/tables.py", *flags, "--conditions", "normal", "tags, dim", "--json", str(result))
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(result.read_text())
+    assert [*counts] == ["normal", "tags, dim"] and all(each["right"] == 2 for each in counts.values())
+    assert (tmp_path / "normal.png").is_file() and (tmp_path / "tags,_dim.png").is_file()
+    assert run_script("benchmark/tables.py", "--conditions", "fog").returncode == 2
+
+
+@pytest.mark.slow
 def test_speeds_are_measured():
     flags = "--steps 500 --repeats 1 --num-envs 2 --no-scaling --no-pixels --no-processes --no-sb3"
     done = run_script("benchmark/throughput.py", *flags.split())

@@ -1,15 +1,25 @@
-"""Where the sheet lies, from rendered pictures under visual randomisation, and what is refused."""
+"""Where the sheet lies, from rendered pictures under visual randomisation and composed ones, and what is refused."""
 
+import re
+
+import mujoco
 import numpy as np
 import pytest
+from conftest import ROOT
 from gymnasium.vector import AutoresetMode
 
+from so101.camera import NotSeen, project, rectangle
 from so101.evaluation import evaluate, no_residual
-from so101.opencv import NotSeen, OpenCVPolicy, SheetLocator
+from so101.locator import SheetLocator, overlay
+from so101.opencv import OpenCVPolicy
 from so101.policies import load_policy
-from so101_env import SO101ResidualVectorEnv, base_observation
+from so101.tags import CARD_M, TAG_M, page
+from so101.tape import half_turn
+from so101_env import SHEET_HALF_M, TAPE_CENTER_M, SO101ResidualVectorEnv, base_observation, load_model
+from so101_sim.scene import Renderer
 
 cv2 = pytest.importorskip("cv2")
+tables = pytest.importorskip("benchmark.tables")
 
 SIZE = (240, 320)
 SEED = 1_500_000_000  # of episodes that nothing else uses
@@ -68,6 +78,138 @@ def test_what_looks_like_the_sheet_or_the_tape_is_not_taken_for_it(seed, brighte
     except NotSeen:
         return
     np.testing.assert_allclose(pose[:2], envs.qpos[0, 6:8], atol=0.008)
+
+
+@pytest.fixture(scope="module")
+def studio():
+    studio = tables.Studio()
+    yield studio
+    studio.close()
+
+
+def photograph(studio, number: int, condition: str) -> tuple[np.ndarray, np.ndarray]:
+    """A composed picture (240, 320, 3), and the true pose (3,)."""
+    image, pose, _ = studio.photograph(number, tables.CONDITIONS[condition])
+    return cv2.resize(image, SIZE[::-1], interpolation=cv2.INTER_AREA), pose
+
+
+@pytest.mark.parametrize(
+    "condition, number",
+    [("dim", 100), ("hard shadow", 101), ("overexposed", 102), ("dark red", 103), ("tape 10 mm", 104),
+     ("tape 30 mm", 105), ("tape 48 mm", 106), ("tags", 107), ("tags, hard shadow", 108), ("tags, overexposed", 109)],
+)  # fmt: skip
+def test_tables_of_many_kinds(studio, condition, number):
+    """The width of the tape is not told; light changes by a factor of eight."""
+    image, pose = photograph(studio, number, condition)
+    locator = SheetLocator(marks="tags" if "tags" in condition else "tape")
+    found = locator.locate(image, locator.find_tape(image))
+    np.testing.assert_allclose(found[:2], pose[:2], atol=0.004)
+    assert abs(found[2] - pose[2]) < np.deg2rad(2)
+
+
+def test_a_rectangle_of_the_wrong_size_is_refused_and_the_message_says_how_to_go_on(studio):
+    image, pose = photograph(studio, 110, "8 mm too small")
+    locator = SheetLocator()
+    with pytest.raises(NotSeen, match="rectangle of red tape measures about .* not 228 x 290: lay it again") as error:
+        locator.locate(image, locator.find_tape(image))
+    x, y = map(int, re.search(r"about (\d+) x (\d+) mm", str(error.value)).groups())
+    assert abs(x - 220) <= 3 and abs(y - 282) <= 3
+    measured = locator.measure_tape(image)
+    np.testing.assert_allclose(measured.sides_mm, (220, 282), atol=3)
+    assert measured.residual_mm < 1.5 and 17 < measured.width_mm < 27
+    told = SheetLocator(float(re.search(r"--tape-margin (\S+)", str(error.value))[1]))
+    np.testing.assert_allclose(told.locate(image, told.find_tape(image))[:2], pose[:2], atol=0.004)
+
+
+def test_a_rectangle_of_the_wrong_shape_is_refused(studio):
+    image, _ = photograph(studio, 111, "16 mm skewed")
+    locator = SheetLocator()
+    with pytest.raises(NotSeen, match="rectangle of red tape is not 228 x 290 mm: .* equal diagonals"):
+        locator.locate(image, locator.find_tape(image))
+
+
+def test_a_camera_on_the_side_of_the_arm():
+    """Rendered from there, without the arm: turned is right; not turned is half a turn about the tape's centre off."""
+    model, pose = load_model(), np.array([0.30, 0.05, 0.2])
+    model.geom_rgba[[model.body(model.geom_bodyid[i]).name not in ("world", "tape", "sheet")
+                     for i in range(model.ngeom)], 3] = 0  # fmt: skip
+    model.geom_matid[model.geom_rgba[:, 3] == 0] = -1
+    turn, camera, before = np.zeros(4), model.camera("top"), np.array(model.camera("top").quat)
+    mujoco.mju_mulQuat(turn, np.array([0.0, 0.0, 0.0, 1.0]), before)  # half a turn about z
+    model.cam_quat[camera.id], model.cam_pos[camera.id, 0] = turn, 2 * TAPE_CENTER_M[0] - 0.64
+    renderer = Renderer(model, SIZE, fast=True)
+    data = mujoco.MjData(model)
+    data.qpos[[6, 7, 9]] = pose
+    image = renderer.render(data.qpos, "top")
+    renderer.close()
+    found = [locator.locate(image, locator.find_tape(image)) for locator in (SheetLocator(turned=t) for t in (1, 0))]
+    np.testing.assert_allclose(found[0], pose, atol=0.004)
+    np.testing.assert_allclose(found[1], [*(2 * TAPE_CENTER_M - pose[:2]), pose[2]], atol=0.004)
+
+
+def test_tags_are_never_turned_and_are_refused_where_they_do_not_belong(studio):
+    image, pose = photograph(studio, 112, "tags")
+    locator = SheetLocator(marks="tags")
+    upside_down = np.ascontiguousarray(image[::-1, ::-1])
+    homography = locator.find_tape(image)
+    from_the_arm = cv2.warpPerspective(image, homography @ half_turn() @ np.linalg.inv(homography), SIZE[::-1])
+    for each in (image, upside_down, from_the_arm):
+        np.testing.assert_allclose(locator.locate(each, locator.find_tape(each))[:2], pose[:2], atol=0.005)
+    with pytest.raises(NotSeen, match="the tags appear to measure .* mm, not 54: print them"):
+        SheetLocator(0.02, marks="tags").find_tape(image)
+    hidden = image.copy()
+    for corner in rectangle(SHEET_HALF_M + 0.04 + CARD_M / 2, *TAPE_CENTER_M, 0.0)[:2]:
+        column, row = project(homography, corner).astype(int)
+        hidden[max(row - 14, 0) : row + 14, max(column - 14, 0) : column + 14] = 90
+    with pytest.raises(
+        NotSeen, match=r"three of the four tags .* 0 \(far from the arm, left\), 1 \(near the arm, left"
+    ):
+        locator.find_tape(hidden)
+
+
+def test_the_page_of_tags_is_in_true_size_and_can_be_read():
+    """Drawn at 4 pixels per mm: the ids as they will lie, the size, and the marked corner where the docstring says."""
+    sheet, pixels = page(), 4
+    drawn = np.full((297 * pixels, 210 * pixels), 255, np.uint8)
+    for box in sheet.boxes:
+        x, y, width, height = (round(v * pixels) for v in box[:4])
+        drawn[y : y + height, x : x + width] = round(255 * box[4])
+    dictionary = cv2.aruco.getPredefinedDictionary(cv2.aruco.DICT_4X4_50)
+    corners, ids, _ = cv2.aruco.ArucoDetector(dictionary).detectMarkers(drawn)
+    places = {int(n): each.reshape(4, 2) / pixels for n, each in zip(ids.ravel(), corners)}
+    assert sorted(places) == [0, 1, 2, 3]
+    middle = {n: each.mean(0) for n, each in places.items()}
+    assert middle[0][1] < middle[1][1] and middle[3][1] < middle[2][1] and middle[0][0] < middle[3][0]
+    for n, each in places.items():
+        assert np.linalg.norm(each[1] - each[0]) == pytest.approx(1000 * TAG_M, abs=0.5)
+        assert each[0][1] < each[3][1] and each[0][0] < each[1][0]  # upright
+        inwards = np.array([1 if n in (0, 1) else -1, 1 if n in (0, 3) else -1])
+        corner = (middle[n] + inwards * (1000 * CARD_M / 2 - 0.6)) * pixels  # in the thick line
+        assert drawn[int(corner[1]), int(corner[0])] == 0
+    # the PDF has the same boxes, in points from the lower left corner
+    drawing = re.findall(rb"^([\d.]+) g ([\d.]+) ([\d.]+) ([\d.]+) ([\d.]+) re f", sheet.pdf(), re.M)
+    grey, x, y, width, height = np.array(drawing, float).T
+    found = np.column_stack([x, 297 * 72 / 25.4 - y - height, width, height]) * 25.4 / 72
+    np.testing.assert_allclose(np.column_stack([found, grey]), sheet.boxes, atol=0.001)
+    for name, content in (("tags.svg", sheet.svg()), ("tags.pdf", sheet.pdf())):
+        assert (ROOT / "assets" / name).read_bytes() == content, f"python -m so101.tags --write assets ({name})"
+
+
+def test_what_was_found_is_drawn(scenes):
+    (image, *_), (pose, *_) = scenes
+    homography = SheetLocator().find_tape(image)
+    drawn = overlay(image, homography, pose, text="a line", scale=3)
+    assert drawn.shape == (720, 960, 3)
+    for corners, color in ((rectangle(SHEET_HALF_M, *pose), (0, 200, 0)),
+                           (rectangle(SHEET_HALF_M + 0.04, *TAPE_CENTER_M, 0.0), (255, 220, 0))):  # fmt: skip
+        ends = np.roll(corners, -1, axis=0)
+        middle = 3 * project(homography, (corners + ends) / 2) + 1
+        near = [np.abs(drawn[int(r) - 3 : int(r) + 4, int(c) - 3 : int(c) + 4].astype(int) - color).sum(2).min()
+                for c, r in middle]  # fmt: skip
+        assert sorted(near)[1] < 60  # another line may cross one of them
+    unknown = overlay(image, None, np.full(3, np.nan), text="the tape is hidden", scale=3)
+    plain = cv2.resize(image, None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
+    assert not np.array_equal(unknown[:60], plain[:60]) and np.array_equal(unknown[60:], plain[60:])
 
 
 def test_a_policy_that_is_told_by_opencv_rests_until_it_sees():
