@@ -157,7 +157,7 @@ class Servo:
         self.setpoint = 0.0  # where the firmware's ramp towards Goal_Position is, ticks as in Present_Position
         self.silent = False  # neither hears nor answers
         self.overloaded, self._strained_s = False, 0.0
-        self.written: Counter[str] = Counter()  # successful writes by register
+        self.written: Counter[str] = Counter()  # writes by register, also those without effect
         self.registered: tuple[int, bytes] | None = None
 
     def get(self, name: str) -> int:

@@ -34,7 +34,7 @@ import numpy as np
 import tyro
 
 from so101.cli import Stop, Stoppable, check_flags, check_output, parse, run_script
-from so101.feetech import ERRORS, READ, REGISTERS, SYNC_READ, Bus, Packet, Reader, Servo
+from so101.feetech import ERRORS, MIDDLE, READ, REGISTERS, SYNC_READ, Bus, Packet, Reader, Servo
 from so101.files import write_json
 from so101.simulated_arm import Flaws, RealTime, SimulatedArm, report_speed
 from so101.virtual_camera import Camera
@@ -157,9 +157,14 @@ def load_calibration(path: str) -> dict[str, dict[str, int]]:
     try:
         motors = json.loads(Path(path).read_text(encoding="utf-8"))
         calibration = {joint: {name: motors[joint][name] for name in CALIBRATED} for joint in JOINTS}
-        numbers = [value for motor in calibration.values() for value in motor.values()]
-        if not all(type(value) is int and abs(value) < TICKS_PER_TURN for value in numbers):
-            raise ValueError("numbers that no servo can store")
+        for motor in calibration.values():
+            offset, low, high = (motor[name] for name in CALIBRATED)
+            if (
+                {type(offset), type(low), type(high)} != {int}
+                or not abs(offset) < MIDDLE
+                or not 0 <= low < high < TICKS_PER_TURN
+            ):
+                raise ValueError("numbers that no servo can store")
     except OSError as error:
         raise SO101Error(f"--calibration {path}: cannot be read ({error.strerror}); name another file") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -169,6 +174,9 @@ def load_calibration(path: str) -> dict[str, dict[str, int]]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the arm
+
+
+HANDS = ("none", "still", "swing", "sweep")
 
 
 class Hand:
@@ -287,10 +295,10 @@ class VirtualArm:
             target[number] += on * servo.position_error * TICK_RAD
             if on and self.first_torque_s == np.inf:
                 self.first_torque_s = self.age_s
-        if np.abs(target - self._target_rad).max() > 1e-9:
-            arm.command(target)
-            self._target_rad = target
         if self.hand is None:
+            if np.abs(target - self._target_rad).max() > 1e-9:
+                arm.command(target)
+                self._target_rad = target
             arm.step()
         else:
             arm.place(self.hand.joints_rad(arm.time_s))
@@ -330,6 +338,8 @@ class VirtualArm:
 
     def _disturb(self, data: bytes) -> bytes:
         """What arrives of a packet, which is what arrives at one time."""
+        if not data:
+            return data
         for fault in self._active("lost"):
             if self.rng.random() < fault.number:
                 return b""
@@ -400,9 +410,6 @@ def _reads_position(packet: Packet) -> bool:
         return False
     address, size = packet.parameters[:2]
     return address <= REGISTERS["Present_Position"].address < address + size
-
-
-HANDS = ("none", "still", "swing", "sweep")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -271,7 +271,8 @@ def test_the_eeprom_holds_a_calibration_that_is_given(tmp_path):
     path.write_text(json.dumps(calibration))
     servo = VirtualArm(calibration=load_calibration(str(path))).servos[ELBOW_FLEX]
     assert (servo.get("Homing_Offset"), servo.get("Min_Position_Limit")) == (-321, 700)
-    for text in ("{}", "[", '{"elbow_flex": 3}'):
+    calibration["elbow_flex"]["range_min"] = -700
+    for text in ("{}", "[", '{"elbow_flex": 3}', json.dumps(calibration)):
         path.write_text(text)
         with pytest.raises(SO101Error, match="is not a LeRobot calibration"):
             load_calibration(str(path))
@@ -351,6 +352,17 @@ def test_lost_and_corrupt_packets_have_their_shares():
             data = b"".join(virtual.receive(encode(Packet(1, PING)), 10.0 * len(answered)))
             answered.append(Reader().feed(data, 0.0) == [Packet(1, 0)])
         assert np.mean(answered) == pytest.approx(kept, abs=0.06)
+
+
+def test_a_hand_leaves_nothing_behind():
+    virtual = VirtualArm()
+    virtual.grasp("swing")
+    run(virtual, 3.0)
+    assert not virtual.arm.pending
+    virtual.grasp("none")
+    before = virtual.arm.arms.tip_m[0, 2]
+    run(virtual, 1.0)
+    assert before - virtual.arm.arms.tip_m[0, 2] > 0.02  # it falls
 
 
 def test_a_jump_is_in_one_reading():
