@@ -195,7 +195,7 @@ class Controller:
         measured: Calibration | None = None,
     ):
         self._nominal_gain = model.actuator_gainprm[:, 0] * (firmware_p / FIRMWARE_P)
-        self.gain_factor, self.gain_floor = gain_factor, gain_floor
+        self._expected_gain = gain_factor, gain_floor
         self.gain_known = bool(np.all(gain_floor == 1.0))  # then learn_gain is not needed
         self.damping = model.dof_damping[:ACT_DIM].copy()  # N m s/rad, (6,)
         self.latency_s = latency_s
@@ -268,7 +268,8 @@ class Controller:
     # -- one arm that is measured
 
     def reset(self) -> None:
-        """Forget measurements and commands: the next measurement is taken as that of an arm at rest."""
+        """Forget measurements, commands and the learned gain: the next measurement is taken as of an arm at rest."""
+        self.gain_factor, self.gain_floor = self._expected_gain
         self.time_s = -np.inf  # time of the last measurement
         self.joints_rad, self.velocity_rad_s = np.zeros(ACT_DIM), np.zeros(ACT_DIM)
         self.command_rad: np.ndarray | None = None  # the last target, rad

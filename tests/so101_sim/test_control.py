@@ -104,6 +104,8 @@ def test_the_gain_is_learned_from_an_arm_that_hangs(model, factor):
     controller.learn_gain()
     assert controller.gain_factor == pytest.approx(factor, rel=1e-6)
     np.testing.assert_allclose(controller.gain, 8.9 * factor)
+    controller.reset()  # the next arm may be another
+    assert controller.gain_factor == 1.0 and controller.gain_floor == 0.5
 
     supported = Controller(model, firmware_p=16, backlash_rad=0.02, gain_floor=0.5)
     supported.measure(HOME_RAD, 0.0)
