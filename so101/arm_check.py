@@ -470,11 +470,11 @@ class ArmCheck:
     def in_air(self) -> Iterator[None]:
         """Widen the command window, so that an arm whose gain is not known yet can carry itself."""
         controller = self.loop.controller
-        controller.slack_rad = AIR_WINDOW_RAD
+        slack_rad, controller.slack_rad = controller.slack_rad, AIR_WINDOW_RAD
         try:
             yield
         finally:
-            controller.slack_rad = 0.0
+            controller.slack_rad = slack_rad
 
     def go(self, joints_rad: np.ndarray) -> None:
         """Move slowly to joint positions (6,), rad, above the table.
