@@ -76,6 +76,8 @@ class Kind(NamedTuple):
 FAULTS = {
     "lost": Kind(False, (0, 1), "this share of all packets is lost"),
     "corrupt": Kind(False, (0, 1), "in this share of all packets a bit is wrong"),
+    "drop": Kind(False, (1, 1e6), "this many answers are lost, then none"),
+    "garble": Kind(False, (1, 1e6), "in this many answers a bit is wrong, then in none"),
     "latency": Kind(False, (0, 5), "answers come this many seconds late"),
     "silent": Kind(True, None, "the servo neither hears nor answers; it keeps its last goal"),
     "jump": Kind(True, (-360, 360), "the next reading of the joint's position is this many degrees off, once"),
@@ -331,7 +333,7 @@ class VirtualArm:
                 servo.set("Present_Position", round(servo.position + ticks) % TICKS_PER_TURN)
                 self.faults.remove(fault)
             homed = sum(servo.written["Homing_Offset"] for servo in self.servos)
-            answers += [self._disturb(answer) for answer in self.bus.handle(packet)]
+            answers += [self._disturb(self._spoil(answer)) for answer in self.bus.handle(packet)]
             if self.hand is not None and sum(servo.written["Homing_Offset"] for servo in self.servos) > homed:
                 self.hand.homed_s = self.arm.time_s
         return [answer for answer in answers if answer]
@@ -345,10 +347,24 @@ class VirtualArm:
                 return b""
         for fault in self._active("corrupt"):
             if self.rng.random() < fault.number:
-                broken, bit = bytearray(data), int(self.rng.integers(8 * len(data)))
-                broken[bit // 8] ^= 1 << bit % 8
-                return bytes(broken)
+                return self._flip(data)
         return data
+
+    def _spoil(self, answer: bytes) -> bytes:
+        """What is left of an answer if its turn to be lost or wrong has come."""
+        for name, spoilt in (("drop", lambda: b""), ("garble", lambda: self._flip(answer))):
+            if fault := self.begun(name):
+                self.faults.remove(fault)
+                if fault.number > 1:
+                    self.faults.append(fault._replace(number=fault.number - 1))
+                return spoilt()
+        return answer
+
+    def _flip(self, data: bytes) -> bytes:
+        """The same bytes with one bit changed."""
+        broken, bit = bytearray(data), int(self.rng.integers(8 * len(data)))
+        broken[bit // 8] ^= 1 << bit % 8
+        return bytes(broken)
 
     # -- what tests and people ask
 

@@ -323,7 +323,7 @@ def test_a_fault_that_cannot_be_read_is_named(text, wrong):
 
 def test_each_fault_has_a_form_that_is_read():
     for name, kind in FAULTS.items():
-        number = ":0.5" if kind.number else ""
+        number = ":1" if kind.number else ""
         fault = parse_fault(name + ":gripper" * kind.joint + number + "@3")
         assert (fault.name, fault.joint, fault.at_s) == (name, GRIPPER if kind.joint else None, 3.0)
 
@@ -352,6 +352,16 @@ def test_lost_and_corrupt_packets_have_their_shares():
             data = b"".join(virtual.receive(encode(Packet(1, PING)), 10.0 * len(answered)))
             answered.append(Reader().feed(data, 0.0) == [Packet(1, 0)])
         assert np.mean(answered) == pytest.approx(kept, abs=0.06)
+
+
+def test_a_number_of_answers_is_lost_or_wrong_and_then_none():
+    for name in ("drop", "garble"):
+        virtual = placed()
+        virtual.faults = [parse_fault(f"{name}:2")]
+        assert [[*positions(virtual)] for _ in range(2)] == [[3, 4, 5, 6], [1, 2, 3, 4, 5, 6]]
+        virtual.faults = [parse_fault(f"{name}:1")]
+        write_to(virtual, "Torque_Enable", 1, [4])  # is done nevertheless
+        assert virtual.servos[4].torque_on and len(positions(virtual)) == 6
 
 
 def test_a_hand_leaves_nothing_behind():
