@@ -51,7 +51,8 @@ def redness_of(image: np.ndarray) -> np.ndarray:
 
 def is_red(redness: np.ndarray) -> np.ndarray:
     """Pixels that may be tape before it is found: (H, W) float32, 1 or 0."""
-    return (redness > max(MIN_REDNESS, 0.6 * np.percentile(redness, 98.5))).astype(np.float32)
+    table, tape = np.percentile(redness, (50, 98.5))
+    return (redness > max(MIN_REDNESS, 0.6 * tape, 0.5 * (table + tape))).astype(np.float32)
 
 
 def is_tape(redness: np.ndarray, to_picture: np.ndarray, opening_half_m: np.ndarray) -> tuple[np.ndarray, float]:
