@@ -51,7 +51,8 @@ def redness_of(image: np.ndarray) -> np.ndarray:
 
 def is_red(redness: np.ndarray) -> np.ndarray:
     """Pixels that may be tape before it is found: (H, W) float32, 1 or 0."""
-    return (redness > max(MIN_REDNESS, 0.6 * np.percentile(redness, 98.5))).astype(np.float32)
+    table, tape = np.percentile(redness, (50, 98.5))
+    return (redness > max(MIN_REDNESS, 0.6 * tape, 0.5 * (table + tape))).astype(np.float32)
 
 
 def is_tape(redness: np.ndarray, to_picture: np.ndarray, opening_half_m: np.ndarray) -> tuple[np.ndarray, float]:
@@ -334,11 +335,7 @@ def _refine(
         seen = (height > enough) & np.isfinite(inner)
         seen &= np.isnan(outer) | (np.abs(widths_m - width_m) < max(0.004, 0.25 * width_m))
         found = points + np.nan_to_num(offsets[0] + inner * STEP_M)[..., None] * normals[:, None]
-        # keep each side's points that lie on one line
-        good = np.zeros(seen.shape, bool)
-        for side in range(4):
-            if seen[side].sum() >= MIN_TAPE_POINTS:
-                good[side] = seen[side] & near_line(found[side], seen[side], normals[side], 0.003)
+        good = _on_lines(found, seen, normals)
         short = good.sum(1) < MIN_TAPE_POINTS
         if short.any():
             where = names[np.flatnonzero(short)[0]]
@@ -353,12 +350,8 @@ def _refine(
         expected = round((reach_m + FLANK_M) / STEP_M)
         outer, distinct = _outer_edges(values, round(width_m / STEP_M), expected)
         found = points + np.nan_to_num(offsets[0] + outer * STEP_M)[..., None] * normals[:, None]
-        also = np.zeros(seen.shape, bool)
-        for side in range(4):
-            if distinct[side].sum() >= MIN_TAPE_POINTS:
-                also[side] = distinct[side] & near_line(found[side], distinct[side], normals[side], 0.003)
         both_pixels = np.concatenate([pixels, project(homography, found)], axis=1)
-        both_good = np.concatenate([good, also], axis=1)
+        both_good = np.concatenate([good, _on_lines(found, distinct, normals)], axis=1)
         change, width_m, left_m = _fit_camera(camera, change, corners, normals, both_pixels, both_good, width_m)
     homography = camera.homography(change)
     # red pixels along the middle of the tape, and next to it, where none should be
@@ -414,6 +407,15 @@ def _fit_camera(
     left_m = np.zeros(good.shape)
     left_m[good] = misses_m(fit)
     return fit[:7], float(np.clip(fit[7], WIDTHS_M[0], WIDTHS_M[-1])), left_m
+
+
+def _on_lines(found: np.ndarray, seen: np.ndarray, normals: np.ndarray) -> np.ndarray:
+    """Points found (4, count, 2), m, that are in seen and lie on one line on each side: (4, count) bool."""
+    good = np.zeros(seen.shape, bool)
+    for side in range(4):
+        if seen[side].sum() >= MIN_TAPE_POINTS:
+            good[side] = seen[side] & near_line(found[side], seen[side], normals[side], 0.003)
+    return good
 
 
 def near_line(found: np.ndarray, seen: np.ndarray, normal: np.ndarray, tolerance_m: float) -> np.ndarray:
