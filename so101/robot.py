@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import signal
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +22,16 @@ class RobotError(SO101Error):
 
 class ServoFault(RobotError):
     """A servo is stalled, overloaded or too hot: it must not be asked to move any more."""
+
+
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """Signals that end the program wait until the end of the block."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 class Picture(NamedTuple):
