@@ -424,7 +424,7 @@ class ArmCheck:
 
     def __init__(self, loop: Any):
         self.loop, self.finger = loop, Fingertip()
-        self.believe(loop.controller.gain_factor, loop.offset_rad)
+        self.loop.measure()
 
     @property
     def gain_factor(self) -> float:

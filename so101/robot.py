@@ -26,12 +26,20 @@ class ServoFault(RobotError):
 
 @contextlib.contextmanager
 def signals_wait() -> Iterator[None]:
-    """Signals that end the program wait until the end of the block."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    """Signals that end the program wait until the end of the block.
+
+    A signal mask would not do: it holds for one thread, and the system may deliver a signal to any other.
+    """
+    came: list[int] = []
+    waiting = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {each: signal.signal(each, lambda signum, frame: came.append(signum)) for each in waiting}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+    if came:
+        signal.raise_signal(came[0])
 
 
 class Picture(NamedTuple):
