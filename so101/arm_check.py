@@ -433,7 +433,8 @@ def _raised(pan_rad: float) -> np.ndarray:
 
 
 class ArmCheck:
-    """The steps of the check that move the arm. Each leaves the fingertip above the table.
+    """The steps of the check that move the arm. Each leaves the fingertip above the table; after an
+    error the arm is where it was, for Loop.leave.
 
     Args:
         loop: a so101.loop.Loop on the arm; its policy is not used. Its offset_rad and the gain_factor of its controller
@@ -442,7 +443,7 @@ class ArmCheck:
 
     def __init__(self, loop: Any):
         self.loop, self.finger = loop, Fingertip()
-        self.believe(loop.controller.gain_factor, loop.offset_rad)
+        self.loop.measure()
 
     @property
     def gain_factor(self) -> float:
@@ -548,10 +549,9 @@ class ArmCheck:
             RobotError: no table was felt.
         """
         self.hover(place)
-        try:
-            return self._lower(place)
-        finally:
-            self._lift(place)
+        touched_rad = self._lower(place)
+        self._lift(place)
+        return touched_rad
 
     def hover(self, place: Place) -> None:
         """Move the fingertip to HOVER_M above a place, by way of a raised pose."""
@@ -720,21 +720,16 @@ class ArmCheck:
         before = locator.locate(picture, to_picture)
         place = _place_on_sheet(before)
         self.hover(place)
-        try:
-            self._lower(place)
-            start = self.finger.point_m(self.loop.controller.joints_rad)
-            tip, aim = np.zeros(2), place
-            while np.linalg.norm(tip) < DRAG_M:
-                if aim.reach_m < place.reach_m - DRAG_LONGEST_M:
-                    raise RobotError(
-                        "the pressed fingertip does not move over the paper: is the sheet held, or sticky?"
-                    )
-                aim = aim._replace(reach_m=aim.reach_m - DRAG_M_S / CONTROL_HZ)
-                self.follow(self.finger.joints_at(aim, start[2] - DRAG_DEPTH_M))
-                tip = (self.finger.point_m(self.loop.controller.joints_rad) - start)[:2]
-            place = place._replace(reach_m=place.reach_m - DRAG_M)
-        finally:
-            self._lift(place)
+        self._lower(place)
+        start = self.finger.point_m(self.loop.controller.joints_rad)
+        tip, aim = np.zeros(2), place
+        while np.linalg.norm(tip) < DRAG_M:
+            if aim.reach_m < place.reach_m - DRAG_LONGEST_M:
+                raise RobotError("the pressed fingertip does not move over the paper: is the sheet held, or sticky?")
+            aim = aim._replace(reach_m=aim.reach_m - DRAG_M_S / CONTROL_HZ)
+            self.follow(self.finger.joints_at(aim, start[2] - DRAG_DEPTH_M))
+            tip = (self.finger.point_m(self.loop.controller.joints_rad) - start)[:2]
+        self._lift(place._replace(reach_m=place.reach_m - DRAG_M))
         after = locator.locate(self.look(ASIDE_RAD), to_picture)
         # where the paper under the tip went: the sheet may have turned, too
         under = rotate((start[:2] - before[:2])[None], np.array([after[2] - before[2]]))[0]

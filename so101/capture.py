@@ -31,7 +31,7 @@ class Camera:
 
     def __init__(self, source: str, size: tuple[int, int] = (480, 640)):
         self.source, self.cv2 = source, import_extra("cv2", "arm", f"--camera {source}")
-        self.capture = self.cv2.VideoCapture(int(source) if source.isdigit() else source)
+        self.capture = self.cv2.VideoCapture(int(source) if source.isdecimal() and len(source) < 9 else source)
         self.capture.set(self.cv2.CAP_PROP_FRAME_HEIGHT, size[0])
         self.capture.set(self.cv2.CAP_PROP_FRAME_WIDTH, size[1])
         self.capture.set(self.cv2.CAP_PROP_BUFFERSIZE, 1)

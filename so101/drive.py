@@ -34,10 +34,10 @@ from so101.cli import Stop, Stoppable, check_flags, check_output, parse, run_scr
 from so101.evaluation import TEST_SEED
 from so101.extras import import_extra
 from so101.files import is_file, write_json
-from so101.guide import Guide, load_profile
+from so101.guide import STEPS, Guide, load_profile
 from so101.lerobot_arm import LeRobotArm
 from so101.locator import Marks, SheetLocator
-from so101.loop import RAISED_RAD, Blind, Clock, Loop, say
+from so101.loop import RAISED_RAD, Blind, Clock, Loop, ask, say
 from so101.opencv import OpenCVPolicy
 from so101.policies import load_policy
 from so101.robot import LEROBOT_P, Robot
@@ -112,6 +112,8 @@ def check_args(args: Args) -> None:
         raise SO101Error(f"--robot {args.robot}: give sim, or lerobot:PORT, as in lerobot:/dev/ttyACM0")
     if args.check and (kind != "lerobot" or args.dry_run):
         raise SO101Error("--check: needs an arm, --robot lerobot:PORT, without --dry-run")
+    if args.check and (flag := "--json" if args.json else "--video" if args.video else ""):
+        raise SO101Error(f"{flag}: --check keeps its results in a file of its own; drop {flag}")
     if args.replay is not None and not is_file(args.replay):
         raise SO101Error(f"--replay {args.replay}: no such file")
     if Path(args.robot_id).name != args.robot_id:
@@ -188,13 +190,14 @@ def arm_loop(args: Args, policy: BasePolicy, task: Task) -> Iterator[Loop]:
 
 def use_profile(args: Args, arm: LeRobotArm, policy: BasePolicy, profile: ArmProfile | None) -> np.ndarray:
     """Let arm and policy use what --check has measured, and print what it is; returns the joint offsets (6,), rad."""
-    profile_gain = None if profile is None else profile.gain_factor
+    done = {} if profile is None else profile.steps
+    profile_gain = profile.gain_factor if "zero and gain" in done else None
     arm.servo_gain = args.servo_gain or profile_gain or arm.servo_gain
     arm.gain_known = bool(args.servo_gain or profile_gain)
     say(f"servos at {arm.voltage:.1f} V, P = {arm.firmware_p}, gain {arm.servo_gain:.2f} of the 12 V STS3215's")
+    if (missing := [step for step in STEPS if step not in done]) and not args.check:
+        say(f"this arm was not checked: {', '.join(missing)}; add --check once")
     if profile is None:
-        if not args.check:
-            say("this arm was not checked: add --check once")
         return np.zeros(ACT_DIM)
     lift, elbow = np.rad2deg(profile.offset_rad[1:3])
     side = "on the arm's side" if profile.camera_turned else "opposite the arm"
@@ -211,12 +214,9 @@ def run_episode(loop: Loop, args: Args, task: Task, number: int) -> dict[str, An
     if sim:
         robot.reset(TEST_SEED + number)
     else:
-        try:
-            input("lay the sheet, keep clear of the arm, and press Enter (Ctrl+C stops at any time) ")
-        except EOFError as error:
-            raise SO101Error("no terminal to press Enter at, which starts each episode on an arm") from error
+        ask("lay the sheet, keep clear of the arm, and press Enter (Ctrl+C stops at any time) ")
         if not args.dry_run and not robot.enabled:
-            robot.enable()
+            loop.enable()
     loop.measure()
     if not args.dry_run:
         loop.home()
@@ -237,10 +237,11 @@ def run_episode(loop: Loop, args: Args, task: Task, number: int) -> dict[str, An
     return episode
 
 
-def run_episodes(args: Args, policy: BasePolicy, task: Task) -> tuple[dict[str, Any], BaseException | None]:
-    """All episodes; returns the results, and what has ended the run early."""
+def run_episodes(
+    args: Args, policy: BasePolicy, task: Task, film: CameraFilm | None
+) -> tuple[dict[str, Any], BaseException | None]:  # fmt: skip
+    """All episodes, filmed; returns the results, and what has ended the run early."""
     episodes: list[dict[str, Any]] = []
-    film = None if args.video is None else CameraFilm(args.video, task.tape_margin, args.outlines)
     bar = tqdm(total=args.episodes, unit="episode", dynamic_ncols=True, delay=1e-3, disable=args.episodes == 1 or None)
     loop, ended = None, None
     try:
@@ -252,19 +253,18 @@ def run_episodes(args: Args, policy: BasePolicy, task: Task) -> tuple[dict[str, 
                     break
                 episodes.append(episode)
                 bar.update()
-    except (SO101Error, Stop) as error:
+    except BaseException as error:  # main raises it again, after the results are written
         if loop is None:
             raise
         ended = error
         if isinstance(error, SO101Error):
-            ended = SO101Error(f"--robot {args.robot}: stopped in episode {len(episodes) + 1}: {error}")
+            where = "after the last episode" if len(episodes) == args.episodes else f"in episode {len(episodes) + 1}"
+            ended = SO101Error(f"--robot {args.robot}: stopped {where}: {error}")
     finally:
         bar.close()
-    if film is not None:
-        film.save()
     result = {**summarize(episodes, loop.clock, args.robot == "sim"), "events": dict(loop.robot.events)}
     if ended:
-        result["stopped"] = str(ended) if isinstance(ended, SO101Error) else f"signal {ended.signum}"
+        result["stopped"] = f"signal {ended.signum}" if isinstance(ended, Stop) else str(ended) or repr(ended)
     return {**result, "episode_list": episodes}, ended
 
 
@@ -318,18 +318,38 @@ def main() -> int:
             with arm_loop(args, policy, task) as loop:
                 Guide(loop, args.robot_id, task.tape_margin, args.marks).run()
             return 0
-        result, ended = run_episodes(args, policy, task)
+        film = None if args.video is None else CameraFilm(args.video, task.tape_margin, args.outlines)
+        result, ended = run_episodes(args, policy, task, film)
     finally:
         policy.close()
-    if args.json and (result["episodes"] or ended):
-        head = {"base_policy": policy_spec(args), "robot": args.robot, "firmware_p": task.firmware_p}
-        write_json(Path(args.json), {**head, **result})
-    print_report(result)
-    if ended:
-        raise ended
-    if not result["episodes"]:
-        raise SO101Error(f"{policy_spec(args)}: quit before its first episode ended; there is nothing to report")
+    if not result["episodes"] and not ended:
+        ended = SO101Error(f"{policy_spec(args)}: quit before its first episode ended; there is nothing to report")
+    keep_results(args, task, result, film, ended)
     return 0
+
+
+def keep_results(
+    args: Args, task: Task, result: dict[str, Any], film: CameraFilm | None, ended: BaseException | None
+) -> None:  # fmt: skip
+    """Write and print everything that a run leaves, also if one of it fails; then raise what has ended the run.
+
+    Raises what could not be written if the run has not ended by an error.
+    """
+
+    def write_results() -> None:
+        if args.json:
+            head = {"base_policy": policy_spec(args), "robot": args.robot, "firmware_p": task.firmware_p}
+            write_json(Path(args.json), {**head, **result})
+
+    for keep in (write_results, lambda: print_report(result), film.save if film else lambda: None):
+        try:
+            keep()
+        except (SO101Error, OSError) as error:
+            if ended is not None:
+                say(f"also: {error}")
+            ended = ended or error
+    if ended is not None:
+        raise ended
 
 
 def replay(args: Args) -> int:

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 
 from so101.arm_check import ArmCheck, ArmProfile, servo_advice
-from so101.files import write_atomic
+from so101.files import disk_error, write_atomic
 from so101.lerobot_arm import VARIANT_V, LeRobotArm
 from so101.locator import Marks, SheetLocator, overlay
-from so101.loop import Loop
+from so101.loop import Loop, ask
 from so101_sim.control import JOINTS, SPANS_DEG
 from so101_sim.errors import SO101Error
+
+STEPS = ("servos", "calibration", "directions", "zero and gain", "camera", "fingertip")
 
 
 def profile_path(robot_id: str) -> Path:
@@ -71,20 +73,22 @@ class Guide:
         Raises:
             SO101Error: a step has found a fault. The steps before it are kept.
         """
-        steps = {
-            "servos": self._servos, "calibration": self._calibration, "directions": self._directions,
-            "zero and gain": self._zero_and_gain, "camera": self._camera, "fingertip": self._fingertip,
-        }  # fmt: skip
-        for number, (name, step) in enumerate(steps.items(), 1):
-            head = f"{number}/{len(steps)} {name}"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(self.path, error) from error
+        steps = (
+            self._servos, self._calibration, self._directions, self._zero_and_gain, self._camera, self._fingertip
+        )  # fmt: skip
+        for number, (name, step) in enumerate(zip(STEPS, steps), 1):
+            head = f"{number}/{len(STEPS)} {name}"
             if name in self.profile.steps:
                 done = self.profile.steps[name]
-                self.say(f"{head}: {done['summary']} (on {done['date']})")
+                self.say(f"{head}: {done.get('summary', 'done')} (on {done['date']})")
                 continue
             self.say(f"{head} ...")
             summary, result, changes = step()
             self.profile = self.profile.with_step(name, {"summary": summary, **result}, **changes)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.profile.save(self.path)
             self.say(f"{head}: {summary}")
         self.say(f"the arm is checked; {self.path} keeps the results, and so101.drive uses them")
@@ -94,24 +98,15 @@ class Guide:
 
     def _wait(self, request: str) -> None:
         """Ask the person to do something, and wait for Enter. The first time, switch the arm on."""
-        self._ask(f"    {request}; press Enter ")
+        ask(f"    {request}; press Enter ")
         if not self.arm.enabled:
-            self.arm.enable()
-            self.loop.controller.reset()
-            self.loop.measure()
+            self.loop.enable()
         if self.check is None:
             self.check = ArmCheck(self.loop)
 
-    def _ask(self, question: str) -> str:
-        """The answer to a question."""
-        try:
-            return input(question).strip().lower()
-        except EOFError as error:
-            raise SO101Error("no terminal to answer at, which --check needs") from error
-
     def _confirm(self, question: str, otherwise: str) -> None:
         """Ask a question. Raises SO101Error with the way out unless the answer is yes."""
-        while (answer := self._ask(f"    {question} (y/n) ")) not in ("y", "yes", "n", "no"):
+        while (answer := ask(f"    {question} (y/n) ")) not in ("y", "yes", "n", "no"):
             self.say("    answer y or n")
         if answer.startswith("n"):
             raise SO101Error(otherwise)

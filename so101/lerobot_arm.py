@@ -8,7 +8,7 @@ switched off, also when one of them fails.
 from __future__ import annotations
 
 import fcntl
-import signal
+import shlex
 import termios
 import time
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from so101.capture import Camera
-from so101.robot import LEROBOT_P, Picture, Robot, RobotError, ServoFault
+from so101.robot import LEROBOT_P, Picture, Robot, RobotError, ServoFault, signals_wait
 from so101_sim.control import ACT_DIM, JOINTS, TICKS_PER_TURN, WATCHDOG_S, from_rad, read_calibration, to_rad
 
 ANSWER_S = 0.025  # a servo that has not answered for so long has not got the request; it takes about 1 ms
@@ -40,6 +40,7 @@ SETTINGS = {
     "Return_Delay_Time": 0, "Maximum_Acceleration": 254, "Acceleration": 254, "Operating_Mode": 0, "I_Coefficient": 0,
     "D_Coefficient": 32,
 }  # fmt: skip
+KEPT = ("Operating_Mode", "P_Coefficient", "Torque_Enable")  # read again after they were written
 GRIPPER_SETTINGS = {"Max_Torque_Limit": 500, "Protection_Current": 250, "Overload_Torque": 25}
 
 
@@ -65,6 +66,8 @@ class LeRobotArm(Robot):
         say: Callable[[str], None] = print,
     ):  # fmt: skip
         super().__init__()
+        flags = ["--robot.type=so101_follower", f"--robot.port={port}", f"--robot.id={robot_id}"]
+        self.calibrate_command = shlex.join(["lerobot-calibrate", *flags])
         try:
             from lerobot.robots.so_follower import SO101Follower, SO101FollowerConfig
 
@@ -72,9 +75,14 @@ class LeRobotArm(Robot):
         except (ImportError, RuntimeError) as error:  # torch raises RuntimeError beside another torchvision
             reason = " ".join(str(error).split())
             raise RobotError(f"lerobot:{port}: needs LeRobot's environment, see docs/arm.md ({reason:.120})") from error
+        except Exception as error:  # LeRobot reads the calibration, and raises what its parser and the disk raise
+            reason = " ".join(str(error).split())
+            raise RobotError(
+                f"--robot-id {robot_id}: LeRobot cannot read this arm's calibration ({reason:.160}); delete "
+                f"robots/so_follower/{robot_id}.json in LeRobot's calibration directory, and run "
+                f"{self.calibrate_command}"
+            ) from error
         self.port, self.firmware_p, self.say, self.bus = port, firmware_p, say, self.arm.bus
-        flags = f"--robot.type=so101_follower --robot.port={port} --robot.id={robot_id}"
-        self.calibrate_command = f"lerobot-calibrate {flags}"
         if not self.arm.calibration:
             raise RobotError(
                 f"lerobot:{port}: no calibration in {self.arm.calibration_fpath}; run {self.calibrate_command}"
@@ -139,6 +147,8 @@ class LeRobotArm(Robot):
 
     def enable(self) -> None:
         """See Robot. Configures the servos as LeRobot does, and writes only what differs from what they have."""
+        for name in STATE:
+            self._check_state(name, self._state(name))
         present = {joint: round(value) for joint, value in self._ask("Present_Position", normalize=False).items()}
         self.enabled = True  # from here on a servo may be under torque
         for joint in JOINTS:
@@ -152,9 +162,15 @@ class LeRobotArm(Robot):
             self._set(joint, "Lock", 1)
 
     def _set(self, joint: str, name: str, value: int) -> None:
-        """Write a register unless it has the value."""
-        if self._try(self.bus.read, name, joint, normalize=False) != value:
-            self._try(self.bus.write, name, joint, value, normalize=False)
+        """Write a register unless it has the value. Raises RobotError if the servo must keep it, and does not."""
+        if self._try(self.bus.read, name, joint, normalize=False) == value:
+            return
+        self._try(self.bus.write, name, joint, value, normalize=False)
+        if name in KEPT and (kept := self._try(self.bus.read, name, joint, normalize=False)) != value:
+            raise RobotError(
+                f"lerobot:{self.port}: {joint} does not take {value} as its {name}, and keeps {kept}; switch its power "
+                "off and on again"
+            )
 
     # -- the bus
 
@@ -336,12 +352,9 @@ class LeRobotArm(Robot):
         """See Robot. Signals wait until every servo was tried."""
         if not self.enabled:
             return []
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-        try:
+        with signals_wait():
             failed = [joint for joint in JOINTS if not self._relax(joint)]
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        self.enabled = bool(failed)
+            self.enabled = bool(failed)
         return failed
 
     def _relax(self, joint: str) -> bool:

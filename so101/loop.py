@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from so101.arm_film import CameraFilm
 from so101.base import BasePolicy
-from so101.cli import Stop
+from so101.cli import Stop, silence_output
 from so101.extras import import_extra
 from so101.opencv import OpenCVPolicy
-from so101.robot import Picture, Robot, RobotError, ServoFault
+from so101.robot import Picture, Robot, RobotError, ServoFault, signals_wait
 from so101_env import (
     HOME_RAD,
     SUCCESS_STEPS,
@@ -29,7 +29,8 @@ from so101_sim.control import ACT_DIM, JOINTS, Controller, from_rad
 from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ
 
-HOME_SPEED_RAD_S, HOME_NEAR_RAD, HOME_WAIT_S = 0.4, 0.015, 15.0  # slow motions, between poses
+HOME_SPEED_RAD_S, HOME_NEAR_RAD = 0.4, 0.015  # slow motions, between poses
+HOME_WAIT_S, HOME_WAITS = 10.0, 1.5  # they may take so much time, and so many times what the way takes at full speed
 # an arm that stops this near its goal for this long has met the table: its zero or the table's height is off
 HOME_TOUCH_RAD, HOME_STILL_RAD, HOME_STILL_S = float(np.deg2rad(5.0)), 0.002, 1.0
 REST_S = 0.5  # until an arm that was moving is at rest
@@ -45,8 +46,23 @@ MISSED_MANY, SAY_AGAIN_S = 8, 5.0  # deadlines missed in a second that are worth
 
 
 def say(text: str) -> None:
-    """Print a line to stderr, beside a progress bar."""
-    tqdm.write(text, file=sys.stderr)
+    """Print a line to stderr, beside a progress bar. If nobody can read it any more, the arm's motion goes on."""
+    try:
+        tqdm.write(text, file=sys.stderr)
+    except OSError:
+        silence_output()
+
+
+def ask(question: str) -> str:
+    """What a person at the terminal answers to a question. Raises SO101Error if there is no terminal."""
+    try:
+        if sys.stdin is None:  # started with its descriptor closed
+            raise EOFError("it is closed")
+        return input(question).strip().lower()
+    except BrokenPipeError:
+        raise
+    except (EOFError, OSError, UnicodeDecodeError) as error:
+        raise SO101Error(f"no terminal to press Enter at, without which an arm does not move ({error})") from error
 
 
 class Blind(SO101Error):
@@ -110,6 +126,14 @@ class Loop:
         self.film: CameraFilm | None = None  # of what the policy sees
         self.dry_run, self.offset_rad = dry_run, np.zeros(ACT_DIM) if offset_rad is None else offset_rad
 
+    def enable(self) -> None:
+        """Switch the arm's torque on, if its joints are where they can be."""
+        self.controller.reset()
+        self.measure()
+        self.robot.enable()
+        self.controller.reset()  # the targets are now those of the arm at rest under torque
+        self.measure()
+
     def measure(self) -> None:
         """Read the joints."""
         joints_rad, time_s = self.robot.read()
@@ -132,7 +156,9 @@ class Loop:
         """
         step, nearest, still = HOME_SPEED_RAD_S / CONTROL_HZ, np.inf, 0
         self.clock.start()
-        for _ in range(round(HOME_WAIT_S * CONTROL_HZ)):
+        self.measure()
+        way = np.abs(goal_rad - self.controller.joints_rad).max() / min(step, self.controller.max_step_rad)  # steps
+        for _ in range(round(HOME_WAIT_S * CONTROL_HZ + HOME_WAITS * way)):
             self.measure()
             left = goal_rad - self.controller.joints_rad
             far = np.abs(left).max()
@@ -171,6 +197,10 @@ class Loop:
 
         Args:
             ended: what has ended the run; after a ServoFault the arm is not moved any more.
+
+        Raises:
+            SO101Error, Stop: what has stopped the arm on the way, or a torque that is not off; only if the run has not
+                ended by an error.
         """
         if not self.robot.enabled:
             return
@@ -182,12 +212,18 @@ class Loop:
                 say("the arm folds itself slowly; Ctrl+C switches its torque off at once")
                 self.rest()
                 where = "at rest"
-        except (SO101Error, Stop) as error:  # the first error is the one that is reported at the end
+        except (SO101Error, Stop) as error:
             say("stopped on the way" if isinstance(error, Stop) else f"stopped on the way: {error}")
-        if failed := self.robot.relax():
-            say(f"torque NOT off in {', '.join(failed)}: switch the arm's power off")
-        else:
-            say(f"torque off {where}")
+            if ended is None:  # the first error is the one that is reported at the end
+                raise
+        finally:
+            with signals_wait():
+                if failed := self.robot.relax():
+                    say(f"torque NOT off in {', '.join(failed)}: switch the arm's power off")
+                else:
+                    say(f"torque off {where}")
+        if failed and ended is None:
+            raise RobotError(f"torque not off in {', '.join(failed)}")
 
     def rest(self) -> None:
         """Fold the arm slowly, from wherever it is, to where it does not fall without torque.

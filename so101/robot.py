@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import signal
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +22,24 @@ class RobotError(SO101Error):
 
 class ServoFault(RobotError):
     """A servo is stalled, overloaded or too hot: it must not be asked to move any more."""
+
+
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """Signals that end the program wait until the end of the block.
+
+    A signal mask would not do: it holds for one thread, and the system may deliver a signal to any other.
+    """
+    came: list[int] = []
+    waiting = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {each: signal.signal(each, lambda signum, frame: came.append(signum)) for each in waiting}
+    try:
+        yield
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+    if came:
+        signal.raise_signal(came[0])
 
 
 class Picture(NamedTuple):

@@ -24,7 +24,7 @@ from so101.arm_check import (
 from so101.camera import NotSeen
 from so101.drive import Loop
 from so101.locator import SheetLocator
-from so101.robot import Picture, RobotError
+from so101.robot import Picture, RobotError, ServoFault
 from so101_env import TAPE_CENTER_M, load_model
 from so101_sim.control import BACKLASH_RAD, JOINTS, LATENCY_S, Controller
 from so101_sim.errors import SO101Error
@@ -79,6 +79,23 @@ def watch(check: ArmCheck, see) -> list:
 
     check.loop.clock.sleep = watched
     return seen
+
+
+def test_a_servo_fault_while_the_tip_presses_stops_the_arm():
+    """Lifting the tip is for the way out, which knows what has happened."""
+    check, sent = make_check(), []
+    robot = check.loop.robot
+    write = robot.write
+
+    def watch():
+        if tip_m(check)[2] < 0.03:
+            robot.write = sent.append
+            raise ServoFault("overload")
+
+    robot.watch = watch
+    with pytest.raises(ServoFault, match="overload"):
+        check.touch(TOUCHES[0])
+    assert robot.write != write and sent == []
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,16 @@
 
 import builtins
 import json
+import os
+import signal
+from types import SimpleNamespace
 
 import pytest
 from conftest import error_of
 from test_lerobot_arm import Evening, torque
 
+from so101 import drive
+from so101.arm_check import ArmProfile
 from so101.simulated_arm import Flaws
 
 pytest.importorskip("cv2")
@@ -76,6 +81,14 @@ def test_from_a_wrong_arm_to_a_success(make_evening):
     assert code == 2 and "was calibrated anew since this check; delete the file and run --check again" in err
 
 
+def test_a_weak_arm_folds_before_its_gain_is_known(make_evening):
+    """Half of the gain that its supply suggests, and Ctrl+C while the first joints are tried."""
+    evening = make_evening(flaws=Flaws(gain=0.5))
+    evening.at(12, lambda: os.kill(os.getpid(), signal.SIGINT))
+    code, err = evening.run("--check")
+    assert code == 130 and err.splitlines()[-1] == "torque off at rest" and evening.off_rest_deg() < 10
+
+
 def test_a_joint_that_turns_the_wrong_way_ends_the_check(make_evening):
     """What is done is kept, and the arm folds itself."""
     evening = make_evening(answers=2)
@@ -83,6 +96,23 @@ def test_a_joint_that_turns_the_wrong_way_ends_the_check(make_evening):
     assert code == 2 and "elbow_flex turns the wrong way: run lerobot-calibrate" in err
     assert {*json.loads(evening.profile.read_text())["steps"]} == {"servos", "calibration"}
     assert torque(evening) == [] and evening.off_rest_deg() < 10
+
+    # a run knows what the check has not measured
+    code, err = evening.run("--dry-run", "--episode-steps", "1")
+    assert "this arm was not checked: directions, zero and gain, camera, fingertip; add --check once" in err
+    arm, profile = (
+        SimpleNamespace(servo_gain=0.55, voltage=7.4, firmware_p=16),
+        ArmProfile.load(evening.profile, "mine"),
+    )
+    drive.use_profile(drive.Args(), arm, None, profile)
+    assert not arm.gain_known and arm.servo_gain == 0.55
+
+
+def test_a_place_for_the_profile_that_cannot_be_written(make_evening):
+    evening = make_evening()
+    (evening.directory / "so101").write_text("in the way")
+    code, err = evening.run("--check")
+    assert code == 2 and "so101/mine.json: cannot be written" in err and evening.state["writes"] == 0
 
 
 def test_without_a_table_the_touch_is_given_up(make_evening):
@@ -97,6 +127,8 @@ def test_refusals(monkeypatch, tmp_path):
     for flags, text in (
         (["--check"], "--check: needs an arm"),
         (["--check", "--robot", "lerobot:PORT", "--dry-run"], "--check: needs an arm"),
+        (["--check", "--robot", "lerobot:PORT", "--json", "check.json"], "--json: --check keeps its results"),
+        (["--check", "--robot", "lerobot:PORT", "--video", "check.mp4"], "--video: --check keeps its results"),
         (["--robot", "lerobot:PORT", "--robot-id", "../me"], "--robot-id ../me: give a name"),
         (["--replay", str(tmp_path / "none.mp4")], "none.mp4: no such file"),
     ):

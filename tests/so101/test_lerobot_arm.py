@@ -5,6 +5,8 @@ a pseudo-terminal.
 """
 
 import builtins
+import errno
+import io
 import json
 import os
 import re
@@ -20,6 +22,7 @@ from virtual import VirtualProcess
 
 from so101 import capture, drive, lerobot_arm
 from so101.cli import run_script
+from so101.feetech import REGISTERS as TABLE
 from so101.loop import REST_RAD, Clock
 from so101.robot import Picture, ServoFault
 from so101.virtual_arm import VirtualArm, factory_calibration, parse_fault
@@ -96,7 +99,8 @@ class Evening:
 
     def run(self, *flags):
         """Run the script; returns its exit code, and what it wrote to stderr."""
-        words = ["so101.drive", "--robot", "lerobot:PORT", "--robot-id", "mine", "--json", str(self.json), *flags]
+        words = ["so101.drive", "--robot", "lerobot:PORT", "--robot-id", "mine", *flags]
+        words += [] if "--check" in flags else ["--json", str(self.json)]
         self.monkeypatch.setattr(sys, "argv", words)
         code = run_script(drive.main)
         self.out, err = self.capsys.readouterr()
@@ -192,6 +196,76 @@ def test_what_ends_a_run(evening, fault, text, under_torque):
         assert "not moved any more" in err and evening.off_rest_deg() > 20
 
 
+@pytest.mark.parametrize("fault, text", [("overload:shoulder_lift@11", "overload"), ("silent:gripper@11", "gripper")])
+def test_a_fault_while_the_arm_folds_is_reported(evening, fault, text):
+    """After an episode that has ended well: the run has not."""
+    evening.virtual.faults.append(parse_fault(fault))
+    code, err = evening.run("--episode-steps", "30")
+    assert evening.report["episodes"] == 1 and "stopped after the last episode" in evening.report["stopped"]
+    assert code == 2 and text in err.splitlines()[-1] and "stopped on the way" in err
+
+
+def test_a_result_that_cannot_be_written_costs_no_other(evening):
+    """The directory of the film is removed while the arm moves."""
+    directory = evening.directory / "films"
+    directory.mkdir()
+    evening.at(5, directory.rmdir)
+    code, err = evening.run("--video", str(directory / "film.mp4"), "--episode-steps", "30")
+    assert code == 2 and "film.mp4: cannot be written" in err.splitlines()[-1]
+    assert evening.report["episodes"] == 1 and "success, by camera         1.00" in evening.out
+
+
+def test_the_arm_folds_when_nobody_reads_what_it_says(evening, monkeypatch):
+    """The reader of stderr is gone, as with `2>&1 | less`, when the first line after that is due."""
+    closed, real = io.StringIO(), sys.stderr
+    closed.write = lambda text: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe"))
+    monkeypatch.setattr("so101.loop.silence_output", lambda: setattr(sys, "stderr", real))
+    evening.at(5, lambda: setattr(sys, "stderr", closed))
+    try:
+        code, err = evening.run("--episode-steps", "30")
+    finally:
+        sys.stderr = real
+    assert code == 0 and torque(evening) == [] and evening.off_rest_deg() < 10
+    assert err.splitlines()[-1] == "torque off at rest"  # printed as in the next run, which has a reader
+
+
+def test_a_slow_arm_gets_the_time_it_needs(evening):
+    code, err = evening.run("--max-speed", "0.05", "--episode-steps", "1")
+    assert code == 0 and err.splitlines()[-1] == "torque off at rest" and evening.virtual.age_s > 60
+
+
+def keeps(servo, register):
+    """Let a servo ignore what is written to a register."""
+    write, address = servo.write, TABLE[register].address
+    return lambda at, data: None if at == address else write(at, data)
+
+
+# what is wrong with a servo, and what the last line says: nothing moves
+NOT_READY = [
+    ("P_Coefficient", "elbow_flex does not take 24 as its P_Coefficient, and keeps 32"),
+    ("Torque_Enable", "elbow_flex does not take 1 as its Torque_Enable, and keeps 0"),
+    ("horn", "elbow_flex is .* degrees outside its range"),
+    ("temperature", "elbow_flex has 67 degrees C"),
+]
+
+
+@pytest.mark.parametrize("wrong, text", NOT_READY, ids=[wrong for wrong, _ in NOT_READY])
+def test_a_servo_that_is_not_ready_stops_the_run_before_it_moves(evening, wrong, text):
+    servo = evening.virtual.servos[2]
+    if wrong in TABLE:
+        servo.write = keeps(servo, wrong)
+    elif wrong == "horn":
+        servo.measure = slipped(servo, 400)
+    else:
+        measure = servo.measure
+        servo.measure = lambda *values: measure(*values[:-1], 67.0)
+    before = evening.virtual.arm.qpos[:6]
+    code, err = evening.run("--firmware-p", "24")
+    assert code == 2 and re.search(text, err.splitlines()[-1]) and torque(evening) == []
+    assert np.abs(evening.virtual.arm.qpos[:6] - before).max() < np.deg2rad(5)
+    assert evening.state["writes"] == 0 or wrong in TABLE
+
+
 def test_lost_and_damaged_answers_are_asked_for_again(evening):
     evening.virtual.faults += [parse_fault("lost:0.002"), parse_fault("corrupt:0.002")]
     code, err = evening.run()
@@ -252,6 +326,41 @@ def test_a_second_signal_makes_it_limp_at_once(evening):
     assert torque(evening) == [] and evening.off_rest_deg() > 20 and evening.virtual.age_s < 12
 
 
+def test_a_third_signal_still_says_what_became_of_the_arm(evening):
+    """It comes while the torque is switched off."""
+
+    def third():
+        if "torque" in state and evening.virtual.servos[0].written["Torque_Enable"] == 2:
+            state.remove("torque")
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def second():
+        evening.time.on_sleep = third
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def first():
+        evening.at(8, second)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    state = ["torque"]
+    evening.at(7, first)
+    code, err = evening.run()
+    assert state == [] and code == 130
+    assert torque(evening) == [] and err.splitlines()[-1] == "torque off where it was: hold the arm, it falls"
+
+
+@pytest.mark.parametrize("stdin", ["closed", "gone"])
+def test_without_a_terminal_nothing_moves(evening, monkeypatch, stdin):
+    def gone(prompt):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(builtins, "input", gone)
+    if stdin == "closed":
+        monkeypatch.setattr(sys, "stdin", None)
+    code, err = evening.run()
+    assert code == 2 and "no terminal to press Enter at" in err.splitlines()[-1] and evening.state["writes"] == 0
+
+
 def test_a_closed_terminal_ends_after_what_is_complete(evening):
     evening.enters = 1
     code, err = evening.run("--episodes", "3")
@@ -260,8 +369,8 @@ def test_a_closed_terminal_ends_after_what_is_complete(evening):
 
 
 def test_a_fault_in_the_policy_folds_the_arm_too(evening, monkeypatch):
-    """Even one that nobody has thought of."""
-    calls = []
+    """Even one that nobody has thought of. Report and film of what was before it are written."""
+    calls, film = [], evening.directory / "film.mp4"
 
     def act(self, obs, mask):
         calls.append(1)
@@ -271,8 +380,9 @@ def test_a_fault_in_the_policy_folds_the_arm_too(evening, monkeypatch):
 
     monkeypatch.setattr("so101.opencv.OpenCVPolicy.act", act)
     with pytest.raises(ZeroDivisionError):
-        evening.run()
+        evening.run("--video", str(film))
     evening.state = evening.virtual.state()
+    assert evening.report["stopped"] == "of the policy"
     assert torque(evening) == [] and evening.off_rest_deg() < 10
 
 
@@ -298,6 +408,14 @@ def test_a_weak_servo_is_believed_to_be_one(monkeypatch, capsys, tmp_path):
     code, err = evening.run()
     assert code == 0 and "servos at 7.4 V, P = 16, gain 0.55" in err
     assert evening.report["seen_inside_rate"] == 1
+
+
+@pytest.mark.parametrize("text", ["{", "", "[1"])
+def test_a_calibration_that_lerobot_cannot_read(evening, text):
+    (evening.directory / "mine.json").write_text(text)
+    code, err = evening.run()
+    assert code == 2 and "--robot-id mine: LeRobot cannot read this arm's calibration" in err
+    assert "run lerobot-calibrate --robot.type=so101_follower --robot.port=PORT --robot.id=mine" in err
 
 
 # a change of the calibration file, and the joint that the refusal names
