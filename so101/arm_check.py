@@ -215,9 +215,9 @@ SWEEPS = (
 SWEEP_RAD_S, SWEEP_SETTLE_S = 0.12, 0.6
 # With less torque than this, friction and damping can turn its sign, and backlash no longer adds a constant
 SWEEP_MIN_N_M = 0.2
-# Width of the command window for motions in the air. Servos with 0.4 of the assumed gain sag by this much more. It
-# allows a torque of 1.2 N m against an obstacle, so nothing may be in reach of the arm.
-AIR_WINDOW_RAD = 0.14
+# Width of the command window for motions in the air. Servos with 0.36 of the assumed gain sag by this much more. It
+# allows a torque of 1.5 N m against an obstacle, so nothing may be in reach of the arm.
+AIR_WINDOW_RAD = 0.17
 # Motions in the air correct a smaller share of what is left per step than so101.drive does, because servos with half of
 # the gain that is assumed are slow: with more, they oscillate about the goal
 GO_RAD_S, GO_SHARE, GO_NEAR_RAD, GO_WAIT_S = 0.4, 0.07, 0.015, 20.0
