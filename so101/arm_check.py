@@ -187,8 +187,8 @@ SWEEPS = (
 SWEEP_RAD_S, SWEEP_SETTLE_S = 0.12, 0.6
 # With less torque than this, friction and damping can turn its sign, and backlash no longer adds a constant
 SWEEP_MIN_N_M = 0.2
-# By how much the command window is wider in the air. Servos with 0.4 of the assumed gain sag by this much more. It
-# allows a torque of 1.2 N m against an obstacle, so nothing may be in reach of the arm.
+# By how much the command window is wider in the air. Servos with 0.36 of the assumed gain sag by this much more. It
+# allows a torque of 1.5 N m against an obstacle, so nothing may be in reach of the arm.
 AIR_WINDOW_RAD = 0.14
 # Motions in the air correct a smaller share of what is left per step than so101.drive does, because servos with half of
 # the gain that is assumed are slow: with more, they oscillate about the goal
