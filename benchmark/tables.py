@@ -80,7 +80,7 @@ class Args:
 
     scenes: int = 40
     """number of scenes in every condition"""
-    first: int = 1000
+    first: int = 5000
     """number of the first scene"""
     conditions: tuple[str, ...] = ()
     """only these (default: all)"""
