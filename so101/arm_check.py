@@ -241,7 +241,7 @@ LOWER_M_S, LIFT_M_S = 0.007, 0.04
 # STALL_M in the last STALL_STEPS control steps (means over four). Torques are compared with those FREE_STEPS control
 # steps ago, in the air, so that friction, backlash and a gain that is 20 % off are not taken for a force; the first
 # SETTLE_STEPS are left out. The tip's goal is at most LEAD_M below the tip.
-PRESS_N, STALL_STEPS, STALL_M, SETTLE_STEPS, FREE_STEPS, LEAD_M = 0.7, 8, 0.0006, 25, (54, 42), 0.008
+PRESS_N, STALL_STEPS, STALL_M, SETTLE_STEPS, FREE_STEPS, LEAD_M = 0.7, 12, 0.0006, 25, (54, 42), 0.008
 OFFSET_PRIOR_RAD = float(np.deg2rad(3.0))  # standard deviation of the offsets that are fitted
 WRIST_PRIOR_RAD = float(np.deg2rad(1.0))
 CONTACT_ERROR_M = 0.0007  # standard deviation of a touch: table, encoder, shape of the fingertip
