@@ -551,6 +551,12 @@ def test_a_camera_with_pictures_that_fail_or_repeat(monkeypatch):
     source.close()
 
 
+@pytest.mark.parametrize("source", ["no such camera", "\N{SUPERSCRIPT TWO}", "9" * 20])
+def test_a_camera_that_is_not_there(source):
+    with pytest.raises(SO101Error, match=f"--camera {source}: delivers no pictures; name another index or path"):
+        capture.Camera(source)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # with LeRobot's own driver, in real time
 
