@@ -85,17 +85,17 @@ def test_a_servo_fault_while_the_tip_presses_stops_the_arm():
     """Lifting the tip is for the way out, which knows what has happened."""
     check, sent = make_check(), []
     robot = check.loop.robot
-    write = robot.write
 
     def watch():
         if tip_m(check)[2] < 0.03:
             robot.write = sent.append
             raise ServoFault("overload")
 
+    check.hover(TOUCHES[0])
     robot.watch = watch
     with pytest.raises(ServoFault, match="overload"):
         check.touch(TOUCHES[0])
-    assert robot.write != write and sent == []
+    assert robot.write == sent.append and sent == []
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_touch_is_gentle(gain, place):
     assert tip_m(check)[2] > 0.03
 
 
-def test_where_there_is_no_table_it_stops():
+def test_where_there_is_no_table_it_stops_and_can_fold():
     check = make_check()
     set_table_height(check, -0.2)
     check.hover(TOUCHES[1])
@@ -169,6 +169,8 @@ def test_where_there_is_no_table_it_stops():
     with pytest.raises(RobotError, match="no table was felt"):
         check.touch(TOUCHES[1])
     assert LOWEST_M - 0.02 < min(heights) < LOWEST_M + 0.01
+    check.loop.rest()  # what Loop.leave does
+    assert tip_m(check)[2] > 0.005
 
 
 def test_offsets_of_touches_by_kinematics():

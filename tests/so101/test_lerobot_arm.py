@@ -21,10 +21,10 @@ from lerobot_stub import Time, install
 from virtual import VirtualProcess
 
 from so101 import capture, drive, lerobot_arm
-from so101.cli import run_script
+from so101.cli import Stop, Stoppable, run_script
 from so101.feetech import REGISTERS as TABLE
 from so101.loop import REST_RAD, Clock
-from so101.robot import Picture, ServoFault
+from so101.robot import Picture, ServoFault, signals_wait
 from so101.virtual_arm import VirtualArm, factory_calibration, parse_fault
 from so101_sim.control import JOINTS, SPANS_DEG, read_calibration
 from so101_sim.errors import SO101Error
@@ -230,8 +230,8 @@ def test_the_arm_folds_when_nobody_reads_what_it_says(evening, monkeypatch):
 
 
 def test_a_slow_arm_gets_the_time_it_needs(evening):
-    code, err = evening.run("--max-speed", "0.05", "--episode-steps", "1")
-    assert code == 0 and err.splitlines()[-1] == "torque off at rest" and evening.virtual.age_s > 60
+    code, err = evening.run("--max-speed", "0.1", "--episode-steps", "1")
+    assert code == 0 and err.splitlines()[-1] == "torque off at rest" and evening.virtual.age_s > 40
 
 
 def keeps(servo, register):
@@ -347,6 +347,18 @@ def test_a_third_signal_still_says_what_became_of_the_arm(evening):
     code, err = evening.run()
     assert state == [] and code == 130
     assert torque(evening) == [] and err.splitlines()[-1] == "torque off where it was: hold the arm, it falls"
+
+
+def test_a_signal_that_had_to_wait_comes_afterwards():
+    """Whichever thread the system delivers it to."""
+    steps = []
+    with pytest.raises(Stop) as stop, Stoppable():
+        with signals_wait():
+            os.kill(os.getpid(), signal.SIGTERM)
+            capture.time.sleep(0.05)
+            steps.append("the rest of the block")
+        steps.append("what follows it")
+    assert steps == ["the rest of the block"] and stop.value.signum == signal.SIGTERM
 
 
 @pytest.mark.parametrize("stdin", ["closed", "gone"])
@@ -537,6 +549,12 @@ def test_a_camera_with_pictures_that_fail_or_repeat(monkeypatch):
     with pytest.raises(SO101Error, match="delivers no more pictures"):
         source.picture()
     source.close()
+
+
+@pytest.mark.parametrize("source", ["no such camera", "\N{SUPERSCRIPT TWO}", "9" * 20])
+def test_a_camera_that_is_not_there(source):
+    with pytest.raises(SO101Error, match=f"--camera {source}: delivers no pictures; name another index or path"):
+        capture.Camera(source)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
