@@ -33,7 +33,7 @@ class CameraFilm:
     Args:
         path: ends in .mp4.
         tape_margin: m between sheet and tape on every side.
-        outlines: draw what was seen; the film is then enlarged twice.
+        outlines: draw what was seen; small pictures are then enlarged twice.
         every: keep one picture of so many.
     """
 
@@ -64,7 +64,8 @@ class CameraFilm:
                     image = np.ascontiguousarray(self.cv2.imdecode(frame.jpeg, self.cv2.IMREAD_COLOR)[..., ::-1])
                     image = image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2]  # H.264 wants even sides
                     if self.outlines:
-                        image = overlay(image, frame.to_picture, frame.pose, self.tape_margin, frame.text)
+                        scale = 2 if image.shape[1] < 480 else 1
+                        image = overlay(image, frame.to_picture, frame.pose, self.tape_margin, frame.text, scale)
                     writer.append_data(image)
 
         write_atomic(self.path, write)

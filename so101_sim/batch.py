@@ -27,10 +27,6 @@ class ArmRandomization:
 
     servo_gain: float = 0.0
     """fraction, proportional gain, sampled per joint"""
-    supply_gain: tuple[float, float] = (1.0, 1.0)
-    """factor of the gain of all servos of an arm, log-uniform between these: servo variant and supply voltage"""
-    known_gain_error: tuple[float, float] = (1.0, 1.0)
-    """factor by which what the command law knows of that gain is off, log-uniform: it is measured, see `learn_gain`"""
     servo_damping: float = 0.0
     """fraction, joint damping, sampled per joint"""
     latency_steps: int = 0
@@ -39,6 +35,10 @@ class ArmRandomization:
     """calibration error of the joint encoders, sampled per joint, uniform in +- this"""
     backlash_rad: tuple[float, float] = (0.0, 0.0)
     """play before the servo reacts; sampled per joint, uniformly between these bounds"""
+    supply_gain: tuple[float, float] = (1.0, 1.0)
+    """factor of the gain of all servos of an arm, log-uniform between these: servo variant and supply voltage"""
+    known_gain_error: tuple[float, float] = (1.0, 1.0)
+    """factor by which what the command law knows of that gain is off, log-uniform: it is measured, see `learn_gain`"""
     table_height_m: tuple[float, float] = (0.0, 0.0)
     """height of the table above the plane that the arm is mounted on, uniform between these"""
 

@@ -176,7 +176,7 @@ class Controller:
         max_speed_rad_s: largest speed of the targets of `move`.
         gain_factor: what is known of the servos' gain beyond that: its ratio to the gain for firmware_p. A 7.4 V servo
             has about 0.5. An array (N, 1) for a batch of arms.
-        gain_floor: smallest possible ratio of the true gain to the known one, or an array as above. Below 1 the window
+        gain_floor: smallest possible ratio of the true gain to the known one. Below 1 the window
             is wider on the side that carries the arm, and in the direction of its motion, so that a weak arm does not
             sink. A finger at rest presses no harder on the table.
         measured: joint ranges of the arm's calibration, within which `measure` accepts readings, too: an arm that is
@@ -191,12 +191,12 @@ class Controller:
         latency_s: float = 0.0,
         max_speed_rad_s: float = 2.0,
         gain_factor: float | np.ndarray = 1.0,
-        gain_floor: float | np.ndarray = 1.0,
+        gain_floor: float = 1.0,
         measured: Calibration | None = None,
     ):
         self._nominal_gain = model.actuator_gainprm[:, 0] * (firmware_p / FIRMWARE_P)
         self._expected_gain = gain_factor, gain_floor
-        self.gain_known = bool(np.all(gain_floor == 1.0))  # then learn_gain is not needed
+        self.gain_known = gain_floor == 1.0  # then learn_gain is not needed
         self.damping = model.dof_damping[:ACT_DIM].copy()  # N m s/rad, (6,)
         self.latency_s = latency_s
         self.slack_rad = 0.0  # a wider window, for motions in the air of an arm whose gain is not known yet
@@ -256,9 +256,10 @@ class Controller:
         """
         holding = self.free_target(joints_rad, velocity_rad_s, gravity_n_m)
         lower, upper = holding - self.window_rad, holding + self.window_rad
-        for torque in (gravity_n_m, self.damping * velocity_rad_s):  # by how much farther the weakest arm lags
-            lag = torque / self.gain * (1.0 / self.gain_floor - 1.0)
-            lower, upper = lower + np.minimum(lag, 0.0), upper + np.maximum(lag, 0.0)
+        if self.gain_floor < 1.0:  # plus what the weakest arm lags more
+            for torque in (gravity_n_m, self.damping * velocity_rad_s):
+                lag = torque / self.gain * (1.0 / self.gain_floor - 1.0)
+                lower, upper = lower + np.minimum(lag, 0.0), upper + np.maximum(lag, 0.0)
         if self.latency_s:  # plus the lag for any latency from none to this
             lead = velocity_rad_s * self.latency_s
             lower, upper = lower + np.minimum(lead, 0.0), upper + np.maximum(lead, 0.0)
