@@ -325,7 +325,7 @@ def test_images_are_rendered_only_of_who_looks_and_when(monkeypatch):
     looks = [look.tolist() for look, _ in policy.seen]
     assert looks == [[True] * 3, [False, True, False], [True, False, True]]
     assert rendered == ["top"] * 3 + ["wrist"] * 3 + ["top", "wrist"] + ["top"] * 2 + ["wrist"] * 2
-    keys = {"observation.state", "observation.environment_state", "command", "residual"}
+    keys = {"observation.state", "observation.environment_state", "command", "residual", "load"}
     for look, seen in policy.seen:
         assert set(seen) == keys | {"observation.images.top", "observation.images.wrist"}
         assert all(len(array) == look.sum() for array in seen.values())
