@@ -21,7 +21,7 @@ class Camera:
     frozen camera delivers old pictures. `skipped` counts the pictures that could not be read.
 
     Args:
-        source: index or path, for OpenCV.
+        source: index, path or address, for OpenCV.
         size: height and width to request, pixels.
 
     Raises:

@@ -64,12 +64,14 @@ class Args:
     robot_id: str = "so101"
     """with lerobot: the name under which LeRobot has stored the arm's calibration"""
     camera: str = "0"
-    """with lerobot: index or path of the camera, which stands opposite the arm and looks at the table"""
+    """with lerobot: index, path or http address of the camera that looks at the table, opposite the arm; also on the
+    arm's side, if --check has found it there"""
     firmware_p: int | None = None
     """P coefficient that the servos are set to (default: what the model was trained with; without a model 16)"""
     servo_gain: float | None = None
-    """with lerobot: gain of the servos relative to the 12 V STS3215's at the same P (default: 1 above 9 V, otherwise
-    that of the 7.4 V variant, 0.55)"""
+    """with lerobot: gain of the servos as a factor of the 12 V STS3215's at the same P (default: what --check has
+    measured; without a check estimated before every episode, starting at 1 above 9 V, otherwise at the 7.4 V variant's
+    0.55)"""
     max_speed: float = 2.0
     """largest speed of a joint's target, rad/s"""
     episodes: int = 1
@@ -79,7 +81,7 @@ class Args:
     tape_margin: float | None = None
     """m between sheet and tape on every side (default: what the model was trained with)"""
     dry_run: bool = False
-    """print the joint targets, and write nothing to the servos: the arm can be moved by hand"""
+    """print the joint targets, and write nothing to the servos; a limp arm can be moved by hand"""
     visual_randomization: bool = True
     """with sim: draw another look of the scene in every episode"""
     json: str | None = None
@@ -87,7 +89,7 @@ class Args:
     video: str | None = None
     """film what the camera sees, with outlines of tape and sheet, as this MP4 file"""
     outlines: bool = True
-    """with --video: draw the outlines; without them the film is one for --replay"""
+    """with --video: draw the outlines; --no-outlines makes a film that --replay can use"""
     marks: Marks = "tape"
     """what shows the camera where the rectangle lies: red tape, or the four tags of assets/tags.pdf at its corners"""
     check: bool = False

@@ -58,7 +58,7 @@ class Flaws:
     backlash_deg: float = float(np.rad2deg(BACKLASH_RAD))
     """degrees of play of every joint"""
     latency_s: float = 0.0
-    """s until a command takes effect, beside what is drawn"""
+    """s by which every command takes effect later"""
     picture_latency_s: float = 0.0
     """s until a picture is delivered"""
     finger_friction: float | None = None

@@ -624,15 +624,16 @@ class Args:
     visual_randomization: bool = False
     """draw colours, light and camera pose from the seed"""
     seed: int = 0
-    """determines the start of the sheet, the look and the random faults"""
+    """determines the sheet's pose at the start, the look and the random faults"""
     start: Literal["rest", "home"] = "rest"
-    """where the arm is at the start, limp: folded, or over the tape, from where it falls"""
+    """pose of the limp arm at the start: folded (rest), or over the tape (home), from where it falls"""
     servo: Literal["12V", "7.4V"] = "12V"
     """variant of the servos; those for 7.4 V have 55 % of the torque and the gain"""
     hand: Literal["none", "still", "swing", "sweep"] = "none"
     """a hand that moves the arm: not at all; in slow swings, as a leader; to all end stops, for lerobot-calibrate"""
     fault: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """a fault, as name[:joint][:number][@seconds after a torque was first turned on]; can be repeated"""
+    """a fault, as name[:joint][:number][@seconds after a torque was first turned on]; docs/virtual_arm.md lists them;
+    can be repeated"""
     calibration: str | None = None
     """LeRobot's calibration file to put into the servos' EEPROM; default: the one that --write-calibration writes"""
     write_calibration: str | None = None

@@ -64,7 +64,7 @@ class Calibration(NamedTuple):
 
 
 def read_calibration(path: str | Path) -> Calibration:
-    """The joint ranges in LeRobot's calibration file, `calibration/robots/so101_follower/ID.json` in LeRobot's cache.
+    """The joint ranges in LeRobot's calibration file, `calibration/robots/so_follower/ID.json` in LeRobot's cache.
 
     The file has range_min and range_max of each joint in encoder ticks. The middle of the range is zero; the gripper is
     closed at range_min.
