@@ -318,9 +318,9 @@ class LeRobotArm(Robot):
             limit[-1] *= GRIPPER_SETTINGS["Max_Torque_Limit"] / 1000
             stalled = (np.abs(numbers) & 0x3FF) >= limit  # the sign is in bit 10
             if (stalled & self._stalled).any():
-                joint = JOINTS[int((stalled & self._stalled).argmax())]
-                raise ServoFault(f"{joint} is stalled: its load was above {STALL_LOAD / 10:.0f} % twice in a row; "
-                                 "is something in its way?")  # fmt: skip
+                joint = int((stalled & self._stalled).argmax())
+                load = f"its load was above {limit[joint] / 10:.0f} % of the stall torque twice in a row"
+                raise ServoFault(f"{JOINTS[joint]} is stalled: {load}; is something in its way?")
             self._stalled = stalled
         elif name == "Present_Voltage" and numbers.min() / 10 < (1 - VOLTAGE_DROP) * self.voltage:
             volts = numbers.min() / 10
