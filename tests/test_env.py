@@ -590,7 +590,7 @@ def test_a_restored_state_continues_bit_identically(more):
     "more",
     [
         {"full_randomization": True, "observe_base": True},
-        pytest.param({"arm_randomization": True, "observe_load": True}, marks=pytest.mark.slow),
+        pytest.param({"arm_randomization": True, "observe_load": True, "tape_margin": 0.08}, marks=pytest.mark.slow),
         pytest.param({}, marks=pytest.mark.slow),
         pytest.param(PIXELS, marks=pytest.mark.slow),
     ],
