@@ -21,6 +21,7 @@ from so101.camera import NotSeen, project
 from so101.extras import import_extra
 from so101.files import write_json
 from so101.locator import SheetLocator
+from so101.loop import ASIDE_RAD, RAISED_RAD, Loop
 from so101.robot import RobotError
 from so101_env import FINGER_RADIUS_M, HOME_RAD, PAN_AXIS_M, SHEET_HALF_M, TAPE_CENTER_M, load_model
 from so101_sim.control import ACT_DIM, ELBOW_FLEX, JOINTS, SHOULDER_LIFT
@@ -190,9 +191,9 @@ SWEEP_MIN_N_M = 0.2
 # By how much the command window is wider in the air. Servos with 0.36 of the assumed gain sag by this much more. It
 # allows a torque of 1.5 N m against an obstacle, so nothing may be in reach of the arm.
 AIR_WINDOW_RAD = 0.14
-# Motions in the air correct a smaller share of what is left per step than so101.drive does, because servos with half of
-# the gain that is assumed are slow: with more, they oscillate about the goal
-GO_RAD_S, GO_SHARE, GO_NEAR_RAD, GO_WAIT_S = 0.4, 0.07, 0.015, 20.0
+# Motions in the air correct a smaller share of what is left per step than Loop.go does elsewhere, because servos with
+# half of the gain that is assumed are slow: with more, they oscillate about the goal
+GO_SHARE = 0.07
 
 
 class Gain(NamedTuple):
@@ -325,7 +326,7 @@ def fit_gain(finger: Fingertip, sags: Sequence[Sag], gain_n_m: np.ndarray, offse
 # ---------------------------------------------------------------------------------------------------------------------
 # directions, the camera's side, friction
 
-# what a person sees when a joint moves in its positive direction, from RAISED_RAD
+# what a person sees when a joint moves in its positive direction, from RAISED_OPEN_RAD
 DIRECTIONS = (
     "the arm turn to its right, seen from behind its base",
     "the whole arm lean forwards, away from its base",
@@ -334,7 +335,8 @@ DIRECTIONS = (
     "the gripper turn counterclockwise, seen from above",
     "the gripper open",
 )
-RAISED_RAD = HOME_RAD + np.array([0.0, -0.35, 0.0, 0.0, 0.0, OPEN_RAD])  # tip well above the table
+RAISED_OPEN_RAD = RAISED_RAD + np.array([0.0, 0.0, 0.0, 0.0, 0.0, OPEN_RAD])
+ASIDE_PAN_RAD = float(ASIDE_RAD[0])  # shoulder_pan to either side: the arm hides neither sheet nor tape
 NUDGE_RAD, NUDGE_RAD_S, NUDGE_WAIT_S = float(np.deg2rad(5.0)), 0.3, 0.7
 SLACK_RAD = float(np.deg2rad(4.0))  # moved before, so that friction and backlash do not count
 # how far the joint may be from there, and how far the others may move: other friction, and sag
@@ -349,7 +351,6 @@ class Nudge(NamedTuple):
     question: str  # for the person who watches
 
 
-WIGGLE_RAD = 0.9  # of shoulder_pan to either side
 STILL_S, PICTURE_WAIT_S = 0.2, 2.0  # after a motion: until the arm is still, and at most until there is a picture of it
 CHANGED = 20.0  # a pixel that differs by this much, in 1/255, after a blur over 5 pixels, shows something that moved
 MIN_CHANGED = 0.003  # share of the picture that the arm must cover
@@ -401,7 +402,6 @@ def camera_side(left: np.ndarray, middle: np.ndarray, right: np.ndarray, to_pict
 
 DRAG_M, DRAG_LONGEST_M, DRAG_M_S, DRAG_DEPTH_M, DRAG_TILT_RAD = 0.02, 0.05, 0.03, 0.006, -0.6
 DRAG_REACH_M, DRAG_INSET_M = (0.22, 0.32), 0.02  # where a drag may begin, and how far inside the sheet's edges
-ASIDE_RAD = 0.9  # of shoulder_pan: the arm hides neither sheet nor tape
 GRIPS = 0.7  # share of the tip's path that a sheet must follow
 
 
@@ -428,20 +428,21 @@ def _place_on_sheet(pose: np.ndarray) -> Place:
 
 
 def _raised(pan_rad: float) -> np.ndarray:
-    """RAISED_RAD with another shoulder_pan."""
-    return np.append(pan_rad, RAISED_RAD[1:])
+    """RAISED_OPEN_RAD with another shoulder_pan."""
+    return np.append(pan_rad, RAISED_OPEN_RAD[1:])
 
 
 class ArmCheck:
-    """The steps of the check that move the arm. Each leaves the fingertip above the table; after an
-    error the arm is where it was, for Loop.leave.
+    """The steps of the check that move the arm. Each leaves the fingertip above the table.
+
+    After an error the arm is where it was, for Loop.leave.
 
     Args:
-        loop: a so101.loop.Loop on the arm; its policy is not used. Its offset_rad and the gain_factor of its controller
+        loop: on the arm; its policy is not used. Its offset_rad and the gain_factor of its controller
             are where the check begins, and change with what it measures.
     """
 
-    def __init__(self, loop: Any):
+    def __init__(self, loop: Loop):
         self.loop, self.finger = loop, Fingertip()
         self.loop.measure()
 
@@ -453,7 +454,7 @@ class ArmCheck:
     def believe(self, gain_factor: float, offset_rad: np.ndarray) -> None:
         """Go on with this gain and these joint offsets (6,), rad. The arm's present targets remain."""
         controller, moved = self.loop.controller, self.loop.offset_rad - offset_rad
-        controller.gain_factor, controller.gain_floor, controller.gain_known = gain_factor, 1.0, True
+        controller.gain_factor, controller.gain_floor = gain_factor, 1.0
         if controller.command_rad is not None:
             controller.command_rad = controller.command_rad + moved
         self.loop.offset_rad = offset_rad
@@ -483,21 +484,8 @@ class ArmCheck:
         Raises:
             RobotError: the arm does not arrive.
         """
-        loop, step = self.loop, GO_RAD_S / CONTROL_HZ
-        loop.clock.start()
         with self.in_air():
-            for _ in range(round(GO_WAIT_S * CONTROL_HZ)):
-                loop.measure()
-                left = joints_rad - loop.controller.joints_rad
-                if np.abs(left).max() < GO_NEAR_RAD:
-                    return
-                loop.move(np.clip(GO_SHARE * left, -step, step))
-                loop.clock.wait()
-        joint = int(np.abs(left).argmax())
-        raise RobotError(
-            f"{JOINTS[joint]} stays {np.rad2deg(abs(left[joint])):.1f} degrees short of its goal: is something in its "
-            "way, or its torque off?"
-        )
+            self.loop.go(joints_rad, GO_SHARE, touch_rad=0.0)
 
     # -- the gain
 
@@ -633,7 +621,7 @@ class ArmCheck:
         Raises:
             RobotError: the joint did not move so far, or another one moved.
         """
-        self.go(RAISED_RAD)
+        self.go(RAISED_OPEN_RAD)
         before = self._step(joint, SLACK_RAD)
         moved = self._step(joint, NUDGE_RAD) - before
         self._step(joint, -NUDGE_RAD - SLACK_RAD)
@@ -678,7 +666,8 @@ class ArmCheck:
             NotSeen: the tape is not seen, or not the arm, or something else moves.
         """
         pictures = {}
-        for name, pan_rad in (("left", -WIGGLE_RAD), ("middle", 0.0), ("right", WIGGLE_RAD), ("again", -WIGGLE_RAD)):
+        aside = ASIDE_PAN_RAD
+        for name, pan_rad in (("left", -aside), ("middle", 0.0), ("right", aside), ("again", -aside)):
             pictures[name] = self.look(pan_rad)
         left, middle, right, again = pictures.values()
         restless = [np.abs(each.astype(np.float32) - left).max(axis=2) > 2 * CHANGED for each in (again, right)]
@@ -715,7 +704,7 @@ class ArmCheck:
             NotSeen: tape or sheet is not seen.
             RobotError: the sheet is out of reach, is not felt, or does not move.
         """
-        picture = self.look(ASIDE_RAD)
+        picture = self.look(ASIDE_PAN_RAD)
         to_picture = locator.find_tape(picture)
         before = locator.locate(picture, to_picture)
         place = _place_on_sheet(before)
@@ -730,7 +719,7 @@ class ArmCheck:
             self.follow(self.finger.joints_at(aim, start[2] - DRAG_DEPTH_M))
             tip = (self.finger.point_m(self.loop.controller.joints_rad) - start)[:2]
         self._lift(place._replace(reach_m=place.reach_m - DRAG_M))
-        after = locator.locate(self.look(ASIDE_RAD), to_picture)
+        after = locator.locate(self.look(ASIDE_PAN_RAD), to_picture)
         # where the paper under the tip went: the sheet may have turned, too
         under = rotate((start[:2] - before[:2])[None], np.array([after[2] - before[2]]))[0]
         share = float((after[:2] + under - start[:2]) @ tip / (tip @ tip))

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from so101.camera import NotSeen
 from so101.extras import import_extra
 from so101.files import write_atomic
-from so101.locator import SheetLocator, overlay
+from so101.locator import RECENT_STEPS, SheetLocator, overlay
 from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ
 
@@ -72,7 +72,7 @@ class CameraFilm:
 
 
 def replay_film(path: str, locator: SheetLocator, video: CameraFilm | None = None) -> dict[str, Any]:
-    """Run the locator over a recorded film, as during an episode.
+    """Run the locator over a recorded film, in the film's own size. OpenCVPolicy follows a sheet the same way.
 
     Args:
         path: a film that OpenCV can read.
@@ -102,7 +102,7 @@ def replay_film(path: str, locator: SheetLocator, video: CameraFilm | None = Non
             if to_picture is None:
                 to_picture = locator.find_tape(image)
                 tape_seen_at = len(poses)
-            found = locator.locate(image, to_picture, pose if unseen <= 5 else None)
+            found = locator.locate(image, to_picture, pose if unseen <= RECENT_STEPS else None)
             pose, unseen = found, 0
         except NotSeen as error:
             text, unseen = str(error), unseen + 1

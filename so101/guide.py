@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from so101.arm_check import ArmCheck, ArmProfile, servo_advice
+from so101.arm_check import ASIDE_PAN_RAD, ArmCheck, ArmProfile, servo_advice
 from so101.files import disk_error, write_atomic
 from so101.lerobot_arm import VARIANT_V, LeRobotArm
 from so101.locator import Marks, SheetLocator, overlay
@@ -160,7 +160,7 @@ class Guide:
         if self.marks == "tape":
             turned = self.check.find_side(SheetLocator(self.tape_margin)).turned
         locator = SheetLocator(self.tape_margin, marks=self.marks, turned=turned)
-        image = self.check.look(0.9)
+        image = self.check.look(ASIDE_PAN_RAD)
         to_picture = locator.find_tape(image)
         pose = locator.locate(image, to_picture)
         tape = locator.measure_tape(image)

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from so101.capture import Camera
-from so101.robot import LEROBOT_P, Picture, Robot, RobotError, ServoFault, signals_wait
+from so101.feetech import MODEL_NUMBER
+from so101.robot import LEROBOT_P, SAY_AGAIN_S, Picture, Robot, RobotError, ServoFault, signals_wait
 from so101_sim.control import ACT_DIM, JOINTS, TICKS_PER_TURN, WATCHDOG_S, from_rad, read_calibration, to_rad
 
 ANSWER_S = 0.025  # a servo that has not answered for so long has not got the request; it takes about 1 ms
-MODEL_NUMBER = 777  # STS3215
 TRIES = 4  # for requests outside of the control loop
 # A reading is plausible if the joint can have got there: the fastest variant of the servo turns at 5.5 rad/s unloaded
 MAX_SERVO_SPEED_RAD_S, JUMP_RAD = 8.0, 0.1
@@ -31,7 +31,6 @@ STALL_LOAD = 800  # 0.1 % of the stall torque; a free arm needs up to 550
 WARM_C, HOT_C = 55, 65  # the servo switches itself off at 70
 VOLTAGE_DROP = 0.15  # share of the voltage at the start
 STATUS_BITS = ("supply voltage", "position sensor", "temperature", "current", "", "overload")  # STS3215, register 65
-SAY_AGAIN_S = 5.0  # a warning that goes on is said again after this time
 # Above this voltage the servo is the 12 V variant. By its stall torque the 7.4 V variant (16.5 against 30 kg cm) has
 # 0.55 times the gain at the same P coefficient.
 VARIANT_V, WEAK_GAIN = 9.0, 0.55

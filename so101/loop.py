@@ -15,7 +15,7 @@ from so101.base import BasePolicy
 from so101.cli import Stop, silence_output
 from so101.extras import import_extra
 from so101.opencv import OpenCVPolicy
-from so101.robot import Picture, Robot, RobotError, ServoFault, signals_wait
+from so101.robot import SAY_AGAIN_S, Picture, Robot, RobotError, ServoFault, signals_wait
 from so101_env import (
     HOME_RAD,
     SUCCESS_STEPS,
@@ -42,7 +42,7 @@ ASIDE_RAD = np.array([0.9, 0.0, 0, 0, 0, 0])  # from RAISED_RAD to either side, 
 REST_RAD = np.array([0.0, -1.70, 1.50, 1.20, HOME_RAD[4], 0.0])
 PICTURE_AGE_S = 0.25  # older pictures are not used
 POSE_ERROR_M = 0.003  # a sheet counts as seen inside the tape if it is at least this far from the tape
-MISSED_MANY, SAY_AGAIN_S = 8, 5.0  # deadlines missed in a second that are worth a line, and how often it is printed
+MISSED_MANY = 8  # deadlines missed in a second that are worth a line
 
 
 def say(text: str) -> None:
@@ -149,24 +149,30 @@ class Loop:
         joints = "  ".join(f"{joint} {degrees:7.2f}" for joint, degrees in zip(JOINTS, from_rad(target, "deg")))
         tqdm.write(f"would send  {joints}", file=sys.stdout)
 
-    def go(self, goal_rad: np.ndarray) -> None:
+    def go(self, goal_rad: np.ndarray, share: float = HOME_SHARE, touch_rad: float = HOME_TOUCH_RAD) -> None:
         """Move slowly to joint positions (6,), rad, or until the table stops the arm near them.
 
-        Raises RobotError if the arm does not arrive.
+        Args:
+            goal_rad: the joint positions.
+            share: of the remaining distance per step; weak servos need a smaller one.
+            touch_rad: how far from the goal the table may stop the arm; 0: the arm must arrive.
+
+        Raises:
+            RobotError: the arm does not arrive.
         """
         step, nearest, still = HOME_SPEED_RAD_S / CONTROL_HZ, np.inf, 0
         self.clock.start()
         self.measure()
         way = np.abs(goal_rad - self.controller.joints_rad).max() / min(step, self.controller.max_step_rad)  # steps
         for _ in range(round(HOME_WAIT_S * CONTROL_HZ + HOME_WAITS * way)):
-            self.measure()
             left = goal_rad - self.controller.joints_rad
             far = np.abs(left).max()
             nearest, still = (far, 0) if far < nearest - HOME_STILL_RAD else (nearest, still + 1)
-            if far < HOME_NEAR_RAD or (far < HOME_TOUCH_RAD and still > HOME_STILL_S * CONTROL_HZ):
+            if far < HOME_NEAR_RAD or (far < touch_rad and still > HOME_STILL_S * CONTROL_HZ):
                 return
-            self.move(np.clip(HOME_SHARE * left, -step, step))
+            self.move(np.clip(share * left, -step, step))
             self.clock.wait()
+            self.measure()
         joint = int(np.abs(left).argmax())
         raise RobotError(
             f"{JOINTS[joint]} stays {np.rad2deg(abs(left[joint])):.0f} degrees short of its goal: is something "

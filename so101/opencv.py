@@ -9,7 +9,7 @@ import numpy as np
 
 from so101.base import BasePolicy, StackedPolicy, add_cameras, with_sheet
 from so101.camera import CAMERA, NotSeen
-from so101.locator import Marks, SheetLocator
+from so101.locator import RECENT_STEPS, Marks, SheetLocator
 from so101_env import ACT_DIM, TAPE_CENTER_M, BaseObservation, Task
 from so101_sim.vector import IMAGES
 
@@ -78,7 +78,7 @@ class OpenCVPolicy(StackedPolicy):
             try:
                 if np.isnan(to_picture[i]).any():
                     to_picture[i] = self.locator.find_tape(image)
-                last = None if np.isnan(pose[i]).any() or unseen[i] > 5 else pose[i]
+                last = None if np.isnan(pose[i]).any() or unseen[i] > RECENT_STEPS else pose[i]
                 pose[i], unseen[i] = self.locator.locate(image, to_picture[i], last), 0
             except NotSeen as error:
                 unseen[i], trouble = unseen[i] + 1, str(error)

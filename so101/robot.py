@@ -14,6 +14,7 @@ from so101_sim.control import Calibration
 from so101_sim.errors import SO101Error
 
 LEROBOT_P = 16  # P coefficient that LeRobot's driver sets
+SAY_AGAIN_S = 5.0  # a warning about what goes on is printed again after this time
 
 
 class RobotError(SO101Error):

@@ -168,9 +168,8 @@ class Controller:
 
     Args:
         model: the scene, with the arm's kinematics, joint limits, and servo gains at P = 32.
-        firmware_p: the P coefficient the servos are set to, times the gain of their variant relative to the model's.
-            The servo gain is proportional to it and the command window inversely proportional, so the force of a
-            fingertip does not depend on it.
+        firmware_p: the P coefficient the servos are set to. The servo gain is proportional to it and the command window
+            inversely proportional, so the force of a fingertip does not depend on it.
         backlash_rad: play before a servo reacts; the window is wider by half of it.
         latency_s: largest command latency; the window of a moving joint is wider by the motion in this time.
         max_speed_rad_s: largest speed of the targets of `move`.
@@ -186,7 +185,7 @@ class Controller:
     def __init__(
         self,
         model: mujoco.MjModel,
-        firmware_p: float = FIRMWARE_P,
+        firmware_p: int = FIRMWARE_P,
         backlash_rad: float = 0.0,
         latency_s: float = 0.0,
         max_speed_rad_s: float = 2.0,
@@ -196,7 +195,6 @@ class Controller:
     ):
         self._nominal_gain = model.actuator_gainprm[:, 0] * (firmware_p / FIRMWARE_P)
         self._expected_gain = gain_factor, gain_floor
-        self.gain_known = gain_floor == 1.0  # then learn_gain is not needed
         self.damping = model.dof_damping[:ACT_DIM].copy()  # N m s/rad, (6,)
         self.latency_s = latency_s
         self.slack_rad = 0.0  # a wider window, for motions in the air of an arm whose gain is not known yet
@@ -208,6 +206,11 @@ class Controller:
         self.max_step_rad = max_speed_rad_s / CONTROL_HZ
         self._model = model
         self.reset()
+
+    @property
+    def gain_known(self) -> bool:
+        """Whether every episode starts with a known gain, and learn_gain is not needed."""
+        return self._expected_gain[1] == 1.0
 
     @property
     def gain(self) -> np.ndarray:

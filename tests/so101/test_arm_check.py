@@ -9,7 +9,7 @@ from test_drive import VirtualClock, VirtualRobot
 
 from so101.arm_check import (
     LOWEST_M,
-    RAISED_RAD,
+    RAISED_OPEN_RAD,
     TOUCHES,
     ArmCheck,
     ArmProfile,
@@ -237,7 +237,8 @@ def test_what_a_person_is_asked_is_what_happens():
 
     def moved(joint):
         return [
-            after - before for before, after in zip(scene(RAISED_RAD), scene(RAISED_RAD + 0.087 * np.eye(6)[joint]))
+            after - before
+            for before, after in zip(scene(RAISED_OPEN_RAD), scene(RAISED_OPEN_RAD + 0.087 * np.eye(6)[joint]))
         ]
 
     questions = [check.nudge(joint).question for joint in range(6)]
@@ -245,7 +246,7 @@ def test_what_a_person_is_asked_is_what_happens():
     assert "lean forwards" in questions[1] and moved(1)[2][0] > 0.005
     assert "forearm go down" in questions[2] and moved(2)[2][2] < -0.005
     assert "down and back" in questions[3] and moved(3)[0][0] < -0.005 and moved(3)[2] == pytest.approx(0, abs=3e-3)
-    fixed, moving, _ = scene(RAISED_RAD)
+    fixed, moving, _ = scene(RAISED_OPEN_RAD)
     across = (moving - fixed)[:2]
     turned = across + (moved(4)[1] - moved(4)[0])[:2]
     assert "counterclockwise" in questions[4] and across[0] * turned[1] - across[1] * turned[0] > 0
@@ -257,13 +258,13 @@ def test_swapped_and_stuck_servos_are_named():
     robot, swap = check.loop.robot, [0, 2, 1, 3, 4, 5]
     write = robot.write
     read = robot.read
-    check.go(RAISED_RAD)
+    check.go(RAISED_OPEN_RAD)
     base = robot.read()[0]
     robot.write = lambda target: write(base + (target - base)[swap])
     with pytest.raises(RobotError, match="elbow_flex moved by [45] degrees when shoulder_lift should: .* swapped"):
         check.nudge(1)
     robot.write = write
-    check.go(RAISED_RAD)
+    check.go(RAISED_OPEN_RAD)
     held = read()[0]
     robot.read = lambda: (np.where(np.arange(6) == 3, held, read()[0]), robot.time_s)
     with pytest.raises(RobotError, match="wrist_flex moved by 0.0 degrees instead of 5"):
@@ -366,10 +367,10 @@ def test_corrected_coordinates():
 def test_new_beliefs_do_not_move_the_arm():
     """Other offsets change the coordinates, not the targets that the servos get."""
     check = make_check()
-    check.go(RAISED_RAD)
+    check.go(RAISED_OPEN_RAD)
     sent = check.loop.robot.sent[-1]
     check.believe(1.05, np.array([0.0, 0.08, -0.05, 0.0, 0.0, 0.0]))
-    np.testing.assert_allclose(check.loop.controller.joints_rad[1], RAISED_RAD[1] - 0.08, atol=0.02)
+    np.testing.assert_allclose(check.loop.controller.joints_rad[1], RAISED_OPEN_RAD[1] - 0.08, atol=0.02)
     check.loop.move(np.zeros(6))
     np.testing.assert_allclose(check.loop.robot.sent[-1], sent, atol=0.006)
     np.testing.assert_allclose(check.loop.controller.gain[1], 1.05 * 8.9, rtol=1e-6)
