@@ -12,7 +12,6 @@ built on so101_sim, see docs/own_task.md.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -680,9 +679,9 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
         if not mask.any():
             return np.zeros(expected)
         start = time.perf_counter()
-        render = functools.partial(self._current_images, size=tuple(policy.image_size))
         known = (self.full_observation, self.arms.command, self._residual, self.arms.load)
-        seen = base_observation(*known, cameras=policy.cameras, render=render)
+        pictures = {"cameras": policy.cameras, "render": self._current_images, "size": policy.image_size}
+        seen = base_observation(*known, **pictures)
         base = np.asarray(policy.act(seen, mask), np.float64)
         self.base_time_s += time.perf_counter() - start
         if base.shape != expected or not np.isfinite(base).all():

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 
 from so101_env import COMMAND, ENVIRONMENT, MEASURED, OBS, RESIDUAL, STATE, load_model, make_observation
 from so101_sim.control import ACT_DIM, FIRMWARE_P
-from so101_sim.errors import SO101Error
 from so101_sim.scene import camera_names as names_of_cameras
 from so101_sim.vector import BaseObservation
 
@@ -61,27 +59,22 @@ def camera_names() -> tuple[str, ...]:
     return names_of_cameras(load_model())
 
 
-def add_cameras(
-    base: BasePolicy | None, cameras: tuple[str, ...], image_size: tuple[int, int], path: str | Path
-) -> tuple[tuple[str, ...], tuple[int, int]]:
-    """Cameras and picture size of a policy together with its base policy. Raises SO101Error if the sizes differ."""
-    others = () if base is None else base.cameras
-    if others and tuple(base.image_size) != tuple(image_size):
-        raise SO101Error(
-            f"{path}: needs pictures of {image_size} pixels, its base policy of {tuple(base.image_size)}; both must "
-            "use the same size"
-        )
-    return tuple(dict.fromkeys((*cameras, *others))), tuple(image_size)
-
-
 class StackedPolicy(BasePolicy):
-    """A frozen residual on a base policy of its own: residuals stack. A subclass writes `act`."""
+    """A frozen residual on a base policy of its own: residuals stack. A subclass writes `act`.
 
-    def __init__(self, base: BasePolicy | None):
+    Args:
+        base: its own base policy; None: it has none.
+        cameras, image_size: of its own, if it sees; its base policy's pictures may have another size.
+    """
+
+    def __init__(
+        self, base: BasePolicy | None, cameras: tuple[str, ...] = (), image_size: tuple[int, int] | None = None
+    ):  # fmt: skip
         self.base = base
         self.residual = np.zeros((0, ACT_DIM))  # its own residual in the last step, rad
         if base is not None:
-            self.cameras, self.image_size = base.cameras, base.image_size
+            cameras, image_size = tuple(dict.fromkeys((*cameras, *base.cameras))), image_size or base.image_size
+        self.cameras, self.image_size = cameras, image_size or BasePolicy.image_size
 
     def reset(self, mask: np.ndarray) -> None:
         """Forget the last residual, and reset its own base policy."""
@@ -118,7 +111,8 @@ class StackedPolicy(BasePolicy):
         """Joint deltas in rad (N, 6) of its own base policy, which sees the sum of both residuals."""
         if self.base is None:
             return np.zeros((len(mask), ACT_DIM))
-        return self.base.act(obs.replace({RESIDUAL: obs[RESIDUAL] + self.residual}), mask)
+        seen = obs.replace({RESIDUAL: obs[RESIDUAL] + self.residual})
+        return self.base.act(seen.sized(self.base.image_size), mask)
 
     def close(self) -> None:
         """Close its own base policy."""

@@ -29,7 +29,7 @@ import torch.nn as nn
 from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
-from so101.base import BasePolicy, StackedPolicy, add_cameras, flat_observation, with_sheet
+from so101.base import BasePolicy, StackedPolicy, flat_observation, with_sheet
 from so101.checkpoints import (
     STUDENT,
     check_base,
@@ -190,9 +190,7 @@ class StudentPolicy(StackedPolicy):
     """A student as base policy, on a base policy of its own, which may see cameras, too."""
 
     def __init__(self, student: Student, base: BasePolicy | None, net: Networks, task: Task):
-        super().__init__(base)
-        size = (net.image_size, net.image_size)
-        self.cameras, self.image_size = add_cameras(base, net.cameras, size, "the student")
+        super().__init__(base, net.cameras, (net.image_size, net.image_size))
         self.student, self.own_cameras, self.task = student, net.cameras, task
         self.scale_rad, self.act_scale = task.alpha * task.act_scale, task.act_scale
 
@@ -267,7 +265,7 @@ class Dagger(StudentPolicy):
     def __init__(self, student: Student, teacher: CheckpointPolicy, net: Networks, task: Task):
         super().__init__(student, teacher.base, net, task)
         self.teacher, self.teacher_acts, self.seen = teacher, False, {}
-        self.cameras, _ = add_cameras(teacher, net.cameras, self.image_size, "the student")
+        self.cameras = tuple(dict.fromkeys((*net.cameras, *teacher.cameras)))
 
     def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
         """Joint deltas in rad (N, 6); afterwards `seen` has a row (n, ...) for each environment in mask."""

@@ -247,13 +247,13 @@ class Loop:
         c = self.controller
         placeholder = np.append(TAPE_CENTER_M, 0.0)[None]
         flat = make_observation(c.joints_rad[None], c.velocity_rad_s[None], c.tip_m[None], placeholder)
-        height, width = self.policy.image_size
 
-        def image(camera: str, ids: np.ndarray) -> np.ndarray:
-            return resize(picture.image, (height, width))[None][ids]
+        def image(camera: str, ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+            return resize(picture.image, size)[None][ids]
 
         load = c.load(c.command_rad, c.joints_rad, c.velocity_rad_s, c.gravity_n_m)[None]
-        return base_observation(flat, c.command_rad[None], load=load, cameras=self.policy.cameras, render=image)
+        pictures = {"cameras": self.policy.cameras, "render": image, "size": self.policy.image_size}
+        return base_observation(flat, c.command_rad[None], load=load, **pictures)
 
     def episode(self, max_steps: int, tape_margin: float) -> dict[str, Any]:
         """Act until the sheet is seen inside the tape for SUCCESS_STEPS steps, or for max_steps control steps.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from so101.base import BasePolicy, StackedPolicy, add_cameras, with_sheet
+from so101.base import BasePolicy, StackedPolicy, with_sheet
 from so101.camera import CAMERA, NotSeen
 from so101.locator import RECENT_STEPS, Marks, SheetLocator
 from so101_env import ACT_DIM, TAPE_CENTER_M, BaseObservation, Task
@@ -30,7 +30,7 @@ class OpenCVPolicy(StackedPolicy):
             `policy.locator.turned`; `reset` then makes the policy find the tape again.
 
     Raises:
-        SO101Error: OpenCV is not installed, or the policy's pictures have another size.
+        SO101Error: OpenCV is not installed.
     """
 
     own_cameras, own_size = (CAMERA,), (240, 320)
@@ -42,8 +42,7 @@ class OpenCVPolicy(StackedPolicy):
         marks: Marks = "tape",
         turned: bool = False,
     ):
-        super().__init__(base)
-        self.cameras, self.image_size = add_cameras(self.base, self.own_cameras, self.own_size, "opencv")
+        super().__init__(base, self.own_cameras, self.own_size)
         self.task = getattr(self.base, "task", Task())
         self.locator = SheetLocator(self.task.tape_margin if tape_margin is None else tape_margin, marks, turned)
         self.fingerprint = "" if self.base is None else self.base.fingerprint

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from so101.base import BasePolicy, StackedPolicy, add_cameras, flat_observation
+from so101.base import BasePolicy, StackedPolicy, flat_observation
 from so101.checkpoints import (
     CHECKPOINT,
     CLONE,
@@ -41,14 +41,13 @@ class CheckpointPolicy(StackedPolicy):
         checkpoint = load_checkpoint(path, saved, trust)
         self.args = args = checkpoint.args
         self.task = args.task
-        super().__init__(load_policy(args.base.base_policy, args.base.server))
         self.agent = checkpoint.agent(path)
+        self.own_cameras = tuple(getattr(self.agent, "cameras", ()))
+        size = self.agent.image_size if self.own_cameras else None
+        super().__init__(load_policy(args.base.base_policy, args.base.server), self.own_cameras, size)
         check_base(checkpoint.saved, args.base.base_policy, self.base, path)
         self.observe_base = getattr(args.base, "observe_base", self.base is not None)  # a camera policy always does
         self.scale_rad = args.task.alpha * args.task.act_scale
-        self.own_cameras = tuple(getattr(self.agent, "cameras", ()))
-        if self.own_cameras:
-            self.cameras, self.image_size = add_cameras(self.base, self.own_cameras, self.agent.image_size, path)
         also = f"{checkpoint.saved['base_fingerprint']} {self.scale_rad}"
         self.fingerprint = hash_weights(checkpoint.saved["agent"], also)
 
@@ -61,7 +60,7 @@ class CheckpointPolicy(StackedPolicy):
             flat = np.concatenate([flat, obs[LOADS][mask]], axis=1)
         if self.observe_base:
             flat = np.concatenate([flat, base_delta[mask].astype(np.float32)], axis=1)
-        seen = obs.rows(mask)
+        seen = obs.rows(mask).sized(self.image_size)
         pixels = {f"pixels_{camera}": seen[IMAGES + camera] for camera in self.own_cameras}
         residual[mask] = self.agent.act(pixels | {"state": flat} if pixels else flat)
         return residual

@@ -55,7 +55,8 @@ class BaseObservation(Mapping):
     Args:
         arrays: (n, ...) by name.
         cameras: names of the cameras.
-        render: pictures of a camera in the environments ids, (n,).
+        render: pictures of a camera in the environments ids, (n,), of a size.
+        size: height and width of the pictures, pixels.
         ids: (n,) numbers of the environments; None: all.
     """
 
@@ -63,15 +64,16 @@ class BaseObservation(Mapping):
         self,
         arrays: Mapping[str, np.ndarray],
         cameras: tuple[str, ...] = (),
-        render: Callable[[str, np.ndarray], np.ndarray] | None = None,
+        render: Callable[[str, np.ndarray, tuple[int, int]], np.ndarray] | None = None,
+        size: tuple[int, int] = (96, 96),
         ids: np.ndarray | None = None,
     ):
-        self._arrays, self._cameras, self._render = dict(arrays), cameras, render
+        self._arrays, self._cameras, self._render, self._size = dict(arrays), cameras, render, tuple(size)
         self._ids = np.arange(len(next(iter(arrays.values())))) if ids is None else ids
 
     def __getitem__(self, key: str) -> np.ndarray:
         if key not in self._arrays and key.removeprefix(IMAGES) in self._cameras and key.startswith(IMAGES):
-            self._arrays[key] = self._render(key.removeprefix(IMAGES), self._ids)
+            self._arrays[key] = self._render(key.removeprefix(IMAGES), self._ids, self._size)
         return self._arrays[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -83,11 +85,18 @@ class BaseObservation(Mapping):
     def rows(self, mask: np.ndarray) -> BaseObservation:
         """The rows of the environments in mask, (N,) bool."""
         arrays = {key: array[mask] for key, array in self._arrays.items()}
-        return BaseObservation(arrays, self._cameras, self._render, self._ids[mask])
+        return BaseObservation(arrays, self._cameras, self._render, self._size, self._ids[mask])
 
     def replace(self, arrays: Mapping[str, np.ndarray]) -> BaseObservation:
         """A copy with other arrays by name."""
-        return BaseObservation({**self._arrays, **arrays}, self._cameras, self._render, self._ids)
+        return BaseObservation({**self._arrays, **arrays}, self._cameras, self._render, self._size, self._ids)
+
+    def sized(self, size: tuple[int, int]) -> BaseObservation:
+        """The same with pictures of another height and width, pixels."""
+        if tuple(size) == self._size:
+            return self
+        arrays = {key: array for key, array in self._arrays.items() if not key.startswith(IMAGES)}
+        return BaseObservation(arrays, self._cameras, self._render, size, self._ids)
 
 
 class ArmVectorEnv(gym.vector.VectorEnv):
