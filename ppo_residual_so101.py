@@ -100,8 +100,9 @@ class Base:
     """The policy that the residual corrects."""
 
     base_policy: str = "zero"
-    """zero, jacobian (a scripted pusher), checkpoint:PATH, onnx:PATH, bc:PATH, server:HOST:PORT (LeRobot's or
-    GR00T's), opencv:SPEC (SPEC with the sheet's pose estimated by OpenCV), or MODULE:CLASS[:ARGUMENT] for your own"""
+    """zero, jacobian (a scripted pusher), checkpoint:PATH, onnx:PATH, bc:PATH, lerobot:DIR (a policy that LeRobot has
+    saved), server:HOST:PORT (LeRobot's or GR00T's), opencv:SPEC (SPEC with the sheet's pose estimated by OpenCV), or
+    MODULE:CLASS[:ARGUMENT] for your own"""
     observe_base: bool = False
     """append the base policy's action to the observation: 6 more numbers than 25"""
     server: Server = dataclasses.field(default_factory=Server)

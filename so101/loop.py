@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,38 @@ class Clock:
         time.sleep(seconds)
 
 
+def way_to(
+    controller: Controller, goal_rad: np.ndarray, share: float = HOME_SHARE, touch_rad: float = HOME_TOUCH_RAD
+) -> Iterator[np.ndarray]:
+    """A slow motion: joint deltas (6,), rad, one per control step. Measure between them; arguments as in `Loop.go`.
+
+    Raises RobotError if the arm does not arrive.
+    """
+    step, nearest, still = HOME_SPEED_RAD_S / CONTROL_HZ, np.inf, 0
+    way = np.abs(goal_rad - controller.joints_rad).max() / min(step, controller.max_step_rad)  # steps
+    for _ in range(round(HOME_WAIT_S * CONTROL_HZ + HOME_WAITS * way)):
+        left = goal_rad - controller.joints_rad
+        far = np.abs(left).max()
+        nearest, still = (far, 0) if far < nearest - HOME_STILL_RAD else (nearest, still + 1)
+        if far < HOME_NEAR_RAD or (far < touch_rad and still > HOME_STILL_S * CONTROL_HZ):
+            return
+        yield np.clip(share * left, -step, step)
+    joint = int(np.abs(left).argmax())
+    raise RobotError(
+        f"{JOINTS[joint]} stays {np.rad2deg(abs(left[joint])):.0f} degrees short of its goal: is something "
+        "in its way, or its torque off?"
+    )
+
+
+def way_home(controller: Controller) -> Iterator[np.ndarray]:
+    """The slow motion to home, from above; in the air the servo gain is estimated, unless it is known. See way_to."""
+    yield from way_to(controller, RAISED_RAD)
+    if not controller.gain_known:
+        yield from [np.zeros(ACT_DIM)] * round(REST_S * CONTROL_HZ)
+        controller.learn_gain()
+    yield from way_to(controller, HOME_RAD)
+
+
 class Loop:
     """The control loop of a policy on an arm.
 
@@ -160,35 +193,20 @@ class Loop:
         Raises:
             RobotError: the arm does not arrive.
         """
-        step, nearest, still = HOME_SPEED_RAD_S / CONTROL_HZ, np.inf, 0
-        self.clock.start()
-        self.measure()
-        way = np.abs(goal_rad - self.controller.joints_rad).max() / min(step, self.controller.max_step_rad)  # steps
-        for _ in range(round(HOME_WAIT_S * CONTROL_HZ + HOME_WAITS * way)):
-            left = goal_rad - self.controller.joints_rad
-            far = np.abs(left).max()
-            nearest, still = (far, 0) if far < nearest - HOME_STILL_RAD else (nearest, still + 1)
-            if far < HOME_NEAR_RAD or (far < touch_rad and still > HOME_STILL_S * CONTROL_HZ):
-                return
-            self.move(np.clip(share * left, -step, step))
-            self.clock.wait()
-            self.measure()
-        joint = int(np.abs(left).argmax())
-        raise RobotError(
-            f"{JOINTS[joint]} stays {np.rad2deg(abs(left[joint])):.0f} degrees short of its goal: is something "
-            "in its way, or its torque off?"
-        )
+        self._follow(way_to(self.controller, goal_rad, share, touch_rad))
 
     def home(self) -> None:
         """Move to home, from above. In the air the servo gain is estimated, unless it is known."""
-        self.go(RAISED_RAD)
-        if not self.controller.gain_known:
-            for _ in range(round(REST_S * CONTROL_HZ)):
-                self.move(np.zeros(ACT_DIM))
-                self.clock.wait()
-                self.measure()
-            self.controller.learn_gain()
-        self.go(HOME_RAD)
+        self._follow(way_home(self.controller))
+
+    def _follow(self, way: Iterator[np.ndarray]) -> None:
+        """Move by the joint deltas (6,), rad, of a slow motion, one per control step."""
+        self.clock.start()
+        self.measure()
+        for delta in way:
+            self.move(delta)
+            self.clock.wait()
+            self.measure()
 
     def lift(self) -> None:
         """Lift the tip off the sheet."""

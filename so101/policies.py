@@ -22,14 +22,14 @@ from so101.checkpoints import (
     load_script,
 )
 from so101.pusher import JacobianPolicy
-from so101.server import Server, ServerPolicy
+from so101.server import LeRobotBase, Server, ServerPolicy
 from so101.trust import Trust
 from so101_env import LOADS, MEASURED, OBS, BaseObservation, BasePolicyError
 from so101_sim.control import ACT_DIM
 from so101_sim.vector import IMAGES
 
 SPECS = (
-    "zero, jacobian, keyboard, checkpoint:PATH, onnx:PATH, bc:PATH, server:HOST:PORT, opencv:SPEC, "
+    "zero, jacobian, keyboard, checkpoint:PATH, onnx:PATH, bc:PATH, lerobot:DIR, server:HOST:PORT, opencv:SPEC, "
     "MODULE:CLASS[:ARGUMENT]"
 )
 
@@ -78,7 +78,7 @@ def load_policy(spec: str, server: Server | None = None) -> BasePolicy | None:
 
     Args:
         spec: from the person who runs the command, or from a file and then checked by `Trust.spec`.
-        server: options of server:HOST:PORT; its `trust` holds for the files that the spec names.
+        server: options of lerobot:DIR and server:HOST:PORT; its `trust` holds for the files that the spec names.
 
     Raises:
         SO101Error: an unknown spec, a file that cannot be used, a class that is not a BasePolicy.
@@ -109,11 +109,13 @@ def _load_policy(spec: str, server: Server) -> BasePolicy | None:
         return load_script(saved["script"], rest, trust).ClonePolicy(saved, rest)
     if kind == "server":
         return ServerPolicy(rest, server)
+    if kind == "lerobot" and rest:
+        return LeRobotBase(rest, server)
     if kind == "onnx" and rest:
         return _own_policy("so101.onnx", "OnnxPolicy", rest, trust)
     if kind == "opencv" and rest:
         return _own_policy("so101.opencv", "OpenCVPolicy", load_policy(rest, server))
-    if rest and kind not in ("checkpoint", "onnx", "bc", "opencv"):
+    if rest and kind not in ("checkpoint", "onnx", "bc", "opencv", "lerobot"):
         return _own_policy(kind, *rest.split(":", 1))
     raise BasePolicyError(f"unknown base policy {spec!r}; known: {SPECS}")
 

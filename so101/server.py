@@ -1,17 +1,21 @@
-"""A policy behind a policy server (LeRobot's or GR00T's) as base policy: `server:HOST:PORT`."""
+"""A policy of LeRobot or GR00T as base policy: `server:HOST:PORT`, or `lerobot:DIR` without a server."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import ipaddress
+import json
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from so101.base import BasePolicy, camera_names, follow_chunks, new_chunks
 from so101.extras import import_extra
+from so101.groot import JOINT_GROUPS, Modality, PolicyError, check_action, identity_of, make_request
 from so101.trust import Trust
 from so101_env import (
     ACT_DIM,
@@ -35,13 +39,13 @@ class Server:
     image_size: tuple[int, ...] = (96,)
     """side of the pictures in pixels, or height and width"""
     units: Literal["deg", "norm", "rad", "deg-old"] | None = None
-    """unit of the joints at a policy server, which servers do not report: deg (gripper 0 to 100; LeRobot since 0.4.4,
-    and recordings of this project), norm (-100 to 100; older LeRobot), rad, or deg-old (before LeRobot's calibration
-    of 2025)"""
+    """unit of the joints of a LeRobot or GR00T policy, which does not report it: deg (gripper 0 to 100; LeRobot since
+    0.4.4, and recordings of this project), norm (-100 to 100; older LeRobot), rad, or deg-old (before LeRobot's
+    calibration of 2025)"""
     chunk_steps: int = 8
-    """steps of each predicted chunk that are executed before a policy server is asked again"""
+    """steps of each predicted chunk that are executed before the policy is asked again"""
     instruction: str = TASK_TEXT
-    """instruction for a policy server"""
+    """instruction for a LeRobot or GR00T policy"""
     server_timeout: float = 15.0
     """seconds to wait for a policy server; the first action may take 60"""
     trust: Trust = dataclasses.field(default_factory=Trust)
@@ -68,55 +72,35 @@ class Server:
         return size[0], size[-1]
 
 
-class ServerPolicy(BasePolicy):
-    """A camera policy behind a server, of LeRobot or GR00T: `server:HOST:PORT`.
+class ChunkPolicy(BasePolicy):
+    """A camera policy of LeRobot or GR00T, which predicts chunks of joint targets.
 
     All environments that need a new chunk in a step are one request. The first chunk_steps absolute joint targets of
-    every predicted chunk are executed, see follow_chunks. Raises BasePolicyError if the server does not answer, fails,
-    or does not serve a policy of an SO-101.
+    every predicted chunk are executed, see follow_chunks.
+
+    Args:
+        spec: of the base policy, for messages.
+        client: has what the policy sees and returns, `modalities` by kind, and the methods get_action, identify and
+            close of so101.wire.PolicyClient. The policy closes it.
+        options: unit of the joints, picture size and so on.
+
+    Raises:
+        BasePolicyError: the policy does not answer, fails, or is not one for an SO-101.
     """
 
-    def __init__(self, address: str, options: Server):
-        host, _, port = address.rpartition(":")
-        self.address, host = address, host.strip("[]")
-        if not host or not (port.isascii() and port.isdigit()) or not 1 <= int(port) <= 65535:
-            raise BasePolicyError(f"base policy server:{address}: give server:HOST:PORT, as in server:127.0.0.1:5555")
-        token, remote = os.environ.get("SO101_API_TOKEN"), not _is_loopback(host)
-        if remote and not options.trust.allow_remote:
-            raise BasePolicyError(
-                f"base policy server:{address}: is another machine, and the connection is not encrypted: tunnel it "
-                f"(ssh -L {port}:127.0.0.1:{port} {host}), or pass --allow-remote"
-            )
-        if remote and token and not options.trust.send_token:
-            raise BasePolicyError(
-                f"base policy server:{address}: SO101_API_TOKEN would leave this machine in clear text: tunnel the "
-                "connection, unset the token, or pass --send-token"
-            )
-        if options.units is None:
-            raise BasePolicyError(
-                f"base policy server:{address}: servers do not report the unit of the joints: pass --units deg "
-                "(LeRobot since 0.4.4, and recordings of this project), norm (older LeRobot) or rad"
-            )
-        self.options, self.image_size, self.memory = options, options.size, {}
-        import_extra("zmq", "server", f"base policy server:{address}")
-        import_extra("msgpack", "server", f"base policy server:{address}")
-        from so101 import wire
-
-        self._wire = wire
-        try:
-            self.client = wire.PolicyClient(host, int(port), options.server_timeout, api_token=token)
-        except wire.WireError as error:
-            raise self._error(error) from error
+    def __init__(self, spec: str, client: Any, options: Server):
+        self.spec, self.client, self.options, self.image_size, self.memory = spec, client, options, options.size, {}
         try:
             self._match_modalities()
             # grey pictures of an arm at home
-            home, video, steps = HOME_RAD[None].astype(np.float32), self.client.modalities["video"], self.past + [0]
+            home, video, steps = HOME_RAD[None].astype(np.float32), client.modalities["video"], self.past + [0]
             grey = np.full((1, len(steps), *self.image_size, 3), 128, np.uint8)
             probe = self._question({key: grey for key in video.keys}, np.repeat(home[:, None], len(steps), axis=1))
-            names = ("cameras", "image_size", "units", "chunk_steps", "instruction")
-            facts = [(name, getattr(options, name)) for name in names]
-            self.fingerprint = hashlib.sha256(f"{self.client.identify(probe)} {facts}".encode()).hexdigest()
-        except self._wire.WireError as error:
+            facts = [
+                (name, getattr(options, name)) for name in ("cameras", "size", "units", "chunk_steps", "instruction")
+            ]
+            self.fingerprint = hashlib.sha256(f"{client.identify(probe)} {facts}".encode()).hexdigest()
+        except PolicyError as error:
             self.close()
             raise self._error(error) from error
         except BaseException:
@@ -124,7 +108,7 @@ class ServerPolicy(BasePolicy):
             raise
 
     def _error(self, problem: object) -> BasePolicyError:
-        return BasePolicyError(f"base policy server:{self.address}: {problem}")
+        return BasePolicyError(f"base policy {self.spec}: {problem}")
 
     def _match_modalities(self) -> None:
         """Match cameras, states and actions of the policy with those of the scene."""
@@ -140,10 +124,10 @@ class ServerPolicy(BasePolicy):
             raise self._error(f"--cameras {unused[0]}: its policy does not see this camera; it sees {seen}")
         self.cameras = tuple(dict.fromkeys(self.camera_of.values()))
         for kind, keys in (("state", state.keys), ("action", action.keys)):
-            if unknown := [key for key in keys if key not in self._wire.JOINT_GROUPS]:
-                known = " and ".join(self._wire.JOINT_GROUPS)
+            if unknown := [key for key in keys if key not in JOINT_GROUPS]:
+                known = " and ".join(JOINT_GROUPS)
                 raise self._error(f"its policy has the {kind} {unknown[0]}; an SO-101's are {known}")
-        if missing := [key for key in self._wire.JOINT_GROUPS if key not in action.keys]:
+        if missing := [key for key in JOINT_GROUPS if key not in action.keys]:
             raise self._error(f"its policy does not return {missing[0]}, only {' and '.join(action.keys) or 'nothing'}")
         horizon = len(action.deltas)
         if action.deltas != list(range(horizon)):
@@ -159,7 +143,7 @@ class ServerPolicy(BasePolicy):
     def _question(self, video: dict[str, np.ndarray], joints_rad: np.ndarray) -> dict[str, Any]:
         """Arguments of PolicyClient.get_action for pictures (B, T, H, W, 3) and joint positions (B, T, 6), rad."""
         joints = from_rad(joints_rad.astype(np.float64), self.options.units)
-        state = {key: joints[:, :, self._wire.JOINT_GROUPS[key]] for key in self.client.modalities["state"].keys}
+        state = {key: joints[:, :, JOINT_GROUPS[key]] for key in self.client.modalities["state"].keys}
         return {"video": video, "state": state, "text": self.options.instruction}
 
     def reset(self, mask: np.ndarray) -> None:
@@ -205,11 +189,11 @@ class ServerPolicy(BasePolicy):
         try:
             action = self.client.get_action(**self._question(video, over_time("joints", seen[STATE])))
             groups = [
-                self._wire.check_action(action, key, n, self.options.chunk_steps, group.stop - group.start)
-                for key, group in self._wire.JOINT_GROUPS.items()
+                check_action(action, key, n, self.options.chunk_steps, group.stop - group.start)
+                for key, group in JOINT_GROUPS.items()
             ]
             return to_rad(np.concatenate(groups, axis=2), self.options.units)
-        except self._wire.WireError as error:
+        except PolicyError as error:
             raise self._error(error) from error
         except SO101Error as error:
             raise self._error(f"{error}; check --units") from error
@@ -217,6 +201,117 @@ class ServerPolicy(BasePolicy):
     def close(self) -> None:
         """Close the connection."""
         self.client.close()
+
+
+class ServerPolicy(ChunkPolicy):
+    """A policy behind a server of LeRobot or GR00T: `server:HOST:PORT`.
+
+    Raises BasePolicyError if the server may not be contacted, or as ChunkPolicy does.
+    """
+
+    def __init__(self, address: str, options: Server):
+        spec = f"server:{address}"
+        host, _, port = address.rpartition(":")
+        host = host.strip("[]")
+        if not host or not (port.isascii() and port.isdigit()) or not 1 <= int(port) <= 65535:
+            raise BasePolicyError(f"base policy {spec}: give server:HOST:PORT, as in server:127.0.0.1:5555")
+        token, remote = os.environ.get("SO101_API_TOKEN"), not _is_loopback(host)
+        if remote and not options.trust.allow_remote:
+            raise BasePolicyError(
+                f"base policy {spec}: is another machine, and the connection is not encrypted: tunnel it "
+                f"(ssh -L {port}:127.0.0.1:{port} {host}), or pass --allow-remote"
+            )
+        if remote and token and not options.trust.send_token:
+            raise BasePolicyError(
+                f"base policy {spec}: SO101_API_TOKEN would leave this machine in clear text: tunnel the "
+                "connection, unset the token, or pass --send-token"
+            )
+        check_units(spec, options)
+        import_extra("zmq", "server", f"base policy {spec}")
+        import_extra("msgpack", "server", f"base policy {spec}")
+        from so101 import wire
+
+        try:
+            client = wire.PolicyClient(host, int(port), options.server_timeout, api_token=token)
+        except PolicyError as error:
+            raise BasePolicyError(f"base policy {spec}: {error}") from error
+        super().__init__(spec, client, options)
+
+
+class InProcess:
+    """A policy directory of LeRobot, in this process, with the interface of so101.wire.PolicyClient.
+
+    Its answers, and its identity, are those of the same directory behind so101.serve.
+    """
+
+    def __init__(self, policy: Any):
+        self.policy = policy  # so101.serve.LeRobotPolicy
+        self.config = {kind: entry["as_json"] for kind, entry in policy.modality_config().items()}
+        parts = {kind: (entry["modality_keys"], entry["delta_indices"]) for kind, entry in self.config.items()}
+        self.modalities = {kind: Modality(*part) for kind, part in parts.items()}
+
+    def get_action(
+        self, video: Mapping[str, np.ndarray], state: Mapping[str, np.ndarray], text: str
+    ) -> dict[str, np.ndarray]:
+        """See so101.wire.PolicyClient.get_action."""
+        from so101.serve import RequestError
+
+        try:
+            return self.policy.get_action(**make_request(self.modalities, video, state, text))
+        except RequestError as error:
+            raise PolicyError(str(error)) from error
+
+    def identify(self, probe: dict[str, Any]) -> str:
+        """The identity that so101.wire.PolicyClient.identify finds for the same directory behind so101.serve."""
+        return identity_of("n1.6", json.dumps(self.config, sort_keys=True), self.policy.weights, "")
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class LeRobotBase(ChunkPolicy):
+    """A policy trained by LeRobot, in this process: `lerobot:DIR`, where DIR is a pretrained_model directory.
+
+    LeRobot must be installed in this environment. Pictures have the size that the policy was trained with.
+
+    Raises:
+        BasePolicyError: there is no such policy, LeRobot cannot load it, or as ChunkPolicy does.
+    """
+
+    def __init__(self, directory: str, options: Server):
+        spec, path = f"lerobot:{directory}", Path(directory)
+        check_units(spec, options)
+        for name in ("config.json", "model.safetensors"):
+            if not (path / name).is_file():
+                raise BasePolicyError(f"base policy {spec}: has no {name}; name a pretrained_model directory")
+        import_extra("lerobot", "lerobot", f"base policy {spec}")
+        from so101.serve import LeRobotPolicy, RequestError
+
+        try:
+            policy = LeRobotPolicy(path, "cpu")
+        except RequestError as error:
+            raise BasePolicyError(f"base policy {spec}: {error}") from error
+        except Exception as error:  # LeRobot raises many types of exceptions for a directory that it cannot read
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise BasePolicyError(f"base policy {spec}: LeRobot cannot load it ({reason})") from error
+        sizes = {shape[1:] for shape in policy.images.values()} or {options.size}
+        if len(sizes) > 1:
+            raise BasePolicyError(f"base policy {spec}: its cameras have pictures of different sizes, {sizes}")
+        if options.size not in sizes:
+            if options.image_size != Server.image_size:
+                size = " ".join(map(str, options.size))
+                raise BasePolicyError(f"base policy {spec}: --image-size {size}: its pictures are {sizes}; drop it")
+            options = dataclasses.replace(options, image_size=sizes.pop())
+        super().__init__(spec, InProcess(policy), options)
+
+
+def check_units(spec: str, options: Server) -> None:
+    """Raise BasePolicyError unless the unit of the policy's joints is given."""
+    if options.units is None:
+        raise BasePolicyError(
+            f"base policy {spec}: it does not say in which unit its joints are: pass --units deg (LeRobot since "
+            "0.4.4, and recordings of this project), norm (older LeRobot) or rad"
+        )
 
 
 def _is_loopback(host: str) -> bool:

@@ -17,7 +17,7 @@ from so101.cli import check_flags, flag_of, parse
 from so101.evaluation import no_residual
 from so101.policies import load_policy
 from so101.server import Server
-from so101.trust import Trust
+from so101.trust import SERVED, Trust
 from so101_env import SO101Error, SO101ResidualVectorEnv, Task
 from so101_sim.scene import ASSETS
 from so101_sim.vector import ArmVectorEnv
@@ -35,7 +35,7 @@ class Subject:
     model: str | None = None
     """checkpoint, student or ONNX file (default, without --base-policy: the model that comes with the project)"""
     base_policy: str | None = None
-    """without --model: the base policy to run; with --model: its own base policy, at a server's present address"""
+    """without --model: the base policy to run; with --model: where its LeRobot or GR00T policy is now"""
     tape_margin: float = Task.tape_margin
     """m between sheet and tape, 0.04 standard, 0.02 precise"""
     full_randomization: bool = False
@@ -133,7 +133,7 @@ def _trust(subject: Subject) -> Trust:
 def _check_base_flag(subject: Subject, own: Any) -> None:
     """Raise SO101Error if --base-policy is not the base policy that the model's file names, `own`."""
     given = subject.base_policy
-    if given is not None and given != own and not all(str(spec).startswith("server:") for spec in (given, own)):
+    if given is not None and given != own and not all(str(spec).startswith(SERVED) for spec in (given, own)):
         raise SO101Error(f"--base-policy {given}: the model has its own base policy; drop the flag")
 
 

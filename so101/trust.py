@@ -14,6 +14,7 @@ from so101_sim.errors import SO101Error
 OWN_SCRIPTS = ("ppo_residual_so101.py", "ppo_rgb.py", "distill.py", "clone.py")
 OWN_POLICIES = ("zero", "jacobian", "keyboard")
 FILES = ("checkpoint", "bc", "onnx")  # policy files, which are data: loading them comes back here
+SERVED = ("server:", "lerobot:")  # the same policy may be behind a server, or in a directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Trust:
 
     allow: tuple[str, ...] = ()
     """what the model's file names and may use: a script (my_ppo.py), a base policy of your own (my_policy:MyPolicy), or
-    the server that you want it to use (server:127.0.0.1:5555)"""
+    where its LeRobot or GR00T policy is now (server:127.0.0.1:5555, lerobot:DIR)"""
     allow_remote: bool = False
     """allow server:HOST:PORT to be another machine; the connection is not encrypted"""
     send_token: bool = False
@@ -36,16 +37,16 @@ class Trust:
     def spec(self, spec: str, path: str | Path) -> str:
         """The base policy's spec to load for the file at path, which names `spec`.
 
-        For a server it is the address that the person has named, wherever the file's own points to.
+        For a server or a directory of LeRobot it is what the person has named, wherever the file's own points to.
 
         Raises:
-            SO101Error: the spec is empty, or it is code, or a server, that the person has not named.
+            SO101Error: the spec is empty, or it is code, a server or a directory that the person has not named.
         """
         if not spec:
             raise SO101Error(f"{path}: names no base policy")
         foreign = _foreign(spec)
-        if foreign.startswith("server:"):
-            named = [each for each in self.allow if each.startswith("server:")]
+        if foreign.startswith(SERVED):
+            named = [each for each in self.allow if each.startswith(SERVED)]
             if not named:
                 raise _refusal(path, "its base policy is behind", foreign)
             return spec.removesuffix(foreign) + named[-1]

@@ -17,30 +17,23 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import socket
 import time
-import zlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgpack
 import numpy as np
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from so101.groot import JOINT_GROUPS as JOINT_GROUPS  # for so101.server, which loads this module only when needed
+from so101.groot import KINDS, Modality, PolicyError, identity_of, make_request
 
 DIALECTS = ("n1.5", "n1.6", "main")
 MAX_MESSAGE_BYTES = 2**28
 MAX_ERROR_LETTERS = 500  # of a server's error message
 MAX_STEPS = 10_000  # largest distance of a time step from now
-KINDS = ("video", "state", "action", "language")
 POLL_S = 0.2  # while waiting for an answer, how often to check that the connection still exists
-
-
-class WireError(RuntimeError):
-    """A policy server cannot be used or has failed. The text is one line."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,11 +59,11 @@ def pack(message: Any, dialect: str) -> bytes:
 
 
 def unpack(body: bytes) -> Any:
-    """Decode a message of any dialect, with its arrays and modality configs. Raises WireError for invalid bytes."""
+    """Decode a message of any dialect, with its arrays and modality configs. Raises PolicyError for invalid bytes."""
     try:
         return msgpack.unpackb(body, object_hook=_decode)
     except Exception as error:  # msgpack and numpy raise many types of exceptions for invalid bytes
-        raise WireError(f"the answer is not a message of a policy server ({type(error).__name__})") from error
+        raise PolicyError(f"the answer is not a message of a policy server ({type(error).__name__})") from error
 
 
 def _decode(value: dict[Any, Any]) -> Any:
@@ -92,13 +85,6 @@ def _decode(value: dict[Any, Any]) -> Any:
 # the client
 
 
-class Modality(NamedTuple):
-    """The policy's inputs or outputs of one kind: video, state, action or language."""
-
-    keys: list[str]  # without the prefixes of n1.5
-    deltas: list[int]  # time steps in control steps relative to now: 0 is now, -1 the previous step
-
-
 class PolicyClient:
     """A connection to a policy server.
 
@@ -112,7 +98,7 @@ class PolicyClient:
         api_token: sent with each request, in clear text.
 
     Raises:
-        WireError: there is no server, it does not answer, or it uses none of the known dialects.
+        PolicyError: there is no server, it does not answer, or it uses none of the known dialects.
     """
 
     def __init__(
@@ -141,19 +127,14 @@ class PolicyClient:
             text: instruction for the policy.
 
         Raises:
-            WireError: the server does not answer, or reports an error.
+            PolicyError: the server does not answer, or reports an error.
         """
-        batch = len(next(iter([*state.values(), *video.values()])))
-        languages = {key: [[text]] * batch for key in self.modalities["language"].keys}
-        if self.dialect == "n1.5":
-            data: dict[str, Any] = {f"video.{key}": frames for key, frames in video.items()}
-            data |= {f"state.{key}": array.astype(np.float64) for key, array in state.items()}
-            return self._actions({**data, **languages})
-        state = {key: array.astype(np.float32) for key, array in state.items()}
-        # makes policies that draw noise reproducible, if the server uses it: so101.serve does, GR00T's servers do not
-        seed = zlib.crc32(b"".join(array.tobytes() for array in state.values()))
-        observation = {"video": dict(video), "state": state, "language": languages}
-        return self._actions({"observation": observation, "options": {"seed": seed}})
+        data = make_request(self.modalities, video, state, text)
+        if self.dialect != "n1.5":
+            return self._actions(data)
+        flat: dict[str, Any] = {f"video.{key}": frames for key, frames in video.items()}
+        flat |= {f"state.{key}": array.astype(np.float64) for key, array in state.items()}
+        return self._actions({**flat, **data["observation"]["language"]})
 
     def identify(self, probe: dict[str, Any]) -> str:
         """SHA-256 of everything known about the policy. It changes with the weights as far as they can be identified.
@@ -169,8 +150,7 @@ class PolicyClient:
         self._answer = self._ask_probe()
         if self._answer and self._ask_probe() != self._answer:
             self._answer = ""
-        facts = [self.dialect, self._config, self._weights, self._answer]
-        return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+        return identity_of(self.dialect, self._config, self._weights, self._answer)
 
     def close(self) -> None:
         """Close the connection."""
@@ -186,27 +166,29 @@ class PolicyClient:
         """
         body = self._request("ping", None, self.timeout_s if self._warm else self.first_timeout_s)
         if body[:2] == b"PK":
-            raise WireError("answers with a pickle, as GR00T N1 does, which could run any code here; use N1.5 or later")
+            raise PolicyError(
+                "answers with a pickle, as GR00T N1 does, which could run any code here; use N1.5 or later"
+            )
         reply = self._reply("ping", body)
         weights = reply.get("weights", "") if isinstance(reply, dict) else None
         if not isinstance(weights, str):
-            raise WireError("ping: the answer is not a map with a hash of the weights as text, or without one")
+            raise PolicyError("ping: the answer is not a map with a hash of the weights as text, or without one")
         body = self._request("get_modality_config", None)
         config = self._reply("get_modality_config", body)
         if not isinstance(config, dict) or not config:
-            raise WireError("does not report the cameras, states and actions of its policy")
+            raise PolicyError("does not report the cameras, states and actions of its policy")
         if b"__ModalityConfig__" in body:
             dialect = "main"
         elif b"__ModalityConfig_class__" in body:
             first = next(iter(msgpack.unpackb(body).values()))
             dialect = "n1.5" if isinstance(first, dict) and isinstance(first.get("as_json"), str) else "n1.6"
         else:
-            raise WireError("describes its policy in a format that is not one of GR00T N1.5, N1.6, N1.7 and main")
+            raise PolicyError("describes its policy in a format that is not one of GR00T N1.5, N1.6, N1.7 and main")
         self.modalities = {kind: _modality(config, kind, dialect) for kind in KINDS}
         try:
             self._config = json.dumps(config, sort_keys=True)
         except (TypeError, ValueError, RecursionError) as error:
-            raise WireError(f"its description of its policy cannot be used ({type(error).__name__})") from error
+            raise PolicyError(f"its description of its policy cannot be used ({type(error).__name__})") from error
         self.dialect, self._weights = dialect, weights
 
     def _ask_probe(self) -> str:
@@ -217,14 +199,14 @@ class PolicyClient:
         return hashlib.sha256(b"".join(answer[key].tobytes() for key in sorted(answer))).hexdigest()
 
     def _check_identity(self) -> None:
-        """Raise WireError if the server, after it closed the connection, serves another policy."""
+        """Raise PolicyError if the server, after it closed the connection, serves another policy."""
         before = self.dialect, self._config, self._weights
         self._read_identity()
         same = before == (self.dialect, self._config, self._weights)
         if self._probe and self._answer:
             same = same and self._ask_probe() == self._answer
         if not same:
-            raise WireError("was restarted with another policy; put the old one back")
+            raise PolicyError("was restarted with another policy; put the old one back")
 
     # -- requests
 
@@ -234,29 +216,31 @@ class PolicyClient:
         reply = self._reply("get_action", self._request("get_action", data, timeout_s))
         if self.dialect != "n1.5":
             if not isinstance(reply, list) or len(reply) != 2:
-                raise WireError(f"get_action: the answer is a {type(reply).__name__} instead of [action, info]")
+                raise PolicyError(f"get_action: the answer is a {type(reply).__name__} instead of [action, info]")
             reply = reply[0]
         if not isinstance(reply, dict):
-            raise WireError(f"get_action: the answer is a {type(reply).__name__} instead of a map")
+            raise PolicyError(f"get_action: the answer is a {type(reply).__name__} instead of a map")
         for key, array in reply.items():
             if not isinstance(key, str) or not key.isprintable():
-                raise WireError(f"get_action: the answer has the key {key!r:.80}, which is not plain text")
+                raise PolicyError(f"get_action: the answer has the key {key!r:.80}, which is not plain text")
             if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
-                raise WireError(f"get_action: {key!r:.80} is not an array of numbers")
+                raise PolicyError(f"get_action: {key!r:.80} is not an array of numbers")
         self._warm = True
         return {key.removeprefix("action.") if self.dialect == "n1.5" else key: reply[key] for key in reply}
 
     def _reply(self, endpoint: str, body: bytes) -> Any:
-        """Decode an answer. Raises WireError, with the server's message, if the answer is an error."""
+        """Decode an answer. Raises PolicyError, with the server's message, if the answer is an error."""
         try:
             reply = unpack(body)
-        except WireError as error:
-            raise WireError(f"{endpoint}: {error}") from error
+        except PolicyError as error:
+            raise PolicyError(f"{endpoint}: {error}") from error
         if isinstance(reply, dict) and "error" in reply:
             text = " ".join(str(reply["error"])[:MAX_ERROR_LETTERS].split())
             if "Unauthorized" in text:
                 text += "; set its token in the environment variable SO101_API_TOKEN"
-            raise WireError(f"{endpoint}: the server reports " + (repr(text) if text else "an error without a message"))
+            raise PolicyError(
+                f"{endpoint}: the server reports " + (repr(text) if text else "an error without a message")
+            )
         return reply
 
     def _request(self, endpoint: str, data: Any, timeout_s: float | None = None) -> bytes:
@@ -279,15 +263,17 @@ class PolicyClient:
                     break
                 if time.monotonic() > deadline:
                     self._disconnect()  # a ZeroMQ socket that waits for an answer cannot be used for anything else
-                    raise WireError(f"{endpoint}: no answer within {timeout_s:g} s; wait longer with --server-timeout")
+                    raise PolicyError(
+                        f"{endpoint}: no answer within {timeout_s:g} s; wait longer with --server-timeout"
+                    )
             # if the connection was closed in between, the answer may come from another policy
             if answered and not self._went_away():
                 body, *more = self._socket.recv_multipart()
                 if more:
-                    raise WireError(f"{endpoint}: the answer has {1 + len(more)} parts instead of one")
+                    raise PolicyError(f"{endpoint}: the answer has {1 + len(more)} parts instead of one")
                 return body
             self._reconnect(endpoint)
-        raise WireError(f"{endpoint}: closes the connection instead of answering")
+        raise PolicyError(f"{endpoint}: closes the connection instead of answering")
 
     def _connect(self, wait_s: float) -> None:
         """Connect within wait_s. A plain socket goes first, because ZeroMQ does not report that there is no server."""
@@ -299,7 +285,7 @@ class PolicyClient:
             except (OSError, UnicodeError) as error:  # UnicodeError: what cannot be the name of a machine
                 if time.monotonic() >= deadline:
                     reason = getattr(error, "strerror", None) or type(error).__name__
-                    raise WireError(f"nothing answers there ({reason}); start the server first") from error
+                    raise PolicyError(f"nothing answers there ({reason}); start the server first") from error
             time.sleep(POLL_S)
         self._socket = zmq.Context.instance().socket(zmq.REQ)  # a separate context can hang when collected
         for option, value in ((zmq.LINGER, 0), (zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES), (zmq.RECONNECT_IVL, -1)):
@@ -328,13 +314,13 @@ class PolicyClient:
     def _reconnect(self, endpoint: str) -> None:
         """Connect again, and check that the policy is the same."""
         if self._checking:
-            raise WireError(f"{endpoint}: closes the connection instead of answering")
+            raise PolicyError(f"{endpoint}: closes the connection instead of answering")
         if self._socket is not None:
             self._disconnect()
         try:
             self._connect(self.timeout_s)
-        except WireError as error:
-            raise WireError(f"{endpoint}: the server has gone away; {error}") from error
+        except PolicyError as error:
+            raise PolicyError(f"{endpoint}: the server has gone away; {error}") from error
         if self.dialect:  # not the first connection
             self._warm, self._checking = False, True  # the server may be loading
             try:
@@ -346,36 +332,24 @@ class PolicyClient:
 def _modality(config: Mapping[str, Any], kind: str, dialect: str) -> Modality:
     """The inputs or outputs of one kind in a server's description of its policy; none if it lacks the kind.
 
-    Raises WireError unless the keys are texts, each once, and the deltas are ascending whole numbers.
+    Raises PolicyError unless the keys are texts, each once, and the deltas are ascending whole numbers.
     """
     if kind not in config:
         return Modality([], [0])
     entry = config[kind]
     if not isinstance(entry, dict) or not {"modality_keys", "delta_indices"} <= {*entry}:
-        raise WireError(f"its description of {kind} is not a map with modality_keys and delta_indices")
+        raise PolicyError(f"its description of {kind} is not a map with modality_keys and delta_indices")
     keys, deltas = entry["modality_keys"], entry["delta_indices"]
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise WireError(f"its description of {kind}: modality_keys is not a list of texts")
+        raise PolicyError(f"its description of {kind}: modality_keys is not a list of texts")
     if dialect == "n1.5" and kind != "language":
         keys = [key.removeprefix(f"{kind}.") for key in keys]
     if not all(key.isprintable() and key.strip() for key in keys) or len({*keys}) < len(keys):
-        raise WireError(f"its description of {kind}: modality_keys has a key that is empty, unprintable or there twice")
+        raise PolicyError(
+            f"its description of {kind}: modality_keys has a key that is empty, unprintable or there twice"
+        )
     if not isinstance(deltas, list) or not all(type(step) is int and abs(step) <= MAX_STEPS for step in deltas):
-        raise WireError(f"its description of {kind}: delta_indices is not a list of whole numbers up to {MAX_STEPS}")
+        raise PolicyError(f"its description of {kind}: delta_indices is not a list of whole numbers up to {MAX_STEPS}")
     if not deltas or deltas != sorted({*deltas}):
-        raise WireError(f"its description of {kind}: delta_indices is empty or not in ascending order")
+        raise PolicyError(f"its description of {kind}: delta_indices is empty or not in ascending order")
     return Modality(keys, deltas)
-
-
-def check_action(action: Mapping[str, np.ndarray], key: str, batch: int, steps: int, width: int) -> np.ndarray:
-    """The first `steps` of the action `key`, (batch, steps, width) float64. Raises WireError for anything else."""
-    if key not in action:
-        raise WireError(f"get_action: the answer lacks {key}, it has {', '.join(action)[:200] or 'nothing'}")
-    array = action[key]
-    if array.ndim != 3 or array.shape[0] != batch or array.shape[1] < steps or array.shape[2] != width:
-        wanted = f"({batch}, {steps} or more, {width})"
-        raise WireError(f"get_action: {key} has shape {array.shape} instead of {wanted}")
-    array = array[:, :steps].astype(np.float64)
-    if not math.isfinite(array.sum()):
-        raise WireError(f"get_action: {key} has numbers that are not finite")
-    return array

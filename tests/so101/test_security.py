@@ -152,7 +152,7 @@ def test_the_token_leaves_this_machine_only_with_a_flag(monkeypatch):
 
     def client(host, port, timeout_s, api_token):
         sent.append((host, api_token))
-        raise wire.WireError("stop here")
+        raise wire.PolicyError("stop here")
 
     monkeypatch.setattr(wire, "PolicyClient", client)
     monkeypatch.setenv("SO101_API_TOKEN", "secret")

@@ -458,7 +458,9 @@ def test_evaluation_and_stacking_find_the_server_again(tmp_path, monkeypatch):
         assert stacked.cameras == ("top", "wrist") and stacked.image_size == (16, 16)
         stacked.base.close()
         asked = []
-        stacked.base = SimpleNamespace(act=lambda obs, mask: asked.append(obs["residual"]) or np.zeros((2, 6)))
+        stacked.base = SimpleNamespace(
+            image_size=(96, 96), act=lambda obs, mask: asked.append(obs["residual"]) or np.zeros((2, 6))
+        )
         both, obs, own = np.ones(2, bool), base_observation(np.zeros((2, 25), np.float32), np.zeros((2, 6))), []
         stacked.base.reset, stacked.base.memory = lambda mask: None, {"step": np.arange(2)}
         stacked.reset(both)
