@@ -17,6 +17,7 @@ if __name__ == "__main__":  # Ctrl+C during the imports ends the program without
 
 import dataclasses
 import itertools
+import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from so101.cli import check_flags, check_output, check_rendering, command_of, pa
 from so101.evaluation import BLOCK, TEST_SEED, evaluate, no_residual, residual_to_base, summarize
 from so101.files import write_json
 from so101.films import HOLD_S, plot, write_video
-from so101.subject import Loaded, Subject, parse_subject
+from so101.subject import Loaded, Subject, base_envs, parse_subject
 from so101.trust import Trust, allow_flags
 from so101_env import SO101Error
 from so101_sim.vector import ArmVectorEnv
@@ -63,6 +64,9 @@ class EvalArgs:
     """human: play the evaluated episodes in MuJoCo's viewer"""
     export: str | None = None
     """write the checkpoint of --model as an ONNX file instead of evaluating it"""
+    export_lerobot: str | None = None
+    """also write --model, with its base policy, as this directory, a policy of LeRobot that sees the sheet by OpenCV,
+    with the figures of this evaluation in its card"""
 
 
 def check_args(args: EvalArgs) -> None:
@@ -76,6 +80,12 @@ def check_args(args: EvalArgs) -> None:
     check_output("--export", args.export, (".onnx",), args.subject.model)
     if args.export and args.subject.model is None:
         raise SO101Error("--export needs --model: the checkpoint to export")
+    if args.export_lerobot:
+        check_output("--export-lerobot", args.export_lerobot, (), args.subject.model)
+        if os.path.lexists(args.export_lerobot):
+            raise SO101Error(f"--export-lerobot {args.export_lerobot}: exists already; name a new directory")
+        if args.subject.model is None or args.export:
+            raise SO101Error("--export-lerobot needs --model, the policy to export, and no --export")
     if args.render_mode:
         try:
             check_display()
@@ -92,6 +102,23 @@ def export(model: str, path: str, trust: Trust) -> None:
     print(f"largest difference on {CHECKED_OBSERVATIONS} observations: {made['difference']:.1g}")
     allow = allow_flags([made["base_policy"]])
     print(f"evaluate: {command_of('eval_so101.py')} --model {path}{allow}")
+
+
+def draft_policy(args: EvalArgs, kind: str) -> Any:
+    """The policy directory of --export-lerobot, for the plug-in to write. Raises SO101Error if that cannot be done."""
+    if kind != "agent":
+        raise SO101Error(f"--export-lerobot {args.export_lerobot}: {args.subject.model} is not a residual")
+    try:
+        from lerobot_policy_so101_residual.export import Draft
+    except ImportError as error:
+        raise SO101Error(
+            f"--export-lerobot {args.export_lerobot}: needs {error.name}: install LeRobot and extras/lerobot_plugin in "
+            "this environment, see docs/lerobot.md"
+        ) from error
+    draft = Draft(args.subject.model, args.export_lerobot, args.subject.trust)
+    if draft.task.tape_margin != args.subject.tape_margin:
+        raise SO101Error(f"--tape-margin {args.subject.tape_margin}: --export-lerobot needs the model's own; drop it")
+    return draft
 
 
 def print_table(columns: dict[str, dict[str, Any]]) -> None:
@@ -159,8 +186,9 @@ def main() -> int:
     args, loaded, task = parse_subject(EvalArgs, __doc__)
     torch.set_num_threads(1)
     if args.export:
-        export(args.subject.model, args.export, args.subject.server.trust)
+        export(args.subject.model, args.export, args.subject.trust)
         return 0
+    draft = draft_policy(args, loaded.kind) if args.export_lerobot else None
     envs = loaded.make_envs(min(args.episodes, BATCH), task)
     if args.video:
         check_rendering(envs, "--video")
@@ -182,6 +210,10 @@ def main() -> int:
         columns[loaded.other + spec] = base
         if corrects or loaded.make_others:
             films = {loaded.other: alone[: args.video_episodes], **films}
+    if draft:
+        seeing = base_envs(draft.policy, task, envs.num_envs, args.subject.num_threads)
+        columns["pose by OpenCV"] = summarize(evaluate(no_residual, seeing, seeds))
+        seeing.close()
     ratios = residual_to_base(episodes) if loaded.kind == "agent" else {}
     if args.json:
         listed = [{k: v for k, v in episode.items() if not isinstance(v, np.ndarray)} for episode in episodes]
@@ -210,6 +242,10 @@ def main() -> int:
     if args.render_mode:
         play(envs, episodes)
     envs.close()
+    if draft:
+        titles = {loaded.kind: "base + residual, true pose", "pose by OpenCV": "base + residual, pose by OpenCV"}
+        draft.finish({titles.get(name, "base alone"): each for name, each in columns.items()}, seeds, task)
+        print(f"{args.export_lerobot}: lerobot-eval --policy.path={args.export_lerobot} --env.type=so101_residual")
     return 0
 
 

@@ -139,6 +139,20 @@ def way_home(controller: Controller) -> Iterator[np.ndarray]:
     yield from way_to(controller, HOME_RAD)
 
 
+def way_up(controller: Controller) -> Iterator[np.ndarray]:
+    """The slow motion that lifts the tip off the sheet. See way_to."""
+    goal = controller.joints_rad.copy()
+    goal[1] += RAISED_RAD[1] - HOME_RAD[1]
+    yield from way_to(controller, np.maximum(goal, controller.low_rad + HOME_NEAR_RAD))
+
+
+def way_from(controller: Controller) -> Iterator[np.ndarray]:
+    """The slow motion to home from any pose: first up, if the tip may be at the table. See way_to."""
+    if controller.joints_rad[1] > RAISED_RAD[1]:
+        yield from way_up(controller)
+    yield from way_home(controller)
+
+
 class Loop:
     """The control loop of a policy on an arm.
 
@@ -210,9 +224,7 @@ class Loop:
 
     def lift(self) -> None:
         """Lift the tip off the sheet."""
-        goal = self.controller.joints_rad.copy()
-        goal[1] += RAISED_RAD[1] - HOME_RAD[1]
-        self.go(np.maximum(goal, self.controller.low_rad + HOME_NEAR_RAD))
+        self._follow(way_up(self.controller))
 
     def leave(self, ended: BaseException | None) -> None:
         """The way out on an arm under torque: fold it slowly, then switch its torque off, and print what was done.

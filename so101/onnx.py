@@ -73,7 +73,7 @@ class OnnxPolicy(StackedPolicy):
         self.session, data = _session(content, path)
         self.metadata = _metadata(self.session, content, path)
         spec = trust.spec(self.metadata["base_policy"], path)
-        base = load_policy(spec, Server(trust=trust))
+        base = load_policy(spec, dataclasses.replace(self.metadata["server"], trust=trust))
         super().__init__(base)
         check_base(self.metadata, spec, base, path)
         self.task = restore_settings(Task, self.metadata["task"], path)
@@ -167,7 +167,8 @@ def _metadata(session: Any, content: bytes, path: str | Path) -> dict[str, Any]:
         raise SO101Error(f"{path}: its metadata are not text; export it again") from error
     if text is None:
         task = dataclasses.asdict(Task())
-        return {"base_policy": "zero", "base_fingerprint": "", "task": task, "observe_base": False, "global_step": None}
+        base = {"base_policy": "zero", "base_fingerprint": "", "observe_base": False, "server": Server()}
+        return {**base, "task": task, "global_step": None}
     try:
         metadata = json.loads(text)
         found = metadata["format"]
@@ -178,8 +179,8 @@ def _metadata(session: Any, content: bytes, path: str | Path) -> dict[str, Any]:
     if not has_checksum(content):
         raise SO101Error(f"{path}: damaged, its checksum is wrong or missing; export it again")
     kinds = {
-        "base_policy": str, "base_fingerprint": str, "task": dict, "observe_base": bool, "global_step": int,
-        "scale_rad": float, "script": str, "git": dict, "versions": dict,
+        "base_policy": str, "base_fingerprint": str, "server": dict, "task": dict, "observe_base": bool,
+        "global_step": int, "scale_rad": float, "script": str, "git": dict, "versions": dict,
     }  # fmt: skip
     for key, kind in kinds.items():
         if type(metadata.get(key)) is not kind:
@@ -190,7 +191,9 @@ def _metadata(session: Any, content: bytes, path: str | Path) -> dict[str, Any]:
             raise SO101Error(f"{path}: {key} of its metadata is not that of this version; export it again")
     if not 0 <= metadata["global_step"] <= MAX_COUNT:
         raise SO101Error(f"{path}: global_step of its metadata is {metadata['global_step']}; export it again")
-    return metadata
+    server = {key: tuple(value) if isinstance(value, list) else value for key, value in metadata["server"].items()}
+    server = restore_settings(Server, server | {"trust": dataclasses.asdict(Trust())}, path)
+    return metadata | {"server": server}
 
 
 def _parts(task: Task, observe_base: bool) -> list[Part]:
@@ -264,6 +267,7 @@ def export_onnx(model: str, path: Path, trust: Trust | None = None) -> dict[str,
         **_interface(parts, args.task),
         "base_policy": args.base.base_policy,
         "base_fingerprint": saved["base_fingerprint"],
+        "server": {key: value for key, value in vars(args.base.server).items() if key != "trust"},
         "observe_base": args.base.observe_base,
         "task": dataclasses.asdict(args.task),
         "script": saved["script"],

@@ -69,8 +69,11 @@ class OpenCVPolicy(StackedPolicy):
         self.seen = {name.removeprefix("opencv."): array for name, array in own.items()}
         StackedPolicy.memory.fset(self, {name: array for name, array in memory.items() if name not in own})
 
-    def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
-        """Joint deltas in rad (N, 6) of its base policy, on estimated poses; zero in environments without a view."""
+    def look(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
+        """Find the sheets of the environments in mask, (N,) bool; sets `estimate` and `trouble`.
+
+        Returns whether the pose in each of the N environments is known.
+        """
         images, trouble = obs.rows(mask)[IMAGES + CAMERA], ""
         to_picture, pose, unseen = (self.seen[name] for name in ("to_picture", "pose", "unseen_steps"))
         for i, image in zip(np.flatnonzero(mask), images):
@@ -83,9 +86,20 @@ class OpenCVPolicy(StackedPolicy):
                 unseen[i], trouble = unseen[i] + 1, str(error)
         known = unseen <= MAX_UNSEEN_STEPS
         self.trouble = trouble if (mask & ~known).any() else ""
-        nowhere = np.append(TAPE_CENTER_M, 0.0)
         self.estimate = np.where(known[:, None], pose, np.nan)
-        delta, able = np.zeros((len(mask), ACT_DIM)), mask & known
+        return known
+
+    def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
+        """Joint deltas in rad (N, 6) of its base policy, on estimated poses; those of `rest` where there is no view."""
+        known, delta = self.look(obs, mask), np.zeros((len(mask), ACT_DIM))
+        able, blind = mask & known, mask & ~known
         if able.any():
-            delta[able] = self.base_delta(with_sheet(obs, np.where(known[:, None], pose, nowhere)), able)[able]
+            pose = np.where(known[:, None], self.estimate, np.append(TAPE_CENTER_M, 0.0))
+            delta[able] = self.base_delta(with_sheet(obs, pose), able)[able]
+        if blind.any():
+            delta[blind] = self.rest(obs, blind)[blind]
         return delta
+
+    def rest(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
+        """Joint deltas (N, 6), rad, in the environments in mask, (N,) bool, which have no view: none."""
+        return np.zeros((len(mask), ACT_DIM))

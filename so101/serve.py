@@ -63,7 +63,7 @@ class LeRobotPolicy:
         self.horizon = self.config.n_action_steps if self.config.type == "diffusion" else self.config.chunk_size
         digest = hashlib.sha256()
         for file in sorted(path.iterdir()):
-            if file.suffix in (".json", ".safetensors"):
+            if file.suffix in (".json", ".safetensors") and file.name != "train_config.json":
                 digest.update(file.name.encode() + file.read_bytes())
         self.weights = digest.hexdigest()
 

@@ -48,6 +48,11 @@ class Subject:
     """physics threads (default: every core); the results do not depend on it"""
     server: Server = dataclasses.field(default_factory=Server)
 
+    @property
+    def trust(self) -> Trust:
+        """The permissions of the command line: --allow, and the base policy that it names."""
+        return self.server.trust.also(self.base_policy)
+
 
 @dataclasses.dataclass
 class Loaded:
@@ -114,7 +119,7 @@ def _load(subject: Subject, unused: tuple[str, ...]) -> Loaded:
     if Path(subject.model).suffix == ".onnx":
         from so101.onnx import OnnxPolicy
 
-        onnx = OnnxPolicy(subject.model, _trust(subject))
+        onnx = OnnxPolicy(subject.model, subject.trust)
         base = onnx.metadata["base_policy"]
         _check_base_flag(subject, base)
         loaded = _base_loaded("agent", base, onnx.base, onnx.task, onnx.steps, subject, onnx.observe_base)
@@ -123,11 +128,6 @@ def _load(subject: Subject, unused: tuple[str, ...]) -> Loaded:
     base = (saved if saved["format"] == STUDENT else saved["args"]).get("base")
     _check_base_flag(subject, base.get("base_policy") if isinstance(base, dict) else None)
     return _load_student(saved, subject) if saved["format"] == STUDENT else _load_checkpoint(saved, subject)
-
-
-def _trust(subject: Subject) -> Trust:
-    """The permissions of the command line: --allow, and the base policy that it names."""
-    return subject.server.trust.also(subject.base_policy)
 
 
 def _check_base_flag(subject: Subject, own: Any) -> None:
@@ -139,7 +139,7 @@ def _check_base_flag(subject: Subject, own: Any) -> None:
 
 def _load_checkpoint(saved: dict[str, Any], subject: Subject) -> Loaded:
     """An agent of a training script, with its base policy."""
-    checkpoint = load_checkpoint(subject.model, saved, _trust(subject))
+    checkpoint = load_checkpoint(subject.model, saved, subject.trust)
     args = checkpoint.args
 
     def make_envs(num_envs: int, task: Any) -> ArmVectorEnv:
@@ -155,7 +155,7 @@ def _load_checkpoint(saved: dict[str, Any], subject: Subject) -> Loaded:
 
 def _load_student(saved: dict[str, Any], subject: Subject) -> Loaded:
     """A student, which is compared with its teacher."""
-    trust = _trust(subject)
+    trust = subject.trust
     script = load_script(saved["script"], subject.model, trust)
     student = script.load_student(saved, subject.model, trust)
     spec = f"checkpoint:{subject.model}"
@@ -168,6 +168,20 @@ def _load_student(saved: dict[str, Any], subject: Subject) -> Loaded:
     return dataclasses.replace(loaded, make_others=make_others, other="teacher")
 
 
+def base_envs(
+    num_envs: int, policy: BasePolicy | None, task: Task, num_threads: int | None, observe_base: bool = False
+) -> SO101ResidualVectorEnv:  # fmt: skip
+    """Environments for the evaluation of a base policy, at most as many as it can act in."""
+    return SO101ResidualVectorEnv(
+        num_envs if policy is None else min(num_envs, policy.max_envs or num_envs),
+        policy,
+        task,
+        observe_base=observe_base,
+        num_threads=num_threads,
+        autoreset_mode=AutoresetMode.DISABLED,
+    )
+
+
 def _base_loaded(
     kind: str, spec: str, policy: BasePolicy | None, task: Task, steps: int | None, subject: Subject,
     observe_base: bool = False,
@@ -175,13 +189,6 @@ def _base_loaded(
     """A base policy that acts without a residual."""
 
     def make_envs(num_envs: int, task: Task) -> ArmVectorEnv:
-        return SO101ResidualVectorEnv(
-            num_envs if policy is None else min(num_envs, policy.max_envs or num_envs),
-            policy,
-            task,
-            observe_base=observe_base,
-            num_threads=subject.num_threads,
-            autoreset_mode=AutoresetMode.DISABLED,
-        )
+        return base_envs(num_envs, policy, task, subject.num_threads, observe_base)
 
     return Loaded(kind, spec, steps, task, no_residual, make_envs)
