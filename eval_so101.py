@@ -211,7 +211,7 @@ def main() -> int:
         if corrects or loaded.make_others:
             films = {loaded.other: alone[: args.video_episodes], **films}
     if draft:
-        seeing = base_envs(draft.policy, task, envs.num_envs, args.subject.num_threads)
+        seeing = base_envs(envs.num_envs, draft.policy, task, args.subject.num_threads)
         columns["pose by OpenCV"] = summarize(evaluate(no_residual, seeing, seeds))
         seeing.close()
     ratios = residual_to_base(episodes) if loaded.kind == "agent" else {}

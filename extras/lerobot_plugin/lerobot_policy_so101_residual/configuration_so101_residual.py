@@ -1,6 +1,8 @@
 """Options of the policy type so101_residual, in the file and under the name by which LeRobot finds them."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 from lerobot.configs.policies import PreTrainedConfig
@@ -34,6 +36,14 @@ class SO101ResidualConfig(PreTrainedConfig):
         check_ranges(self, {name: span for name, span in {**ranges, "servo_gain": (0.2, 3.0)}.items() if name in given})
         if self.marks not in ("tape", "tags"):
             raise SO101Error(f"marks {self.marks!r}: give tape or tags")
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write config.json without the device, and without what is None: there LeRobot's versions differ."""
+        super()._save_pretrained(save_directory)
+        path = save_directory / "config.json"
+        options = json.loads(path.read_text(encoding="utf-8"))
+        kept = {name: value for name, value in options.items() if value is not None and name != "device"}
+        path.write_text(json.dumps(kept, indent=4) + "\n", encoding="utf-8")
 
     def validate_features(self) -> None:
         """Raise SO101Error unless the policy gets six joints and the camera at the table, and returns six joints."""

@@ -31,13 +31,13 @@ tags: [robotics, lerobot, so101, residual-policy, reinforcement-learning]
 
 # Paper in square: a residual on {base}
 
-This policy of LeRobot slides an A5 sheet of paper over a table into a rectangle of red tape, with an SO-101 arm. Its
-action is that of a base policy, {base}, plus a residual that was trained with PPO in simulation ({script}, {steps}
-steps). The tape leaves {margin_mm:.0f} mm between sheet and tape on every side.
+This policy of LeRobot slides an A5 sheet of paper over a table into a rectangle of red tape, with an SO-101 arm. The
+tape leaves {margin_mm:.0f} mm between sheet and tape on every side. Its action is that of a base policy, {base}, plus a
+residual, which PPO has trained in simulation.
 
-Thirty times a second the policy finds tape and sheet in the picture of `{camera}` with OpenCV, computes the joint
-targets, and limits them so that a fingertip presses lightly. If it does not see the sheet, the base acts alone, and the
-log says so.
+Thirty times a second the policy finds tape and sheet in the picture of `{camera}` with OpenCV, computes joint targets,
+and limits them so that a fingertip presses lightly. If it does not see the sheet, the base acts alone, and the log says
+so.
 
 ## Success in simulation
 
@@ -45,8 +45,8 @@ log says so.
 |---|---|---|---|
 {rows}
 
-All rows are the same held-out episodes, seeds {first_seed} to {last_seed}, in the task's own simulation: {physics}.
-One training run, seed {train_seed}; runs with other seeds differ by several percent.
+All rows are the same held-out episodes, seeds {first_seed} to {last_seed}, with {physics}. This is one training run,
+seed {train_seed}: runs with other seeds differ by several percent.
 
 ## Run it
 
@@ -149,18 +149,19 @@ class Draft:
         for title, summary in columns.items():
             low, high = summary["success_ci95"]
             rate = f"{summary['success_rate']:.3f} | {low:.3f} to {high:.3f}"
-            rows.append(f"| {title} | {summary['episodes']} | {rate} |")
+            rows.append(f"| {title} | {len(seeds)} | {rate} |")
         inputs = SO101ResidualConfig.from_pretrained(self.path).input_features
         shapes = [f"- `{key}` {tuple(feature.shape)}" for key, feature in inputs.items()]
         meta = self.metadata
         wide = "arm" if task.arm_randomization else "full" if task.full_randomization else ""
         git, versions = meta.get("git", {}), meta.get("versions", {})
-        origin = [f"- training steps: {meta['global_step']}", f"- commit: {git.get('commit') or 'not recorded'}"]
+        origin = [f"- residual: {meta.get('script', 'not recorded')}, {meta['global_step']} steps"]
+        origin += [f"- commit: {git.get('commit') or 'not recorded'}"]
         origin += [f"- {name}: {version}" for name, version in versions.items()]
         served = self.spec.startswith(SERVED)
         text = CARD.format(
-            base=self.base_name, script=meta.get("script", "a training script"), steps=meta["global_step"],
-            margin_mm=1000 * task.tape_margin, rows="\n".join(rows), first_seed=seeds[0], last_seed=seeds[-1],
+            base=self.base_name, margin_mm=1000 * task.tape_margin, rows="\n".join(rows),
+            first_seed=seeds[0], last_seed=seeds[-1],
             camera=next(name for name, camera in self.cameras.items() if camera == CAMERA),
             physics=f"{wide or ('default' if task.randomize else 'no')} randomisation",
             train_seed="not recorded" if self.train_seed is None else self.train_seed, features="\n".join(shapes),

@@ -26,6 +26,8 @@ from so101.loop import resize, way_from
 from so101.onnx import OnnxPolicy
 from so101.opencv import OpenCVPolicy
 from so101.robot import RobotError
+from so101.serve import LeRobotPolicy
+from so101.server import ChunkPolicy
 from so101.trust import Trust
 from so101_env import HOME_RAD, TAPE_CENTER_M, BaseObservation, base_observation, load_model, make_observation
 from so101_sim.control import ACT_DIM, BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Controller, from_rad, to_rad
@@ -72,6 +74,8 @@ class SO101ResidualPolicy(PreTrainedPolicy):
         config.validate_features()
         self.directory = Path(directory)
         residual = OnnxPolicy(str(self.directory / RESIDUAL), Trust((f"lerobot:{self.directory / BASE}",)))
+        if config.device != "cpu" and isinstance(residual.base, ChunkPolicy):
+            residual.base.client.policy = LeRobotPolicy(self.directory / BASE, config.device)
         self.task, self.units = residual.task, residual.metadata["server"].units or "deg"
         margin = self.task.tape_margin if config.tape_margin is None else config.tape_margin
         self.policy = SeenResidual(residual, margin, config.marks, config.camera_turned)
