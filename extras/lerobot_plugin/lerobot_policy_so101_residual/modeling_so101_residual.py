@@ -22,19 +22,29 @@ from lerobot_policy_so101_residual.configuration_so101_residual import (
     SO101ResidualConfig,
 )
 from so101.camera import CAMERA
-from so101.loop import resize, way_from
+from so101.loop import POSE_ERROR_M, resize, way_from, way_up
 from so101.onnx import OnnxPolicy
 from so101.opencv import OpenCVPolicy
 from so101.robot import RobotError
 from so101.serve import LeRobotPolicy
 from so101.server import ChunkPolicy
 from so101.trust import Trust
-from so101_env import HOME_RAD, TAPE_CENTER_M, BaseObservation, base_observation, load_model, make_observation
-from so101_sim.control import ACT_DIM, BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Controller, from_rad, to_rad
+from so101_env import (
+    HOME_RAD,
+    SUCCESS_STEPS,
+    TAPE_CENTER_M,
+    BaseObservation,
+    base_observation,
+    load_model,
+    make_observation,
+    sheet_inside,
+)
+from so101_sim.control import ACT_DIM, BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Calibration, Controller, from_rad, to_rad
 from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ
 
 RESIDUAL, BASE = "residual.onnx", "base"
+BEYOND_MODEL_RAD = float(np.deg2rad(20))  # a folded arm may be measured so far beyond the model's limits
 NEAR_HOME_RAD = 0.2  # a joint so far from the start pose is moved there first
 LOCATOR_HEIGHT, LOCATOR_ASPECT = 240, 4 / 3  # larger or wider pictures are scaled and cut, as so101.drive does
 
@@ -77,13 +87,15 @@ class SO101ResidualPolicy(PreTrainedPolicy):
         if config.device != "cpu" and isinstance(residual.base, ChunkPolicy):
             residual.base.client.policy = LeRobotPolicy(self.directory / BASE, config.device)
         self.task, self.units = residual.task, residual.metadata["server"].units or "deg"
-        margin = self.task.tape_margin if config.tape_margin is None else config.tape_margin
+        self.tape_margin = margin = self.task.tape_margin if config.tape_margin is None else config.tape_margin
         self.policy = SeenResidual(residual, margin, config.marks, config.camera_turned)
         self.policy.firmware_p = config.firmware_p or self.task.firmware_p
         self.names = {camera: name for name, camera in config.cameras.items()}
         if missing := [camera for camera in self.policy.cameras if camera not in self.names]:
             raise SO101Error(f"{self.directory}: cameras in its config.json lack {missing[0]}; export it again")
         self.model = load_model(margin)
+        low, high = self.model.actuator_ctrlrange.T
+        self.reachable = Calibration(low - BEYOND_MODEL_RAD, high + BEYOND_MODEL_RAD)
         self.reset()
 
     # -- loading and saving
@@ -132,10 +144,11 @@ class SO101ResidualPolicy(PreTrainedPolicy):
         self.policy.image_size = round(scale * height), round(scale * min(width, LOCATOR_ASPECT * height))
         self.policy.reset(np.ones(len(joints_rad), bool))
         self.step, self.ways, self.said = 0, [], ""
+        self.streak = np.zeros(len(joints_rad), np.int64)  # steps in a row in which the sheet is seen inside the tape
         for joints in joints_rad:
             controller = Controller(
                 self.model, self.policy.firmware_p, BACKLASH_RAD, LATENCY_S,
-                gain_factor=gain or 1.0, gain_floor=1.0 if gain else GAIN_FLOOR,
+                gain_factor=gain or 1.0, gain_floor=1.0 if gain else GAIN_FLOOR, measured=self.reachable,
             )  # fmt: skip
             self.controllers.append(controller)
             far = config.start_at_home and np.abs(joints - HOME_RAD).max() > NEAR_HOME_RAD
@@ -162,16 +175,30 @@ class SO101ResidualPolicy(PreTrainedPolicy):
         for i, way in enumerate(self.ways):
             if way is not None:
                 delta[i], self.ways[i] = self._next(way)
-        acting = np.array([way is None for way in self.ways])
-        if not acting.all():
+        acting = np.array([way is None for way in self.ways]) & (self.streak < SUCCESS_STEPS)
+        if self.ways != [None] * len(acting):
             self.policy.look(obs, ~acting)
         if acting.any():
             delta[acting] = self.policy.act(obs, acting)[acting]
-            self._say(self.policy.trouble)
+            self._judge(acting)
         target = [controller.move(each, now) for controller, each in zip(self.controllers, delta)]
         self.step += 1
         action = from_rad(np.array(target), self.units).astype(np.float32)
         return torch.from_numpy(action).to(batch[STATE].device)
+
+    def _judge(self, acting: np.ndarray) -> None:
+        """Let those of the acting arms, (N,) bool, rest whose sheet is seen inside the tape; say what is not seen."""
+        pose, trouble = self.policy.estimate, self.policy.trouble
+        inside = sheet_inside(pose[:, :2], pose[:, 2], self.tape_margin - POSE_ERROR_M)
+        self.streak[acting] = (self.streak[acting] + 1) * inside[acting]
+        for i in np.flatnonzero(acting & (self.streak >= SUCCESS_STEPS)):
+            log.info("the sheet is seen inside the tape: the arm lifts, and rests until the next episode")
+            self.ways[i] = way_up(self.controllers[i])
+        if trouble and not self.said:
+            log.warning("the base policy acts alone: %s", trouble)
+        elif self.said and not trouble:
+            log.info("the sheet is seen again: the residual acts, too")
+        self.said = trouble
 
     def _next(self, way: Iterator[np.ndarray]) -> tuple[np.ndarray, Iterator[np.ndarray] | None]:
         """The next joint deltas (6,), rad, of a slow motion, and what is left of it; None at its end."""
@@ -180,7 +207,7 @@ class SO101ResidualPolicy(PreTrainedPolicy):
         except StopIteration:
             return np.zeros(ACT_DIM), None
         except RobotError as error:
-            log.warning("the arm does not reach the start pose, and acts from where it is: %s", error)
+            log.warning("the arm goes on from where it is: %s", error)
             return np.zeros(ACT_DIM), None
 
     def _observe(self, images: dict[str, np.ndarray]) -> BaseObservation:
@@ -196,14 +223,6 @@ class SO101ResidualPolicy(PreTrainedPolicy):
 
         pictures = {"cameras": self.policy.cameras, "render": render, "size": self.policy.image_size}
         return base_observation(flat, command, load=load, **pictures)
-
-    def _say(self, trouble: str) -> None:
-        """Log when the sheet goes out of view, and when it is seen again."""
-        if trouble and not self.said:
-            log.warning("the base policy acts alone: %s", trouble)
-        elif self.said and not trouble:
-            log.info("the sheet is seen again: the residual acts, too")
-        self.said = trouble
 
     # -- what LeRobot asks of policies that it trains
 
