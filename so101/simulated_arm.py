@@ -42,6 +42,7 @@ from so101_sim.scene import CONTROL_HZ, Renderer, add_noise, camera_names
 
 AWAY_M = 0.9  # x of a sheet that is out of reach and out of view
 ANSWER_S = 0.05  # a bus without an answer for this long counts as lost
+RESET_S = 10.0  # longest wait for a new episode, and for its first picture
 
 
 HALF_TURN = np.array([0.0, 0.0, 0.0, 1.0])  # quaternion, about the vertical
@@ -376,10 +377,14 @@ class SimulatedRobot(Robot):
         task: settings of the task; firmware_p is that of the servos.
         visual: whether every episode has another look for the camera.
         size: height and width of the pictures, pixels.
+        answer_s: longest wait for an answer; None: as on a bus.
     """
 
-    def __init__(self, task: Task, visual: bool = True, size: tuple[int, int] = (240, 320)):
+    def __init__(
+        self, task: Task, visual: bool = True, size: tuple[int, int] = (240, 320), answer_s: float | None = None
+    ):  # fmt: skip
         super().__init__()
+        self.answer_s = answer_s or ANSWER_S
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_run_arm, args=(theirs, task, visual, size), daemon=True)
@@ -403,7 +408,7 @@ class SimulatedRobot(Robot):
 
     def _ask(self, word: str, value: Any = None, timeout_s: float | None = None) -> Any:
         """Send a request and return its answer."""
-        timeout_s = max(timeout_s or 0.0, ANSWER_S)
+        timeout_s = max(timeout_s or 0.0, self.answer_s)
         try:
             self.pipe.send((word, value))
             if not self.pipe.poll(timeout_s):
@@ -438,12 +443,13 @@ class SimulatedRobot(Robot):
 
     def reset(self, seed: int) -> None:
         """Start an episode, and wait for its first picture."""
-        self._ask("reset", seed, timeout_s=10.0)
-        for _ in range(200):
+        self._ask("reset", seed, timeout_s=RESET_S)
+        deadline = time.monotonic() + RESET_S
+        while time.monotonic() < deadline:
             if self._ask_picture(timeout_s=1.0) is not None:
                 return
             time.sleep(0.01)
-        raise RobotError("the simulated camera has taken no picture in 2 s")
+        raise RobotError(f"the simulated camera has taken no picture in {RESET_S:.0f} s")
 
     def truth(self) -> dict[str, Any]:
         """The ground truth, see SimulatedArm.truth."""

@@ -27,6 +27,7 @@ from so101_sim.scene import CONTROL_HZ
 from so101_sim.vector import BaseObservation, episode_steps
 
 GYM_ID = "lerobot_env_so101_residual/PaperInSquare-v0"
+ANSWER_S = 30.0  # longest wait for the simulated arm: LeRobot's commands import for so long beside it
 
 
 class Targets(BasePolicy):
@@ -48,7 +49,7 @@ class PaperInSquareEnv(gym.Env):
 
     Args:
         cameras: names of the cameras, "top" and "wrist".
-        image_size: side of the pictures, pixels.
+        observation_height, observation_width: of the pictures, pixels.
         render_mode: "rgb_array"; other modes are not supported.
         max_episode_steps: control steps until truncation; that of gym.make wins.
         settings: fields of so101_env.Task.
@@ -59,13 +60,14 @@ class PaperInSquareEnv(gym.Env):
 
     def __init__(
         self,
-        cameras: tuple[str, ...] = ("top",),
-        image_size: int = 96,
+        cameras: tuple[str, ...] = ("top", "wrist"),
+        observation_height: int = 96,
+        observation_width: int = 96,
         render_mode: str | None = "rgb_array",
         max_episode_steps: int = MAX_EPISODE_STEPS,
         **settings: Any,
     ):
-        self.cameras, self.size, self.render_mode = tuple(cameras), (image_size, image_size), render_mode
+        self.cameras, self.size, self.render_mode = tuple(cameras), (observation_height, observation_width), render_mode
         self._targets, self._own_steps = Targets(), max_episode_steps
         self._envs = SO101ResidualVectorEnv(
             1, self._targets, autoreset_mode=AutoresetMode.DISABLED, render_mode="rgb_array", num_threads=1, **settings
@@ -118,9 +120,11 @@ class PaperInSquareConfig(EnvConfig):
 
     task: str | None = TASK_TEXT
     fps: int = CONTROL_HZ
-    cameras: list[str] = dataclasses.field(default_factory=lambda: ["top"])
-    image_size: int = 96
+    cameras: list[str] = dataclasses.field(default_factory=lambda: ["top", "wrist"])
+    observation_height: int = 96
+    observation_width: int = 96
     episode_length: int = MAX_EPISODE_STEPS
+    firmware_p: int = Task.firmware_p
     tape_margin: float = Task.tape_margin
     full_randomization: bool = False
     visual_randomization: bool = False
@@ -131,7 +135,7 @@ class PaperInSquareConfig(EnvConfig):
         self.features_map = {"action": "action", "agent_pos": "observation.state"}
         for camera in self.cameras:
             key = f"pixels/{camera}"
-            self.features[key] = PolicyFeature(FeatureType.VISUAL, (self.image_size, self.image_size, 3))
+            self.features[key] = PolicyFeature(FeatureType.VISUAL, (self.observation_height, self.observation_width, 3))
             self.features_map[key] = f"observation.images.{camera}"
 
     @property
@@ -142,8 +146,8 @@ class PaperInSquareConfig(EnvConfig):
     @property
     def gym_kwargs(self) -> dict[str, Any]:
         """Arguments of gym.make."""
-        names = ("image_size", "tape_margin", "full_randomization", "visual_randomization")
-        given = {name: getattr(self, name) for name in names}
+        names = ("observation_height", "observation_width", "firmware_p", "tape_margin")
+        given = {name: getattr(self, name) for name in (*names, "full_randomization", "visual_randomization")}
         return {"cameras": tuple(self.cameras), "max_episode_steps": self.episode_length, **given}
 
 
@@ -200,7 +204,7 @@ class SO101ResidualSim(Robot):
         """Start the simulation, in its own process."""
         c = self.config
         task = Task(tape_margin=c.tape_margin, firmware_p=c.firmware_p)
-        self.robot = SimulatedRobot(task, c.visual_randomization, (c.height, c.width))
+        self.robot = SimulatedRobot(task, c.visual_randomization, (c.height, c.width), ANSWER_S)
         self.robot.reset(c.seed + self.episode)
         self.episode += 1
 
