@@ -9,7 +9,7 @@ from typing import Any
 from lerobot.configs.types import FeatureType, PolicyFeature
 
 from lerobot_policy_so101_residual.configuration_so101_residual import ACTION, IMAGES, STATE, SO101ResidualConfig
-from lerobot_policy_so101_residual.modeling_so101_residual import BASE, RESIDUAL, SeenResidual, SO101ResidualPolicy
+from lerobot_policy_so101_residual.modeling_so101_residual import BASE, RESIDUAL, SO101ResidualPolicy
 from lerobot_policy_so101_residual.processor_so101_residual import make_so101_residual_pre_post_processors
 from so101.camera import CAMERA
 from so101.checkpoints import CHECKPOINT, load_file
@@ -135,7 +135,7 @@ class Draft:
         if isinstance(base, ChunkPolicy):
             self.base_name = f"a policy of type {base.client.policy.config.type}"
         # as anybody will load it
-        self.policy: SeenResidual = SO101ResidualPolicy.from_pretrained(self.path).policy
+        self.policy = SO101ResidualPolicy.from_pretrained(self.path).arms.policy
 
     def finish(self, columns: dict[str, dict[str, Any]], seeds: list[int], task: Any) -> None:
         """Write the model card, and put the directory in place.
