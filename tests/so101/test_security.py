@@ -64,7 +64,14 @@ def exported(victim, spec) -> str:
     return "stranger.onnx"
 
 
-SPECS = ("helper:Base", "helper:Base:x", "opencv:helper:Base", "os:system:touch ran", "server:127.0.0.1:1")
+SPECS = (
+    "helper:Base",
+    "helper:Base:x",
+    "opencv:helper:Base",
+    "os:system:touch ran",
+    "server:127.0.0.1:1",
+    "lerobot:act",
+)
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -18,8 +19,9 @@ from conftest import ROOT, SMALL, assert_same, error_of, run_script, train
 from gymnasium.vector import AutoresetMode
 
 from so101 import serve
+from so101.groot import JOINT_GROUPS
 from so101.policies import load_policy
-from so101.server import Server
+from so101.server import ChunkPolicy, InProcess, Server
 from so101.trust import Trust
 from so101_env import RESIDUAL, SO101ResidualVectorEnv, base_observation, load_model
 from so101_sim.control import JOINTS
@@ -577,6 +579,91 @@ def test_serve_lerobot(tmp_path, monkeypatch, module, name, options, horizon, st
     shutil.rmtree(tmp_path / "policy")
     refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert refused.returncode == 2 and "has no config.json" in refused.stderr.splitlines()[-1]
+
+
+class Drifting:
+    """In place of so101.serve.LeRobotPolicy: targets that drift from the joints, with the request's noise."""
+
+    weights = "0" * 64
+
+    def modality_config(self):
+        kinds = {"video": (["top"], 1), "state": (list(JOINT_GROUPS), 1), "action": (list(JOINT_GROUPS), HORIZON)}
+        kinds["language"] = (["annotation.human.task_description"], 1)
+        return {
+            kind: {
+                "__ModalityConfig_class__": True,
+                "as_json": {"modality_keys": keys, "delta_indices": [*range(count)]},
+            }
+            for kind, (keys, count) in kinds.items()
+        }
+
+    def get_action(self, observation, options):
+        rng, steps = np.random.default_rng(options["seed"]), np.arange(HORIZON)[None, :, None]
+        light = observation["video"]["top"].mean((1, 2, 3, 4))[:, None, None] / 100
+        return {
+            key: joints + 0.1 * steps + light + rng.normal(0, 0.01, (len(joints), HORIZON, joints.shape[2]))
+            for key, joints in observation["state"].items()
+        }
+
+
+def test_a_policy_in_this_process_is_the_same_as_behind_a_server():
+    """The same identity, so that a residual fits both, and the same targets to the bit."""
+    context = zmq.Context()
+    socket = context.socket(zmq.REP)
+    port = socket.bind_to_random_port("tcp://127.0.0.1")
+
+    def run():
+        with pytest.raises(zmq.ContextTerminated):
+            serve.serve(socket, Drifting())
+        socket.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    options, runs = Server(units="deg", image_size=(24, 32), chunk_steps=5), []
+    for policy in (
+        load_policy(f"server:127.0.0.1:{port}", options),
+        ChunkPolicy("here", InProcess(Drifting()), options),
+    ):
+        envs = SO101ResidualVectorEnv(2, policy, num_threads=1, observe_base=True)
+        observed = [envs.reset(seed=5)[0]]
+        for step in range(12):
+            observed.append(envs.step(np.full((2, 6), 0.1 * (step % 3)))[0])
+        runs.append((policy.fingerprint, np.array(observed)))
+        envs.close()
+    context.term()
+    thread.join()
+    assert runs[0][0] == runs[1][0] and len(runs[0][0]) == 64
+    np.testing.assert_array_equal(runs[0][1], runs[1][1])
+    assert np.abs(np.diff(runs[0][1][:, :, -6:], axis=0)).max() > 1e-3  # it acts
+
+
+@pytest.mark.parametrize(
+    "files, options, reason",
+    [
+        ((), DEG, "has no config.json"),
+        (("config.json",), DEG, "has no model.safetensors"),
+        (("config.json", "model.safetensors"), Server(), "--units"),
+        (("config.json", "model.safetensors"), DEG, "needs lerobot"),
+    ],
+)
+def test_a_directory_that_cannot_be_used_is_named(tmp_path, monkeypatch, files, options, reason):
+    monkeypatch.setitem(sys.modules, "lerobot", None)
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(SO101Error, match=f"base policy lerobot:{tmp_path}.*{reason}"):
+        load_policy(f"lerobot:{tmp_path}", options)
+
+
+def test_opencv_and_the_policy_below_it_get_pictures_of_their_own_sizes():
+    pytest.importorskip("cv2")
+    with FakeServer("n1.6", cameras=("top", "wrist")) as server:
+        policy = load_policy(f"opencv:{server.spec}", DEG)
+        envs = SO101ResidualVectorEnv(2, policy, num_threads=1)
+        envs.reset(seed=7)
+        envs.step(np.zeros((2, 6)))
+        assert server.questions[-1]["video"]["top"].shape == (2, 1, 24, 32, 3)
+        assert policy.image_size == (240, 320) and np.isfinite(policy.estimate).all()
+        envs.close()
 
 
 def test_serve_lerobot_needs_no_lerobot_to_say_so(tmp_path):
