@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import signal
 import sys
 from pathlib import Path
@@ -29,6 +30,23 @@ class RequestError(ValueError):
     """A request that cannot be answered. The client gets the text."""
 
 
+def check_processors(path: Path) -> None:
+    """Raise RequestError if the pre- or postprocessing of a policy directory names code that is not LeRobot's.
+
+    LeRobot imports and calls any class that these files name, with the arguments that they give.
+    """
+    for file in sorted(path.glob("*.json")):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise RequestError(f"{file.name} cannot be read ({type(error).__name__}); save the policy again") from error
+        steps = content.get("steps") if isinstance(content, dict) else None
+        for step in steps if isinstance(steps, list) else []:
+            name = step.get("class", "lerobot.") if isinstance(step, dict) else repr(step)
+            if not str(name).startswith("lerobot."):
+                raise RequestError(f"{file.name} names the code {name!r:.80}, which is not LeRobot's, and is not run")
+
+
 class LeRobotPolicy:
     """A policy saved by LeRobot, with its own pre- and postprocessing.
 
@@ -41,6 +59,7 @@ class LeRobotPolicy:
     """
 
     def __init__(self, path: Path, device: str):
+        check_processors(path)
         from lerobot.configs.policies import PreTrainedConfig
         from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 from conftest import ROOT, error_of, load, run_script
 
+from so101 import serve
 from so101.checkpoints import STUDENT
 from so101.distill import Args as StudentArgs
 from so101.files import save_tensors
@@ -213,6 +214,22 @@ def test_a_message_is_one_printable_line(victim, small_run):
     file = checkpoint(victim, small_run, "evil\n\x1b[2J\x1b]0;title\x07:Base")
     done = run_script("eval_so101.py", "--model", file)
     assert done.returncode == 2 and done.stderr.endswith("\n") and done.stderr[:-1].isprintable(), done.stderr
+
+
+@pytest.mark.parametrize("name", ["policy_preprocessor.json", "policy_postprocessor.json", "other.json"])
+def test_a_directory_of_lerobot_cannot_name_code(victim, name):
+    """LeRobot itself would call subprocess.Popen here."""
+    (victim / "config.json").write_text(json.dumps({"type": "act"}))
+    (victim / "model.safetensors").write_bytes(b"")
+    step = {"class": "subprocess.Popen", "config": {"args": ["touch", "ran"]}}
+    for steps, refused in (([{"registry_name": "device_processor"}], False), ([{}, step], True)):
+        (victim / name).write_text(json.dumps({"name": "p", "steps": steps}))
+        if not refused:
+            serve.check_processors(victim)
+            continue
+        with pytest.raises(serve.RequestError, match=f"{name} names the code 'subprocess.Popen'"):
+            serve.LeRobotPolicy(victim, "cpu")
+    assert not (victim / "ran").exists()
 
 
 def test_every_sentence_of_the_page_has_its_test():
