@@ -27,7 +27,7 @@ import numpy as np
 from so101 import stats
 from so101.cli import check_output, command_line, parse, run_script
 from so101.files import write_atomic, write_json
-from so101.result_files import NOT_RECORDED, Policy, episodes_differ, read_policy
+from so101.result_files import NOT_RECORDED, Policy, commit_of, episodes_differ, read_policy, versions_of
 from so101.run_dirs import describe_run
 from so101_env import SO101Error
 
@@ -35,7 +35,7 @@ FORMAT = "so101 report 1"
 FILES = ("report.json", "report.md", "report.png")
 LEVEL = 0.05  # of significance
 MANY = 10  # runs from which a percentile bootstrap over runs is not too narrow
-CODE_CHARACTERS = 300  # of a text from a file, at most
+CODE_CHARACTERS = 4000  # of a text from a file, at most
 
 
 @dataclasses.dataclass
@@ -185,9 +185,7 @@ def sentences(report: dict[str, Any]) -> list[str]:
             more = "more" if gap > 0 else "less"
             text = f"**{other}** succeeds {more} often than **{one}**: {points(gap)} percentage points. {interval}"
         else:
-            text = (
-                f"Between **{other}** and **{one}** no difference is shown: {points(gap)} percentage points. {interval}"
-            )
+            text = f"No difference is shown between **{other}** and **{one}**: {points(gap)} points. {interval}"
         found.append(f"{text}, p {'' if p_value.startswith('<') else '= '}{p_value}.")
     return found
 
@@ -208,11 +206,9 @@ def how_compared(each: dict[str, Any], policies: dict[str, dict[str, Any]]) -> l
     elif runs > 1:
         lines += ["The test looks at the means of the training runs, and at how much the runs of a policy differ."]
     else:
-        lines += [
-            "Each policy had episodes of its own, or they are not known to be the same. The comparison is unpaired."
-        ]
+        lines += ["The comparison is unpaired, as of policies with episodes of their own. Pairs need fewer episodes."]
     if each["not_paired"]:
-        lines += ["", f"**Not paired: {each['not_paired']}.**"]
+        lines += ["", f"**The episodes are not known to be the same: {each['not_paired']}.**"]
     if "probability_of_improvement" in each:
         chance = percent(each["probability_of_improvement"], each["probability_of_improvement_ci95"])
         lines += ["", f"Probability of improvement: {chance}. In this share of all pairs of runs, {other} is better."]
@@ -223,11 +219,9 @@ def markdown(report: dict[str, Any]) -> str:
     """The content of report.md."""
     policies = {each["name"]: each for each in report["policies"]}
     lines = ["# Evaluation report", "", "## What was found", "", *(f"- {each}" for each in sentences(report)), ""]
-    lines += ["![success rates and differences](report.png)", "", "## Success", ""]
-    lines += [
-        "| policy | runs | episodes per run | successes | success rate, 95 % interval | worst run | interquartile mean |"
-    ]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines += ["![success rates and differences](report.png)", "", "## Success, with 95 % intervals", ""]
+    titles = "policy", "runs", "episodes per run", "successes", "success rate", "worst run", "interquartile mean"
+    lines += [f"| {' | '.join(titles)} |", "|---|---|---|---|---|---|---|"]
     for name, each in policies.items():
         middle = each["interquartile_mean"]
         of_runs = ["-", "-"]
@@ -239,7 +233,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [""]
     if any(each["runs"] == 1 for each in policies.values()):
         lines += [
-            "An interval of one run contains the choice of the episodes. It does not contain the training seed.",
+            "The interval of a single run contains the choice of the episodes, not that of the training seed.",
             "",
         ]
     if report["comparisons"]:
@@ -251,26 +245,16 @@ def markdown(report: dict[str, Any]) -> str:
             cells += [p_text(each["p_value"]), p_text(each["p_holm"]), "yes" if each["significant"] else "no"]
             lines.append("| " + " | ".join(cells) + " |")
         count = len(report["comparisons"])
-        lines += [
-            "",
-            f"Significant: the p value, corrected for {count} comparison{'s' * (count > 1)} by Holm's method, is",
-        ]
-        lines += [
-            f"below {LEVEL}. The intervals are not corrected. No significance does not mean that two are equal.",
-            "",
-        ]
+        text = f"Significant: p is below {LEVEL} after Holm's correction for {count} comparison{'s' * (count > 1)}. The"
+        lines += ["", text, "intervals are not corrected. A difference that is not significant may still exist.", ""]
         lines += [line for each in report["comparisons"] for line in how_compared(each, policies)]
     lines += ["## Where the numbers come from", "", f"This page: {code(report['command'])}, commit"]
-    git, versions = report["git"], {"python": report["machine"]["python"], **report["versions"]}
-    lines += [f"{git['commit'] or NOT_RECORDED}{' with local changes' * bool(git['dirty'])}, with"]
-    lines += [", ".join(f"{name} {version}" for name, version in versions.items()) + ".", ""]
+    lines += [f"{commit_of(report) or NOT_RECORDED}, with {versions_of(report)}.", ""]
     for name, each in policies.items():
         lines += [f"### Files of {name}", "", f"Seeds of the episodes: {seeds_text(each['episode_seeds'])}.", ""]
         for source in each["sources"]:
-            first, *rest = (
-                f"{key}: {value if value == NOT_RECORDED else code(value)}" for key, value in source.items()
-            )
-            lines += [f"- {first}", *(f"  - {line}" for line in rest)]
+            shown = {key: value if value == NOT_RECORDED else code(value) for key, value in source.items()}
+            lines += [f"{'-' if key == 'file' else '  -'} {key}: {value}" for key, value in shown.items()]
         lines += [""]
     return "\n".join(lines)
 

@@ -61,6 +61,20 @@ def check_rate(stated: Any, success: np.ndarray, percent: int) -> None:
         raise ValueError(f"states a success rate of {stated / percent:.1%}, but its episodes have {success.mean():.1%}")
 
 
+def commit_of(run: dict[str, Any]) -> str | None:
+    """The commit in a description of so101.run_dirs; None if it is not known."""
+    git = get(run.get("git", {}), dict, "git")
+    return git.get("commit") and f"{git['commit']}{' with local changes' * bool(git.get('dirty'))}"
+
+
+def versions_of(run: dict[str, Any]) -> str:
+    """The known versions in a description of so101.run_dirs."""
+    machine = get(run.get("machine", {}), dict, "machine")
+    versions = {"ppo-residual-so101": run.get("version"), "python": machine.get("python")}
+    versions |= get(run.get("versions", {}), dict, "versions")
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+
+
 def read_ours(content: dict[str, Any], base: bool) -> dict[str, Any]:
     """The fields of a Policy in a file of eval_so101.py --json."""
     key = "base_episode_list" if base else "episode_list"
@@ -75,14 +89,11 @@ def read_ours(content: dict[str, Any], base: bool) -> dict[str, Any]:
         raise ValueError(f"states {content.get('episodes')} episodes, but lists {len(success)}")
     starts = [{name: value for name, value in each.items() if name.startswith("initial_")} for each in episodes]
     run = get(content.get("provenance", {}), dict, "provenance")
-    git, machine = (get(run.get(name, {}), dict, name) for name in ("git", "machine"))
-    versions = {"python": machine.get("python"), **get(run.get("versions", {}), dict, "versions")}
-    known = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     sources = {
         "written by": "eval_so101.py",
         "command": run.get("command"),
-        "commit": git.get("commit") and f"{git['commit']}{' with local changes' * bool(git.get('dirty'))}",
-        "versions": known,
+        "commit": commit_of(run),
+        "versions": versions_of(run),
         "model": None if base else content.get("model"),
         "SHA-256 of the model": None if base else content.get("model_sha256"),
         "base policy": content.get("base_policy"),
