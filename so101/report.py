@@ -208,7 +208,7 @@ def how_compared(each: dict[str, Any], policies: dict[str, dict[str, Any]]) -> l
     else:
         lines += ["The comparison is unpaired, as of policies with episodes of their own. Pairs need fewer episodes."]
     if each["not_paired"]:
-        lines += ["", f"**The episodes are not known to be the same: {each['not_paired']}.**"]
+        lines += ["", f"The episodes are not known to be the same: {each['not_paired']}."]
     if "probability_of_improvement" in each:
         chance = percent(each["probability_of_improvement"], each["probability_of_improvement_ci95"])
         lines += ["", f"Probability of improvement: {chance}. In this share of all pairs of runs, {other} is better."]
@@ -245,8 +245,12 @@ def markdown(report: dict[str, Any]) -> str:
             cells += [p_text(each["p_value"]), p_text(each["p_holm"]), "yes" if each["significant"] else "no"]
             lines.append("| " + " | ".join(cells) + " |")
         count = len(report["comparisons"])
-        text = f"Significant: p is below {LEVEL} after Holm's correction for {count} comparison{'s' * (count > 1)}. The"
-        lines += ["", text, "intervals are not corrected. A difference that is not significant may still exist.", ""]
+        corrected = f" after Holm's correction for {count} comparisons" * (count > 1)
+        lines += [
+            "",
+            f"Significant: p is below {LEVEL}{corrected}. The intervals are not corrected. A difference that is not",
+        ]
+        lines += ["significant may still exist.", ""]
         lines += [line for each in report["comparisons"] for line in how_compared(each, policies)]
     lines += ["## Where the numbers come from", "", f"This page: {code(report['command'])}, commit"]
     lines += [f"{commit_of(report) or NOT_RECORDED}, with {versions_of(report)}.", ""]
