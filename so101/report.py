@@ -208,7 +208,7 @@ def how_compared(each: dict[str, Any], policies: dict[str, dict[str, Any]]) -> l
     else:
         lines += ["The comparison is unpaired, as of policies with episodes of their own. Pairs need fewer episodes."]
     if each["not_paired"]:
-        lines += ["", f"The episodes are not known to be the same: {each['not_paired']}."]
+        lines += ["", f"The episodes are not known to be the same: {code(each['not_paired'])}."]
     if "probability_of_improvement" in each:
         chance = percent(each["probability_of_improvement"], each["probability_of_improvement_ci95"])
         lines += ["", f"Probability of improvement: {chance}. In this share of all pairs of runs, {other} is better."]

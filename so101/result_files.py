@@ -87,6 +87,9 @@ def read_ours(content: dict[str, Any], base: bool) -> dict[str, Any]:
     check_rate(summary.get("success_rate"), success, 1)
     if not base and content.get("episodes") != len(success):
         raise ValueError(f"states {content.get('episodes')} episodes, but lists {len(success)}")
+    seeds = [get(each.get("seed"), int, "the seed of an episode") for each in episodes]
+    if len({*seeds}) < len(seeds):
+        raise ValueError("lists an episode twice: two of its seeds are equal")
     starts = [{name: value for name, value in each.items() if name.startswith("initial_")} for each in episodes]
     run = get(content.get("provenance", {}), dict, "provenance")
     sources = {
@@ -94,15 +97,15 @@ def read_ours(content: dict[str, Any], base: bool) -> dict[str, Any]:
         "command": run.get("command"),
         "commit": commit_of(run),
         "versions": versions_of(run),
-        "model": None if base else content.get("model"),
-        "SHA-256 of the model": None if base else content.get("model_sha256"),
         "base policy": content.get("base_policy"),
         "task": json.dumps(content.get("task")) if content.get("task") else None,
     }
+    if content.get("model") and not base:
+        sources |= {"model": content["model"], "SHA-256 of the model": content.get("model_sha256")}
     return {
         "rates": np.array([success.mean()]), "episodes": len(success), "outcomes": success[None],
-        "seeds": [get(each.get("seed"), int, "the seed of an episode") for each in episodes], "starts": starts,
-        "settings": content.get("task"), "sources": sources,
+        "seeds": seeds, "starts": starts,
+        "settings": get(content.get("task", {}), dict, "task"), "sources": sources,
     }  # fmt: skip
 
 
@@ -146,7 +149,7 @@ def read_sweep(content: dict[str, Any]) -> dict[str, Any]:
     if not len(rates) or not ((rates >= 0) & (rates <= 1)).all():
         raise ValueError("has no success rates from 0 to 1")
     episodes = get(content.get("episodes"), int, "episodes")
-    if episodes < 1:
+    if not 1 <= episodes <= 10**9:
         raise ValueError(f"states {episodes} episodes")
     commits = ", ".join(map(str, get(content.get("commits", []), list, "commits")))
     sources = {
@@ -175,7 +178,7 @@ def read_file(path: str, base: bool, seed: int | None) -> dict[str, Any]:
             fields = read_sweep(content)
         else:
             raise ValueError("is not a result of eval_so101.py --json, lerobot-eval or benchmark/report.py")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError) as error:
         reason = f"is not readable JSON ({error})" if isinstance(error, json.JSONDecodeError) else error
         raise SO101Error(f"--results: {path}: {reason}; evaluate again or name another file") from error
     known = {name: str(value) if value else NOT_RECORDED for name, value in fields["sources"].items()}
@@ -194,7 +197,7 @@ def read_policy(name: str, pattern: str, base: bool, seed: int | None) -> Policy
             raise SO101Error(f"--results: {path}: is a whole sweep; give it a NAME of its own")
         if reason := episodes_differ(Policy(name, **first), Policy(name, **run)):
             raise SO101Error(
-                f"--results: {paths[0]} and {path} are not runs on the same episodes: {reason}; give them two names"
+                f"--results: {paths[0]} and {path} are not runs on the same episodes ({reason}); give them two names"
             )
     outcomes = None if first["outcomes"] is None else np.concatenate([run["outcomes"] for run in runs])
     rates = first["rates"] if outcomes is None else outcomes.mean(1)
@@ -214,7 +217,7 @@ def episodes_differ(one: Policy, other: Policy) -> str:
     if one.episodes != other.episodes:
         return f"{one.episodes} and {other.episodes} episodes"
     if one.seeds is None or other.seeds is None:
-        return "the seeds of the episodes are not recorded"
+        return "the seeds of the episodes are not recorded; of lerobot-eval, give --lerobot-seed"
     if one.seeds != other.seeds:
         return "the seeds of the episodes differ"
     mine, theirs = one.settings or {}, other.settings or {}
