@@ -179,7 +179,7 @@ def read_file(path: str, base: bool, seed: int | None) -> dict[str, Any]:
         else:
             raise ValueError("is not a result of eval_so101.py --json, lerobot-eval or benchmark/report.py")
     except (OSError, ValueError, OverflowError, RecursionError) as error:
-        reason = f"is not readable JSON ({error})" if isinstance(error, json.JSONDecodeError) else error
+        reason = f"is not readable JSON ({error})" if isinstance(error, json.JSONDecodeError | UnicodeError) else error
         raise SO101Error(f"--results: {path}: {reason}; evaluate again or name another file") from error
     known = {name: str(value) if value else NOT_RECORDED for name, value in fields["sources"].items()}
     return fields | {"sources": {"file": path, "SHA-256": sha256(path), **known}}

@@ -127,13 +127,13 @@ def test_coverage_of_the_interval_over_five_runs(level, spread, difficulty):
     rng = np.random.default_rng(4)
     truth = np.mean([simulate(rng, 1500, 1500, level, spread, difficulty).mean() for _ in range(6)])
     inside = np.zeros(2)
-    for _ in range(600):
+    for _ in range(400):
         outcomes = simulate(rng, 5, 200, level, spread, difficulty)
         rates = outcomes.mean(1)
         bootstrap = np.percentile(rates[rng.integers(0, 5, (400, 5))].mean(1), [2.5, 97.5])
         for i, (low, high) in enumerate((stats.rate_interval(rates, 200, outcomes), bootstrap)):
             inside[i] += low <= truth <= high
-    ours, bootstrap = inside / 600
+    ours, bootstrap = inside / 400
     assert 0.93 < ours < 0.99 and bootstrap < 0.85
 
 
