@@ -207,6 +207,12 @@ def how_compared(each: dict[str, Any], policies: dict[str, dict[str, Any]]) -> l
         lines += ["The test looks at the means of the training runs, and at how much the runs of a policy differ."]
     else:
         lines += ["The comparison is unpaired, as of policies with episodes of their own. Pairs need fewer episodes."]
+    single = [name for name in (one, other) if policies[name]["runs"] == 1]
+    if len(single) == 1:
+        lines += [
+            "",
+            f"{single[0]} is a single model. The comparison is about this model, not about how it was trained.",
+        ]
     if each["not_paired"]:
         lines += ["", f"The episodes are not known to be the same: {code(each['not_paired'])}."]
     if "probability_of_improvement" in each:

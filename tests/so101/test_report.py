@@ -106,6 +106,7 @@ def test_page_and_json_have_the_same_numbers(write, monkeypatch):
         low, high = each["difference_ci95"]
         assert row[2] == f"{100 * each['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
         assert row[3] == each["test"] and row[6] == ("yes" if each["significant"] else "no")
+    assert page.count("is a single model. The comparison is about this model") == 2  # b and c against the runs of a
     corrected = stats.holm([each["p_value"] for each in content["comparisons"]])
     assert [each["p_holm"] for each in content["comparisons"]] == corrected
     outcomes = np.array([
