@@ -25,10 +25,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from so101.cli import check_flags, check_output, check_rendering, command_of, parse, run_script
+from so101.cli import check_flags, check_output, check_rendering, command_line, command_of, parse, run_script
 from so101.evaluation import BLOCK, TEST_SEED, evaluate, no_residual, residual_to_base, summarize
-from so101.files import write_json
+from so101.files import sha256, write_json
 from so101.films import HOLD_S, plot, write_video
+from so101.run_dirs import describe_run
 from so101.subject import Loaded, Subject, base_envs, parse_subject
 from so101.trust import Trust, allow_flags
 from so101_env import SO101Error
@@ -165,6 +166,11 @@ def describe(loaded: Loaded, args: EvalArgs, task: Any, count: int) -> str:
     return f"{name}: {count} held-out episodes{block}, mean action{margin}, {physics} randomisation{visual}"
 
 
+def listed(episodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Episodes without their trajectories."""
+    return [{k: v for k, v in episode.items() if not isinstance(v, np.ndarray)} for episode in episodes]
+
+
 def play(envs: ArmVectorEnv, episodes: list[dict[str, Any]]) -> None:
     """Show traced episodes in MuJoCo's viewer, in a loop until it is closed."""
     viewer, fps = Viewer(envs.model), envs.metadata["render_fps"]
@@ -216,9 +222,10 @@ def main() -> int:
         seeing.close()
     ratios = residual_to_base(episodes) if loaded.kind == "agent" else {}
     if args.json:
-        listed = [{k: v for k, v in episode.items() if not isinstance(v, np.ndarray)} for episode in episodes]
         result = {
+            "provenance": {"command": command_line("eval_so101.py"), **describe_run("eval_so101.py", args)},
             "model": args.subject.model,
+            "model_sha256": args.subject.model and sha256(args.subject.model),
             "training_steps": loaded.steps,
             "base_policy": loaded.base_policy,
             "task": dataclasses.asdict(task),
@@ -228,7 +235,8 @@ def main() -> int:
             "base_success_rate": base["success_rate"] if base else None,
             "base": base,
             "residual_to_base": ratios,
-            "episode_list": listed,
+            "episode_list": listed(episodes),
+            "base_episode_list": listed(alone) if base else None,
         }
         write_json(Path(args.json), result)
     print(describe(loaded, args, task, len(episodes)))

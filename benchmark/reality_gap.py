@@ -27,11 +27,11 @@ from so101.camera import CAMERA
 from so101.cli import check_flags, check_output, parse, run_script
 from so101.drive import Args as DriveArgs
 from so101.drive import make_policy
-from so101.evaluation import wilson
 from so101.files import write_json
 from so101.loop import Clock, Loop
 from so101.robot import Picture, Robot
 from so101.simulated_arm import Flaws, SimulatedArm
+from so101.stats import wilson
 from so101_env import (
     MAX_EPISODE_STEPS,
     NOISE_SHEET_M,
@@ -278,7 +278,7 @@ def main() -> int:
             successes = sum(episode["success"] for episode in episodes)
             result["rows"][name] = {
                 "success_rate": successes / len(episodes),
-                "success_ci95": wilson(successes, len(episodes)),
+                "success_ci95": wilson(successes / len(episodes), len(episodes)),
                 "mean_steps": float(np.mean([episode["steps"] for episode in episodes])),
                 "stopped": sum(bool(episode["trouble"]) for episode in episodes),
                 "episode_list": episodes,

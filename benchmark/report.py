@@ -10,13 +10,11 @@ import json
 import shlex
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from scipy.stats import bootstrap, trim_mean
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -26,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from so101.checkpoints import load_script
 from so101.cli import flag_of, flat_settings, parse, run_script
 from so101.files import write_json
+from so101.stats import bootstrap_interval, interquartile_mean
 from so101.trust import Trust
 from so101_env import SO101Error
 
@@ -48,27 +47,6 @@ class Args:
     """directories of other sweeps to plot on the same axes"""
     allow: tuple[str, ...] = ()
     """your own training script, which is loaded for its defaults, as in --allow my_ppo.py"""
-
-
-def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Mean of the middle half: less sensitive to single seeds than the mean, and uses more data than the median."""
-    return trim_mean(values, 0.25, axis=axis)
-
-
-def interval(
-    values: np.ndarray, statistic: Callable[..., np.ndarray] = interquartile_mean
-) -> tuple[np.ndarray, np.ndarray]:
-    """Bootstrap 95 % interval of a statistic over seeds, axis 0.
-
-    With one task there is one stratum, so resampling seeds is the stratified bootstrap of Agarwal et al. (2021).
-    """
-    if len(values) < 2:
-        return values[0], values[0]
-    generator = np.random.default_rng(0)
-    result = bootstrap(
-        (values,), statistic, axis=0, n_resamples=2000, method="percentile", vectorized=True, rng=generator
-    )
-    return result.confidence_interval.low, result.confidence_interval.high
 
 
 def read_seed(directory: Path) -> dict[str, Any]:
@@ -156,7 +134,7 @@ def plot(sweeps: dict[str, list[dict[str, Any]]], path: Path) -> None:
             steps = seeds[0][tag][:, 0]
             values = np.array([np.interp(steps, *seed[tag].T) for seed in seeds])
             axis.plot(steps, values.T, color=color, linewidth=0.6, alpha=0.4)
-            axis.fill_between(steps, *interval(values), color=color, alpha=0.25, linewidth=0)
+            axis.fill_between(steps, *bootstrap_interval(values), color=color, alpha=0.25, linewidth=0)
             axis.plot(steps, interquartile_mean(values, axis=0), color=color, linewidth=2, label=name)
         axis.set(xlabel="environment steps", ylabel=f"{label}, evaluations of the mean action")
         axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
@@ -213,10 +191,10 @@ def summarize(seeds: list[dict[str, Any]], name: str, trust: Trust) -> dict[str,
         "commits": commits,
         "episodes": seeds[0]["final"]["episodes"],
         "final_success_mean": float(final.mean()),
-        "final_success_mean_ci95": [float(bound) for bound in interval(final, np.mean)],
+        "final_success_mean_ci95": [float(bound) for bound in bootstrap_interval(final, np.mean)],
         "final_success_min": float(final.min()),
         "final_success_iqm": float(interquartile_mean(final)),
-        "final_success_iqm_ci95": [float(bound) for bound in interval(final)],
+        "final_success_iqm_ci95": [float(bound) for bound in bootstrap_interval(final)],
         "best_success_mean": float(np.mean([row["best_success"] for row in rows])),
         "final_success_by_distance": success_by_distance(seeds),
         "seeds": rows,

@@ -141,6 +141,11 @@ def command_of(script: str) -> str:
     return shlex.join(["python", "-m", script])
 
 
+def command_line(script: str) -> str:
+    """The command that has started this script, see `command_of`, to type again in the same directory."""
+    return shlex.join([*shlex.split(command_of(script)), *sys.argv[1:]])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # parsing
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from so101.stats import wilson
 from so101_sim.control import ACT_DIM, JOINTS
 from so101_sim.geometry import wrap_angle
 from so101_sim.vector import ArmVectorEnv
@@ -127,14 +128,6 @@ def residual_to_base(episodes: list[dict[str, Any]]) -> dict[str, float]:
     return {joint: float(r / b) for joint, b, r in zip(JOINTS, base, residual) if b > 1e-9}
 
 
-def wilson(successes: int, count: int) -> list[float]:
-    """95 % Wilson interval of a success rate."""
-    from scipy.stats import binomtest  # half a second to import, which training does not need
-
-    interval = binomtest(successes, count).proportion_ci(0.95, method="wilson")
-    return [float(interval.low), float(interval.high)]
-
-
 def summarize(episodes: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over episodes, and the success rate's Wilson 95 % interval."""
     successes, weights = sum(e["success"] for e in episodes), [max(e.get("estimates", 1), 1) for e in episodes]
@@ -142,7 +135,7 @@ def summarize(episodes: list[dict[str, Any]]) -> dict[str, Any]:
     estimates = [name for name in ("estimate_error_m", "estimate_error_rad") if name in episodes[0]]
     return {
         "success_rate": successes / len(episodes),
-        "success_ci95": wilson(successes, len(episodes)),
+        "success_ci95": wilson(successes / len(episodes), len(episodes)),
         "mean_return": episode_mean(episodes, "return"),
         "mean_length": episode_mean(episodes, "length"),
         **{f"mean_{name}": episode_mean(episodes, name) for name in final},

@@ -40,6 +40,12 @@ def is_file(path: str | Path) -> bool:
     return "\0" not in str(path) and Path(path).is_file()
 
 
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a new file beside path, flush it, and rename it: path is either complete or unchanged.
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from so101.evaluation import wilson
 from so101.files import write_atomic
+from so101.stats import wilson
 from so101_sim.vector import ArmVectorEnv
 
 HOLD_S = 0.5  # how long a film shows the end of an episode
@@ -104,7 +104,7 @@ def plot(envs: ArmVectorEnv, episodes: list[dict[str, Any]], title: str, path: P
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained")
     distance = 1000 * np.array([episode["initial_distance_m"] for episode in episodes])
     success = np.array([episode["success"] for episode in episodes])
-    low, high = wilson(int(success.sum()), len(success))
+    low, high = wilson(success.mean(), len(success))
     title = title.encode(errors="replace").decode()
     figure.suptitle(
         f"{title}\n{success.mean():.0%} success in {len(success)} episodes [{low:.0%}, {high:.0%}]", parse_math=False
@@ -114,7 +114,7 @@ def plot(envs: ArmVectorEnv, episodes: list[dict[str, Any]], title: str, path: P
         chosen = success[(distance >= start) & (distance < end)]
         if len(chosen):
             left.bar((start + end) / 2, chosen.mean(), width=17, color="tab:blue", alpha=0.35)
-            left.vlines((start + end) / 2, *wilson(int(chosen.sum()), len(chosen)), color="tab:blue")
+            left.vlines((start + end) / 2, *wilson(chosen.mean(), len(chosen)), color="tab:blue")
             left.text((start + end) / 2 + 1, 0.02, f"n = {len(chosen)}", fontsize=8)
     for value, color in ((True, "tab:green"), (False, "tab:orange")):
         left.plot(distance[success == value], success[success == value], "|", color=color, markersize=10)

@@ -21,20 +21,6 @@ SHORT = SMALL.replace("--total-timesteps 3000", "--total-timesteps 1200").replac
 )
 
 
-def test_interquartile_mean_and_its_interval():
-    """Against the definition: the middle half after sorting, and seeds resampled one by one."""
-    values = np.random.default_rng(1).normal(0, 1, (8, 3))
-    middle = np.sort(values, axis=0)[2:6].mean(0)
-    np.testing.assert_allclose(report.interquartile_mean(values, axis=0), middle)
-    rng = np.random.default_rng(2)
-    resampled = [values[rng.integers(0, 8, 8)] for _ in range(4000)]
-    middles = [np.sort(each, axis=0)[2:6].mean(0) for each in resampled]
-    for statistic, samples in ((report.interquartile_mean, middles), (np.mean, [each.mean(0) for each in resampled])):
-        low, high = report.interval(values, statistic)
-        expected = np.percentile(samples, [2.5, 97.5], axis=0)
-        np.testing.assert_allclose([low, high], expected, atol=0.1)  # two bootstraps, 2,000 and 4,000: 0.03 apart
-
-
 @pytest.mark.parametrize("level, step", [(0.8, None), (0.6, 30_000), (0.2, 5_000), (0.65, 45_000)])
 def test_steps_to_a_level_that_holds(level, step):
     curve = [[5_000, 0.7], [12_000, 0.3], [30_000, 0.6], [36_000, 0.6], [45_000, 0.7]]

@@ -1,6 +1,8 @@
 """eval_so101.py as a user runs it."""
 
+import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,7 +35,13 @@ def test_evaluation_json_and_table(tmp_path):
         "eval_so101.py", "--model", model, "--episodes", "12", "--json", str(tmp_path / "b.json"), "--num-threads", "1"
     )
     assert again.stdout == done.stdout
-    assert json.loads((tmp_path / "b.json").read_text()) == result
+    other = json.loads((tmp_path / "b.json").read_text())
+    run, run_again = result.pop("provenance"), other.pop("provenance")
+    assert other == result and run["command"].endswith(f"--model {model} --episodes 12 --json {tmp_path / 'a.json'}")
+    assert {key for key in run if run[key] != run_again[key]} == {"command", "args"}
+    assert result["model_sha256"] == hashlib.sha256(Path(model).read_bytes()).hexdigest()
+    alone = [episode["success"] for episode in result["base_episode_list"]]
+    assert len(alone) == 12 and sum(alone) / 12 == result["base_success_rate"]
 
 
 def test_evaluation_video_and_plot(tmp_path):
