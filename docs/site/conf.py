@@ -25,6 +25,8 @@ include_patterns = ["*.md", "docs/*.md", "docs/*.ipynb", "assets/*.md", "benchma
 exclude_patterns = ["**/.*", "logs", "outputs", "wandb", "build", "dist", "tests"]
 extensions = ["myst_nb"]
 myst_heading_anchors = 4
+myst_disable_syntax = ["myst_line_comment", "myst_block_break", "myst_target"]  # GitHub prints these lines
+smartquotes = False
 nb_execution_mode = "off"  # the notebook is shown with the outputs that it holds; .ci/run executes it
 suppress_warnings = ["misc.highlighting_failure"]  # shell lines of the notebook that end with a backslash
 
@@ -34,7 +36,13 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
 html_use_index = False
-html_theme_options = {"source_repository": REPOSITORY, "source_branch": "main", "source_directory": ""}
+html_theme_options = {
+    "source_repository": REPOSITORY,
+    "source_branch": "main",
+    "source_directory": "",
+    "top_of_page_buttons": ["view"],
+}
+pygments_style = "friendly"  # with colours for the lines of a diff
 
 
 def complete_source(app: Sphinx, name: str, source: list[str]) -> None:
@@ -58,6 +66,9 @@ def point_to_repository(app: Sphinx, page: nodes.document) -> None:
         if "://" in picture["uri"]:
             shown = picture.parent if isinstance(picture.parent, nodes.reference) else picture
             shown.parent.remove(shown)
+    for paragraph in list(page.findall(nodes.paragraph)):
+        if not paragraph.astext().strip() and not list(paragraph.findall(nodes.image)):
+            paragraph.parent.remove(paragraph)
 
 
 def redirect_to_start_page(app: Sphinx, error: Exception | None) -> None:
