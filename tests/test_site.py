@@ -107,12 +107,8 @@ BREAKS = {  # what is put at the end of a page, and what the build must say abou
 def test_a_broken_link_fails_the_build(tmp_path):
     pytest.importorskip("myst_nb")
     source = tmp_path / "source"
-    source.mkdir()
-    pages = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
-    for name in [*pages, "LICENSE", "pyproject.toml", "requirements-lerobot.txt"]:
-        shutil.copy(ROOT / name, source)
-    for name in ["docs", "assets", "benchmark", "examples", "extras", "so101"]:
-        shutil.copytree(ROOT / name, source / name)
+    ignored = shutil.ignore_patterns(".*", "logs", "outputs", "build", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=ignored)
     with open(source / "docs" / "vision.md", "a") as page:
         page.write("".join(f"\n{sentence}\n" for sentence in BREAKS))
     (source / "docs" / "new.md").write_text("# New\n\nThe navigation leaves this page out.\n")
