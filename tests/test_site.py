@@ -12,6 +12,7 @@ from conftest import ROOT, environment
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+FOLDERS = ["assets", "benchmark", "docs", "examples", "extras", "so101", "so101_sim", "tests"]
 
 
 def parsed(path: Path) -> dict:
@@ -85,6 +86,18 @@ def test_the_address_of_the_repository_is_the_same_everywhere():
             found.setdefault(each, []).append(path.name)
     assert {*found} == {owner}, found
     assert {"README.md", "config.yml", "pyproject.toml"} <= {*found[owner]}
+
+
+def test_pages_name_files_that_exist():
+    """Files of the repository that a page names without a link; the build checks the links."""
+    named = [
+        (page.name, name)
+        for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]
+        if page.name != "CHANGELOG.md"  # it names files of earlier versions, too
+        for name in re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+)`", page.read_text())
+    ]
+    assert len(named) > 20
+    assert [each for each in named if not (ROOT / each[1]).exists()] == []
 
 
 def build(source: Path, out: Path, builder: str) -> subprocess.CompletedProcess:
