@@ -8,16 +8,18 @@ for anything: system fonts, its own search index, no badges.
 import tomllib
 from pathlib import Path
 
+import yaml
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
 
 HERE = Path(__file__).resolve().parent
-_package = tomllib.loads((HERE.parent.parent / "pyproject.toml").read_text())["project"]
-REPOSITORY = _package["urls"]["Repository"]  # address of the repository, without a slash at the end
+ROOT = HERE.parent.parent
+# address of the repository, without a slash at the end
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 
 project = "Residual PPO for the SO-101"
-html_title = f"{project} {_package['version']}"
+html_title = f"{project} {yaml.safe_load((ROOT / 'CITATION.cff').read_text())['version']}"
 project_copyright = "MIT licence"
 
 root_doc = "README"
