@@ -28,6 +28,7 @@ from so101.cli import check_flags, check_output, check_rendering, command_of, pa
 from so101.evaluation import BLOCK, TEST_SEED, evaluate, no_residual, residual_to_base, summarize
 from so101.files import write_json
 from so101.films import HOLD_S, plot, write_video
+from so101.hub import connect
 from so101.subject import Loaded, Subject, parse_subject
 from so101.trust import Trust, allow_flags
 from so101_env import SO101Error
@@ -63,6 +64,9 @@ class EvalArgs:
     """human: play the evaluated episodes in MuJoCo's viewer"""
     export: str | None = None
     """write the checkpoint of --model as an ONNX file instead of evaluating it"""
+    push_to_hub: str | None = None
+    """also upload what --export writes to this repository on the Hugging Face Hub, as NAME/REPOSITORY; a new one is
+    private"""
 
 
 def check_args(args: EvalArgs) -> None:
@@ -76,6 +80,8 @@ def check_args(args: EvalArgs) -> None:
     check_output("--export", args.export, (".onnx",), args.subject.model)
     if args.export and args.subject.model is None:
         raise SO101Error("--export needs --model: the checkpoint to export")
+    if args.push_to_hub and not args.export:
+        raise SO101Error("--push-to-hub needs --export: the policy to upload")
     if args.render_mode:
         try:
             check_display()
@@ -158,8 +164,11 @@ def main() -> int:
     check_args(parse(EvalArgs, __doc__))
     args, loaded, task = parse_subject(EvalArgs, __doc__)
     torch.set_num_threads(1)
+    hub = connect("--push-to-hub", args.push_to_hub, "model") if args.push_to_hub else None
     if args.export:
         export(args.subject.model, args.export, args.subject.server.trust)
+        if hub:
+            hub.push(args.export)
         return 0
     envs = loaded.make_envs(min(args.episodes, BATCH), task)
     if args.video:
