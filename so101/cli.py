@@ -137,7 +137,8 @@ class Stoppable:
 
 def command_of(script: str) -> str:
     """How to start a script of the project from the working directory: "eval_so101.py" or "so101.clone"."""
-    script = script if CLONE else script.removesuffix(".py")  # an installed script is a module
+    if not CLONE and Path(script).parent == Path():  # an installed script is a module
+        script = script.removesuffix(".py")
     if script.endswith(".py"):
         return shlex.join(["python", os.path.relpath(ROOT / script)])
     return shlex.join(["python", "-m", script])

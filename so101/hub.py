@@ -90,12 +90,9 @@ class Hub:
         from huggingface_hub import CommitOperationAdd
 
         path = Path(path)
+        files: dict[str, Any] = {**files_of(path)}
+        files.setdefault(CARD, card(path, self.repo).encode())
         try:
-            paths = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
-            root = path.parent if path.is_file() else path
-            files: dict[str, Any] = {each.relative_to(root).as_posix(): each for each in paths}
-            files = {name: each for name, each in files.items() if not any(p.startswith(".") for p in name.split("/"))}
-            files.setdefault(CARD, card(path, self.repo).encode())
             self.check_content({*files})
             self._call("create_repo", repo_id=self.repo, repo_type=self.kind, private=True, exist_ok=True)
             operations = [CommitOperationAdd(name, each) for name, each in files.items()]
@@ -114,13 +111,22 @@ class Hub:
         return address
 
 
-def connect(flag: str, repo: str, kind: str) -> Hub:
+def files_of(path: Path) -> dict[str, Path]:
+    """The files to upload by their names on the hub: path itself or, without hidden ones, what is in that directory."""
+    if path.is_file():
+        return {path.name: path}
+    found = {each.relative_to(path).as_posix(): each for each in sorted(path.rglob("*")) if each.is_file()}
+    return {name: each for name, each in found.items() if not any(part[0] == "." for part in name.split("/"))}
+
+
+def connect(flag: str, repo: str, kind: str, files: set[str] | None = None) -> Hub:
     """Find out, before any work is done, whether an upload can work; creates nothing.
 
     Args:
         flag: the flag that names the repository, for messages.
         repo: NAME/REPOSITORY, with the name of a user or an organisation.
         kind: "dataset" or "model".
+        files: names of the files to upload, if they are known; see `Hub.check_content`.
 
     Raises:
         SO101Error: huggingface_hub is missing; the name cannot be one; there is no token, or not one that can write
@@ -128,9 +134,10 @@ def connect(flag: str, repo: str, kind: str) -> Hub:
     """
     hub = import_extra("huggingface_hub", "hub", flag)
     from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
     try:
-        hub.utils.validate_repo_id(repo)
+        validate_repo_id(repo)
         if repo.count("/") != 1:
             raise HFValidationError
     except HFValidationError as error:
@@ -145,6 +152,7 @@ def connect(flag: str, repo: str, kind: str) -> Hub:
         raise SO101Error(f"{flag} {repo}: the token is for {', '.join(sorted(names))}; begin with one of these names")
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise SO101Error(f"{flag} {repo}: the token can only read; make one that can write")
+    found.check_content(files)
     return found
 
 
@@ -189,7 +197,7 @@ def main() -> int:
         raise SO101Error(f"--path {args.path}: is neither a directory nor an ONNX file; name one")
     if path.is_dir() and kind_of(path) == "model" and not (path / "config.json").is_file():
         raise SO101Error(f"--path {args.path}: has neither meta/info.json of a dataset nor config.json of a policy")
-    hub = connect("--repo", args.repo, kind_of(path))
+    hub = connect("--repo", args.repo, kind_of(path), {*files_of(path), CARD})
     hub.push(os.path.normpath(path))
     return 0
 

@@ -105,8 +105,6 @@ def main() -> int:
     import_extra("pyarrow", "data", "so101.record")
     args, loaded, task = parse_subject(RecordArgs, __doc__, default_model=False, records=True)
     hub = connect("--push-to-hub", args.push_to_hub, "dataset") if args.push_to_hub else None
-    if hub:
-        hub.check_content()
     torch.set_num_threads(1)
     envs = loaded.make_envs(min(args.episodes, BATCH), task)
     for camera in args.subject.server.camera_map().values():  # fails early without OpenGL
