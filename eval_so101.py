@@ -29,6 +29,7 @@ from so101.cli import check_flags, check_output, check_rendering, command_line, 
 from so101.evaluation import BLOCK, TEST_SEED, evaluate, no_residual, residual_to_base, summarize
 from so101.files import sha256, write_json
 from so101.films import HOLD_S, plot, write_video
+from so101.hub import connect
 from so101.run_dirs import describe_run
 from so101.subject import Loaded, Subject, base_envs, parse_subject
 from so101.trust import Trust, allow_flags
@@ -68,6 +69,9 @@ class EvalArgs:
     export_lerobot: str | None = None
     """also write --model, with its base policy, as this directory, a policy of LeRobot that sees the sheet by OpenCV,
     with the figures of this evaluation in its card"""
+    push_to_hub: str | None = None
+    """also upload what --export or --export-lerobot writes to this repository on the Hugging Face Hub, as
+    NAME/REPOSITORY; a new one is private"""
 
 
 def check_args(args: EvalArgs) -> None:
@@ -87,6 +91,8 @@ def check_args(args: EvalArgs) -> None:
             raise SO101Error(f"--export-lerobot {args.export_lerobot}: exists already; name a new directory")
         if args.subject.model is None or args.export:
             raise SO101Error("--export-lerobot needs --model, the policy to export, and no --export")
+    if args.push_to_hub and not (args.export or args.export_lerobot):
+        raise SO101Error("--push-to-hub needs --export or --export-lerobot: the policy to upload")
     if args.render_mode:
         try:
             check_display()
@@ -191,8 +197,11 @@ def main() -> int:
     check_args(parse(EvalArgs, __doc__))
     args, loaded, task = parse_subject(EvalArgs, __doc__)
     torch.set_num_threads(1)
+    hub = connect("--push-to-hub", args.push_to_hub, "model") if args.push_to_hub else None
     if args.export:
         export(args.subject.model, args.export, args.subject.trust)
+        if hub:
+            hub.push(args.export)
         return 0
     draft = draft_policy(args, loaded.kind) if args.export_lerobot else None
     envs = loaded.make_envs(min(args.episodes, BATCH), task)
@@ -253,6 +262,8 @@ def main() -> int:
     if draft:
         titles = {loaded.kind: "base + residual, true pose", "pose by OpenCV": "base + residual, pose by OpenCV"}
         draft.finish({titles.get(name, "base alone"): each for name, each in columns.items()}, seeds, task)
+        if hub:
+            hub.push(args.export_lerobot)
         print(f"{args.export_lerobot}: lerobot-eval --policy.path={args.export_lerobot} --env.type=so101_residual")
     return 0
 

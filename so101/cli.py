@@ -20,6 +20,7 @@ import tyro
 from so101.base import camera_names
 from so101.checkpoints import load_file, restore_args
 from so101.distributed import RankError, is_launched, is_main
+from so101.extras import CLONE
 from so101.files import DISK_ERRORS, disk_error
 from so101.trust import trust_of
 from so101_env import SO101ResidualVectorEnv
@@ -136,6 +137,8 @@ class Stoppable:
 
 def command_of(script: str) -> str:
     """How to start a script of the project from the working directory: "eval_so101.py" or "so101.clone"."""
+    if not CLONE and Path(script).parent == Path():  # an installed script is a module
+        script = script.removesuffix(".py")
     if script.endswith(".py"):
         return shlex.join(["python", os.path.relpath(ROOT / script)])
     return shlex.join(["python", "-m", script])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import types
+from pathlib import Path
 
 from so101_sim.errors import SO101Error
+
+CLONE = (Path(__file__).resolve().parent.parent / "pyproject.toml").is_file()  # not installed from a wheel
 
 
 def import_extra(module: str, extra: str, user: str) -> types.ModuleType:
@@ -20,4 +23,5 @@ def import_extra(module: str, extra: str, user: str) -> types.ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         missing = error.name or module
-        raise SO101Error(f'{user} needs {missing}: pip install -e ".[{extra}]" in the clone') from error
+        way = f'pip install -e ".[{extra}]" in the clone' if CLONE else f'pip install "ppo-residual-so101[{extra}]"'
+        raise SO101Error(f"{user} needs {missing}: {way}") from error

@@ -28,6 +28,7 @@ from so101.cli import Stop, Stoppable, check_flags, check_output, command_of, pa
 from so101.dataset import DatasetError, write_dataset
 from so101.evaluation import RECORD_SEED, evaluate, summarize
 from so101.extras import import_extra
+from so101.hub import connect
 from so101.subject import Subject, parse_subject
 from so101_env import ACTION, ENVIRONMENT, STATE, SO101Error
 from so101_sim.control import ACT_DIM
@@ -53,6 +54,8 @@ class RecordArgs:
     """leave out episodes that fail"""
     environment_state: bool = False
     """with --cameras: also write what a real arm does not know, as the sheet's pose"""
+    push_to_hub: str | None = None
+    """also upload the dataset to this repository on the Hugging Face Hub, as NAME/REPOSITORY; a new one is private"""
 
 
 def check_args(args: RecordArgs) -> None:
@@ -101,6 +104,7 @@ def main() -> int:
     check_args(parse(RecordArgs, __doc__))
     import_extra("pyarrow", "data", "so101.record")
     args, loaded, task = parse_subject(RecordArgs, __doc__, default_model=False, records=True)
+    hub = connect("--push-to-hub", args.push_to_hub, "dataset") if args.push_to_hub else None
     torch.set_num_threads(1)
     envs = loaded.make_envs(min(args.episodes, BATCH), task)
     for camera in args.subject.server.camera_map().values():  # fails early without OpenGL
@@ -140,6 +144,11 @@ def main() -> int:
             low, high = (summary := summarize(episodes))["success_ci95"]
             print(f"success {summary['success_rate']:.2f} [{low:.2f}, {high:.2f}] in {len(episodes)} episodes")
         envs.close()
+    if hub and not ended:
+        hub.push(args.dataset)
+    elif hub:
+        again = f"{command_of('so101.hub')} --path {args.dataset} --repo {args.push_to_hub}"
+        print(f"not uploaded, because the recording ended early; upload it: {again}")
     if isinstance(ended, SO101Error):
         raise SO101Error(f"{ended}; the {len(kept)} complete episodes are in {args.dataset}") from ended
     if ended:
