@@ -148,3 +148,5 @@ def test_intervals_at_the_ends():
     low, high = stats.rate_interval(np.array([1.0, 1.0, 1.0, 1.0, 0.95]), 200)
     assert 0.9 < low < 0.99 < high < 1
     assert stats.rate_interval(np.array([0.3]), 50) == stats.wilson(0.3, 50)
+    variances = stats.rate_variance(np.ones(3), 100), stats.rate_variance(np.ones(1), 100)
+    assert 0 < variances[0] < variances[1] and stats.welch(0.0, variances, (3, 1)) == 1.0
