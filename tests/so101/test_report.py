@@ -126,6 +126,7 @@ def test_page_and_json_have_the_same_numbers(write, monkeypatch):
         (ours([1, 0, 1, 1], task={"tape_margin": 0.02, "alpha": 0.7}), "tape_margin is 0.04 and 0.02"),
         (ours([1, 0, 1, 1], range(1, 5)), "seeds of the episodes differ"),
         (ours([1, 0, 1]), "4 and 3 episodes"),
+        (ours([1, 0, 1], task={"tape_margin": 0.02}), "tape_margin is 0.04 and 0.02"),
         (ours([1, 0, 1, 1]) | {"episode_list": [
             {"seed": seed, "success": seed != 1, "initial_distance_m": 0.1} for seed in range(4)
         ]}, "different states"),
