@@ -104,26 +104,29 @@ def describe(policy: Policy) -> dict[str, Any]:
 def compare(one: Policy, other: Policy) -> dict[str, Any]:
     """The numbers of a comparison, for report.json; differences are other - one."""
     rates = [float(policy.rates.mean()) for policy in (one, other)]
-    intervals = [stats.rate_interval(each.rates, each.episodes, each.outcomes) for each in (one, other)]
     runs, reason = (len(one.rates), len(other.rates)), episodes_differ(one, other)
     result: dict[str, Any] = {"first": one.name, "second": other.name, "paired": not reason, "not_paired": reason}
     correlation, table = 0.0, None
     if max(runs) > 1:
         variances = [stats.rate_variance(each.rates, each.episodes, each.outcomes) for each in (one, other)]
-        test, p_value = "Welch's t test", stats.welch(rates[1] - rates[0], (variances[0], variances[1]), runs)
-    elif reason:
-        counts = [round(rate * each.episodes) for rate, each in zip(rates, (one, other))]
-        p_value = stats.fisher((counts[0], counts[1]), (one.episodes, other.episodes))
-        test = "Fisher's exact test"
+        p_value, bounds = stats.welch(rates[1] - rates[0], (variances[0], variances[1]), runs)
+        test = "Welch's t test"
     else:
-        a, b = one.outcomes[0], other.outcomes[0]
-        table = np.array([[(a & b).sum(), (a & ~b).sum()], [(~a & b).sum(), (~a & ~b).sum()]])
-        correlation = stats.paired_correlation(table)
-        test, p_value = "McNemar's exact test", stats.mcnemar(int(table[0, 1]), int(table[1, 0]))
+        if reason:
+            counts = [round(rate * each.episodes) for rate, each in zip(rates, (one, other))]
+            p_value = stats.fisher((counts[0], counts[1]), (one.episodes, other.episodes))
+            test = "Fisher's exact test"
+        else:
+            a, b = one.outcomes[0], other.outcomes[0]
+            table = np.array([[(a & b).sum(), (a & ~b).sum()], [(~a & b).sum(), (~a & ~b).sum()]])
+            correlation = stats.paired_correlation(table)
+            test, p_value = "McNemar's exact test", stats.mcnemar(int(table[0, 1]), int(table[1, 0]))
+        intervals = [stats.wilson(rate, each.episodes) for rate, each in zip(rates, (one, other))]
+        bounds = stats.difference_interval(rates[0], intervals[0], rates[1], intervals[1], correlation)
     result |= {
         "table": None if table is None else table.tolist(),
         "difference": rates[1] - rates[0],
-        "difference_ci95": stats.difference_interval(rates[0], intervals[0], rates[1], intervals[1], correlation),
+        "difference_ci95": bounds,
         "test": test,
         "p_value": p_value,
     }
@@ -186,7 +189,8 @@ def sentences(report: dict[str, Any]) -> list[str]:
             text = f"**{other}** succeeds {more} often than **{one}**: {points(gap)} percentage points. {interval}"
         else:
             text = f"No difference is shown between **{other}** and **{one}**: {points(gap)} points. {interval}"
-        found.append(f"{text}, p {'' if p_value.startswith('<') else '= '}{p_value}.")
+        word = "corrected p" if len(report["comparisons"]) > 1 else "p"
+        found.append(f"{text}, {word} {'' if p_value.startswith('<') else '= '}{p_value}.")
     return found
 
 

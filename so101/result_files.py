@@ -212,6 +212,10 @@ def natural(path: str) -> list[Any]:
 
 def episodes_differ(one: Policy, other: Policy) -> str:
     """Why the episodes of two policies are not known to be the same; "" if they are."""
+    mine, theirs = one.settings or {}, other.settings or {}
+    for name in sorted(({*mine} & {*theirs}) - OF_THE_POLICY):
+        if mine[name] != theirs[name]:
+            return f"{name} is {mine[name]} and {theirs[name]}"
     if one.outcomes is None or other.outcomes is None:
         return "a file has no list of episodes"
     if one.episodes != other.episodes:
@@ -220,10 +224,6 @@ def episodes_differ(one: Policy, other: Policy) -> str:
         return "the seeds of the episodes are not recorded; of lerobot-eval, give --lerobot-seed"
     if one.seeds != other.seeds:
         return "the seeds of the episodes differ"
-    mine, theirs = one.settings or {}, other.settings or {}
-    for name in sorted(({*mine} & {*theirs}) - OF_THE_POLICY):
-        if mine[name] != theirs[name]:
-            return f"{name} is {mine[name]} and {theirs[name]}"
     if one.starts and other.starts and one.starts != other.starts:
         return "the same seeds start in different states"
     return ""

@@ -118,8 +118,7 @@ def difference_interval(
     """95 % interval of the difference second - first, from the two rates, their intervals and their correlation.
 
     With Wilson's intervals it is method 10 of Newcombe (1998), for independent samples (Statistics in Medicine 17, 873)
-    with correlation 0, for paired ones (17, 2635) with `paired_correlation`. Zou and Donner (2008) show that the same
-    sum holds for any good intervals of the two.
+    with correlation 0, for paired ones (17, 2635) with `paired_correlation`.
     """
     difference = second - first
     down, up = second - of_second[0], of_first[1] - first
@@ -144,17 +143,23 @@ def fisher(successes: tuple[int, int], counts: tuple[int, int]) -> float:
     return float(fisher_exact([[k, n - k] for k, n in zip(successes, counts)]).pvalue)
 
 
-def welch(difference: float, variances: tuple[float, float], runs: tuple[int, int]) -> float:
-    """p value of Welch's t test for two mean success rates with these variances, from these numbers of runs.
+def welch(difference: float, variances: tuple[float, float], runs: tuple[int, int]) -> tuple[float, list[float]]:
+    """p value of Welch's t test for two mean success rates, and the 95 % interval of their difference.
 
-    The variance of a policy with one run is known from the number of its episodes, and has no degrees of freedom.
+    Args:
+        difference: of the two means.
+        variances: of the two means, see `rate_variance`. That of a policy with one run is known from the number of its
+            episodes, and has no degrees of freedom.
+        runs: number of runs of each policy.
     """
-    from scipy.stats import norm, t
+    from scipy.stats import t
 
     total = sum(variances)
-    score = abs(difference) / np.sqrt(total)
     parts = sum(variance**2 / (n - 1) for variance, n in zip(variances, runs) if n > 1)
-    return float(2 * (t.sf(score, total**2 / parts) if parts else norm.sf(score)))
+    student = t(total**2 / parts if parts else np.inf)
+    half = student.ppf(0.975) * np.sqrt(total)
+    bounds = np.clip([difference - half, difference + half], -1, 1)
+    return float(2 * student.sf(abs(difference) / np.sqrt(total))), [float(bound) for bound in bounds]
 
 
 def holm(values: list[float]) -> list[float]:

@@ -109,6 +109,7 @@ def test_page_and_json_have_the_same_numbers(write, monkeypatch):
     assert page.count("is a single model. The comparison is about this model") == 2  # b and c against the runs of a
     corrected = stats.holm([each["p_value"] for each in content["comparisons"]])
     assert [each["p_holm"] for each in content["comparisons"]] == corrected
+    assert content["comparisons"][0]["significant"] and corrected[0] < 0.001  # 90 % against 60 % of 50
     outcomes = np.array([
         [episode["success"] for episode in json.loads(open(f"seed_{seed}.json").read())["episode_list"]]
         for seed in range(12)
@@ -125,6 +126,7 @@ def test_page_and_json_have_the_same_numbers(write, monkeypatch):
         (ours([1, 0, 1, 1], task={"tape_margin": 0.02, "alpha": 0.7}), "tape_margin is 0.04 and 0.02"),
         (ours([1, 0, 1, 1], range(1, 5)), "seeds of the episodes differ"),
         (ours([1, 0, 1]), "4 and 3 episodes"),
+        (ours([1, 0, 1], task={"tape_margin": 0.02}), "tape_margin is 0.04 and 0.02"),
         (ours([1, 0, 1, 1]) | {"episode_list": [
             {"seed": seed, "success": seed != 1, "initial_distance_m": 0.1} for seed in range(4)
         ]}, "different states"),
@@ -141,6 +143,7 @@ def test_pairs_only_if_the_episodes_are_the_same(write, other, reason):
     assert pair["paired"] == (not reason) and reason in pair["not_paired"]
     assert pair["test"] == ("Fisher's exact test" if reason else "McNemar's exact test")
     assert (pair["table"] is None) == bool(reason)
+    assert not pair["significant"]  # at best one of eight equally likely outcomes
     if not reason:
         assert pair["table"] == [[1, 1], [2, 0]]
 

@@ -69,9 +69,13 @@ def test_welch_is_that_of_the_means():
     rng = np.random.default_rng(0)
     first, second = rng.uniform(0.3, 0.9, 6), rng.uniform(0.5, 1.0, 9)
     variances = tuple(stats.rate_variance(rates, 10**6) for rates in (first, second))
-    p_value = stats.welch(second.mean() - first.mean(), variances, (6, 9))
-    assert p_value == pytest.approx(ttest_ind(first, second, equal_var=False).pvalue)
-    assert stats.welch(0.1, (0.05**2, 0.0), (1, 1)) == pytest.approx(0.0455, abs=1e-4)  # two standard errors
+    p_value, bounds = stats.welch(second.mean() - first.mean(), variances, (6, 9))
+    library = ttest_ind(second, first, equal_var=False)
+    interval = library.confidence_interval(0.95)
+    assert p_value == pytest.approx(library.pvalue) and bounds == pytest.approx([interval.low, interval.high])
+    p_value, bounds = stats.welch(0.1, (0.05**2, 0.0), (1, 1))  # two standard errors of a normal distribution
+    assert p_value == pytest.approx(0.0455, abs=1e-4) and bounds == pytest.approx([0.1 - 0.098, 0.1 + 0.098], abs=1e-4)
+    assert stats.welch(0.9, (0.3**2, 0.0), (2, 1))[1] == [-1.0, 1.0]
 
 
 def test_holm():
@@ -148,3 +152,5 @@ def test_intervals_at_the_ends():
     low, high = stats.rate_interval(np.array([1.0, 1.0, 1.0, 1.0, 0.95]), 200)
     assert 0.9 < low < 0.99 < high < 1
     assert stats.rate_interval(np.array([0.3]), 50) == stats.wilson(0.3, 50)
+    variances = stats.rate_variance(np.ones(3), 100), stats.rate_variance(np.ones(1), 100)
+    assert 0 < variances[0] < variances[1] and stats.welch(0.0, variances, (3, 1))[0] == 1.0
