@@ -14,6 +14,7 @@ import so101
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PLUGIN = tomllib.loads((ROOT / "extras/lerobot_plugin/pyproject.toml").read_text())
+PAGES = [PROJECT["project"]["readme"], "extras/env_hub/README.md", "extras/lerobot_plugin/README.md"]
 LINK = re.compile(r"\]\(([^)]+)\)|\b(?:src|href)=\"([^\"]+)\"")
 
 
@@ -35,7 +36,7 @@ def test_setuptools_reads_the_version_without_importing_anything():
     assert ast.literal_eval(value) == so101.__version__
 
 
-@pytest.mark.parametrize("path", [PROJECT["project"]["readme"], "extras/env_hub/README.md"])
+@pytest.mark.parametrize("path", PAGES)
 def test_links_of_pages_outside_the_repository_are_absolute(path):
     text = (ROOT / path).read_text()
     assert all(link.startswith(("https://", "#")) for link in links_of(text)), path
