@@ -8,16 +8,18 @@ repository is either complete or as it was. A repository with other content is r
 """
 
 import dataclasses
-import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from so101 import __version__
 from so101.cli import command_of, parse, run_script
+from so101.dataset import read_info
 from so101.extras import import_extra
 from so101.files import is_file
+from so101_env import ACTION, STATE
 from so101_sim.errors import SO101Error
 
 CARD = "README.md"
@@ -101,7 +103,7 @@ class Hub:
                 commit_message=f"{path.name}, by ppo-residual-so101 {__version__}",
             )  # fmt: skip
             if self.kind == "dataset":  # LeRobot's loader looks for the tag of the format
-                version = json.loads((path / "meta" / "info.json").read_text())["codebase_version"]
+                version = read_info(path, (STATE, ACTION))["codebase_version"]
                 self._call("create_tag", repo_id=self.repo, repo_type="dataset", tag=version, exist_ok=True)
         except SO101Error as error:
             again = f"{command_of('so101.hub')} --path {path} --repo {self.repo}"
@@ -112,10 +114,16 @@ class Hub:
 
 
 def files_of(path: Path) -> dict[str, Path]:
-    """The files to upload by their names on the hub: path itself or, without hidden ones, what is in that directory."""
+    """The files to upload by their names on the hub: path itself or, without hidden ones, what is in that directory.
+
+    Raises SO101Error for a symbolic link that leads out of the directory: what it names may be private.
+    """
     if path.is_file():
         return {path.name: path}
     found = {each.relative_to(path).as_posix(): each for each in sorted(path.rglob("*")) if each.is_file()}
+    for each in found.values():
+        if not each.resolve().is_relative_to(path.resolve()):
+            raise SO101Error(f"{each}: is a link to a file outside of {path}; copy the file, or remove the link")
     return {name: each for name, each in found.items() if not any(part[0] == "." for part in name.split("/"))}
 
 
@@ -164,16 +172,17 @@ def kind_of(path: Path) -> str:
 def card(path: Path, repo: str) -> str:
     """The card (README.md with metadata) of a dataset's directory, or of a policy without one."""
     if kind_of(path) == "dataset":
-        info = json.loads((path / "meta" / "info.json").read_text())
+        info = read_info(path, (STATE, ACTION))
         head = (
             "license: apache-2.0\ntask_categories:\n- robotics\ntags:\n- LeRobot\n- so101\n"
             "configs:\n- config_name: default\n  data_files: data/*/*.parquet\n"
         )
-        features = "\n".join(f"- `{name}` {each['shape']}" for name, each in info["features"].items())
+        features = ", ".join(f"`{name}`" for name in info["features"] if re.fullmatch(r"[\w.]+", name, re.ASCII))
+        own = "unit" in info["features"][ACTION]  # only so101.record writes the unit
+        where = 'It was recorded in simulation, at the task "paper in square".\n' if own else ""
         body = (
-            f"A LeRobotDataset {info['codebase_version']}: {info['total_episodes']} episodes, {info['total_frames']} "
-            f"frames at {info['fps']} fps, robot `{info['robot_type']}`.\nIt was recorded in simulation, at the task "
-            f'"paper in square".\n\n{features}\n\n'
+            f"A LeRobotDataset {info['codebase_version']} with {info['total_episodes']} episodes at {info['fps']} fps, "
+            f"robot `{info['robot_type']}`.\n{where}Features: {features}.\n\n"
             f"```python\nfrom lerobot.datasets.lerobot_dataset import LeRobotDataset\n\n"
             f'dataset = LeRobotDataset("{repo}")\n```\n'
         )

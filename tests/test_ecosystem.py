@@ -165,7 +165,7 @@ def test_pip_installs_what_works_from_any_directory(tmp_path):
         own = {path.name for path in (ROOT / package).glob("*.py")}
         assert {path.name for path in (site / package).iterdir()} - {"__pycache__"} == own
     assets = {path.name for path in (site / "so101_assets").iterdir()}
-    assert {"so101.xml", "table.xml", "paper_in_square.xml", "pretrained.pt", "arm.onnx"} <= assets
+    assert {"so101.xml", "table.xml", "paper_in_square.xml", "pretrained.pt", "arm.onnx", "tags.pdf"} <= assets
 
     def run(*words: str) -> str:
         variables = {"PYTHONPATH": str(site), "PATH": ""}

@@ -10,12 +10,13 @@ from conftest import run_script
 from fake_hub import TOKEN, fake_hub
 
 from so101.hub import CARD, card, connect, files_of, kind_of
+from so101_sim.control import JOINTS
 from so101_sim.errors import SO101Error
 
 pytest.importorskip("huggingface_hub")
 INFO = {
     "codebase_version": "v3.0", "total_episodes": 2, "total_frames": 90, "fps": 30, "robot_type": "so101_follower",
-    "features": {"action": {"shape": [6]}},
+    "features": dict.fromkeys(("action", "observation.state"), {"shape": [6], "names": list(JOINTS), "unit": "deg"}),
 }  # fmt: skip
 REPO, KEY = "me/demos", "datasets/me/demos"
 
@@ -124,6 +125,21 @@ def test_content_of_others_is_not_replaced(hub, demos):
     with pytest.raises(SO101Error, match="has files already"):
         connect("--push-to-hub", REPO, "dataset")
     assert hub.repos[KEY] == {"notes.txt": b"mine"}
+
+
+def test_files_of_strangers(demos):
+    """A link is not followed out of the directory; metadata that are not those of an SO-101 make no card."""
+    (demos / "data" / "key").symlink_to(__file__)
+    with pytest.raises(SO101Error, match="is a link to a file outside"):
+        files_of(demos)
+    (demos / "data" / "key").unlink()
+    evil = {**INFO, "features": {**INFO["features"], "x\n---\nlicense: other": {}}}
+    (demos / "meta" / "info.json").write_text(json.dumps(evil))
+    assert "license: other" not in card(demos, REPO)
+    for content in ("{", json.dumps({**INFO, "robot_type": "`\n# other"}), json.dumps({**INFO, "features": {}})):
+        (demos / "meta" / "info.json").write_text(content)
+        with pytest.raises(SO101Error, match="info.json"):
+            card(demos, REPO)
 
 
 FAILURES = [

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
+from conftest import ROOT
 
 ROOT = Path(__file__).parents[2]
 PYTHON = os.environ.get("LEROBOT_PYTHON")
@@ -177,6 +178,38 @@ def test_the_plugin_in_lerobots_environment(tmp_path, code, folder):
     if done.returncode == 77:
         pytest.skip("the plug-in is not installed there, see extras/lerobot_plugin/pyproject.toml")
     assert done.returncode == 0 and "Could not import" not in done.stderr, done.stderr[-3000:]
+
+
+HUB = """
+import sys
+from pathlib import Path
+from lerobot.envs import factory
+
+factory._download_hub_file.__globals__["hf_hub_download"] = lambda filename, **_: str(Path(sys.argv[1]) / filename)
+try:
+    factory.make_env("me/paper_in_square")
+except RuntimeError as error:
+    assert "trust_remote_code" in str(error)
+envs = factory.make_env("me/paper_in_square", n_envs=2, trust_remote_code=True)["so101_residual"][0]
+observation, _ = envs.reset(seed=[1, 2])
+assert observation["agent_pos"].shape == (2, 6) and observation["pixels"]["top"].shape == (2, 96, 96, 3)
+observation, reward, *_ = envs.step(observation["agent_pos"])
+assert reward.shape == (2,)
+envs.close()
+print("loaded from the hub")
+"""
+
+
+@needs_lerobot
+def test_the_environment_hub(tmp_path):
+    """LeRobot's own loader takes extras/env_hub as the repository that it would download."""
+    script = tmp_path / "check.py"
+    script.write_text(HUB)
+    words = [PYTHON, str(script), str(ROOT / "extras" / "env_hub")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=280, cwd=tmp_path)
+    if "dependency 'lerobot_env_so101_residual'" in done.stderr:
+        pytest.skip("the plug-in is not installed there, see extras/lerobot_plugin/pyproject.toml")
+    assert done.returncode == 0 and "loaded from the hub" in done.stdout, done.stderr[-3000:]
 
 
 @needs_lerobot
