@@ -24,7 +24,7 @@ project_copyright = "MIT licence"
 
 root_doc = "README"
 include_patterns = ["*.md", "docs/*.md", "docs/*.ipynb", "assets/*.md", "benchmark/**.md"]
-exclude_patterns = ["**/.*", "logs", "outputs", "wandb", "build", "dist", "tests"]
+exclude_patterns = ["**/.*", "logs", "outputs", "wandb", "build", "dist", "tests", "extras"]
 extensions = ["myst_nb"]
 myst_heading_anchors = 4
 myst_disable_syntax = ["myst_line_comment", "myst_block_break", "myst_target"]  # GitHub prints these lines

@@ -92,14 +92,14 @@ def test_a_student_acts_on_what_a_real_arm_has(teacher, base, tmp_path):
         checkpoint = CheckpointPolicy(path)
         policy = distill.StudentPolicy(student, checkpoint.base, NET, checkpoint.args.task)
         policy.reset(np.ones(2, bool))
-        obs = base_observation(flat, command, cameras=("top",), render=lambda camera, ids: images[ids])
+        obs = base_observation(flat, command, cameras=("top",), render=lambda camera, ids, size: images[ids])
         answers.append([policy.act(obs, np.ones(2, bool)) for _ in range(3)])
         for name in ("sheet_pos", "sheet_quat", "tape_minus_sheet"):
             flat[:, OBS[name]] += 0.3
     np.testing.assert_array_equal(*answers)
     assert np.abs(answers[0]).max() > 0
     images = images[::-1].copy()  # and it does look
-    obs = base_observation(flat, command, cameras=("top",), render=lambda camera, ids: images[ids])
+    obs = base_observation(flat, command, cameras=("top",), render=lambda camera, ids, size: images[ids])
     assert not np.array_equal(policy.act(obs, np.ones(2, bool)), answers[0][2])
 
 

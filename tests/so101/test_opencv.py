@@ -219,8 +219,8 @@ def test_a_policy_that_is_told_by_opencv_rests_until_it_sees():
     obs, _ = envs.reset(seed=SEED)
 
     def see(dark: bool):
-        def render(camera, ids):
-            images = envs.camera_images(envs.qpos[ids], camera, policy.image_size, envs.look_seed[ids])
+        def render(camera, ids, size):
+            images = envs.camera_images(envs.qpos[ids], camera, size, envs.look_seed[ids])
             return images * (not dark)
 
         return base_observation(obs, envs.command, cameras=policy.cameras, render=render)
