@@ -4,14 +4,12 @@ import functools
 import json
 import os
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 from conftest import ROOT
 
-ROOT = Path(__file__).parents[2]
 PYTHON = os.environ.get("LEROBOT_PYTHON")
 DISCOVER = """
 import importlib.metadata, sys
