@@ -149,6 +149,11 @@ def lerobots_version():
     return tuple(int(number) for number in version.split(".")[:2])
 
 
+def with_path(folder):
+    """PYTHONPATH with a directory in front."""
+    return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+
+
 # LeRobot's modules also run from the folders that hold the plug-in's sources
 @needs_lerobot
 @pytest.mark.parametrize(
@@ -217,7 +222,7 @@ def test_lerobots_commands(tmp_path):
     package.mkdir()
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: lerobot_teleoperator_swinging\nVersion: 0\n")
     (tmp_path / "lerobot_teleoperator_swinging.py").write_text(LEADER)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": with_path(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     new = lerobots_version() >= (0, 6)
 
     def lerobot(command, *flags):
