@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -392,10 +393,14 @@ class SimulatedRobot(Robot):
         # that ends the new process, without a traceback.
         resource_tracker.ensure_running()  # first, because starting it unblocks the signal
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # The new process would import the main program again. For LeRobot's commands that takes half a minute.
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
         try:
             try:
                 self.process.start()
             finally:
+                sys.modules["__main__"] = main
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
             self._ask("read", timeout_s=60.0)
@@ -446,7 +451,7 @@ class SimulatedRobot(Robot):
         self._ask("reset", seed, timeout_s=RESET_S)
         deadline = time.monotonic() + RESET_S
         while time.monotonic() < deadline:
-            if self._ask_picture(timeout_s=1.0) is not None:
+            if self._ask_picture(timeout_s=RESET_S) is not None:
                 return
             time.sleep(0.01)
         raise RobotError(f"the simulated camera has taken no picture in {RESET_S:.0f} s")

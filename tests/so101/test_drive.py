@@ -1,6 +1,8 @@
 """A policy on an arm: in virtual time on the simulated one, on a LeRobot that is faked, and what stops it."""
 
 import json
+import os
+import subprocess
 import sys
 import time
 
@@ -216,6 +218,24 @@ def test_a_simulated_robot_begins_anew_and_is_unplugged(monkeypatch):
     finally:
         robot.close()
         expected.close()
+
+
+def test_the_simulated_arm_does_not_import_the_main_program(tmp_path):
+    """LeRobot's commands take half a minute to import, and the arm's process would import them again."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "print('imported as', __name__, flush=True)\n"
+        "if __name__ == '__main__':\n"
+        "    from so101.simulated_arm import SimulatedRobot\n"
+        "    from so101_env import Task\n"
+        "    robot = SimulatedRobot(Task(), size=(24, 32), answer_s=60.0)\n"
+        "    print(len(robot.read()[0]), 'joints', sys.modules['__main__'].__file__)\n"
+        "    robot.close()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=250, env=environment)
+    assert done.stdout == f"imported as __main__\n6 joints {program}\n", done.stderr
 
 
 def test_refusals(monkeypatch):
