@@ -4,14 +4,19 @@
 #
 #   bash benchmark/lerobot_base.sh        # about 70 minutes on two cores, no GPU
 #
-# LEROBOT  LeRobot's environment; created if it does not exist (.venv-lerobot)
+# LEROBOT  LeRobot's environment (this one if it has LeRobot; otherwise .venv-lerobot, created if it does not exist)
 # RUNS     directory of everything that is written (logs/benchmark/lerobot); finished parts are not repeated
 # PORT     port of the policy server (5555)
 #
-# Needs Python 3.11 as python3, pip install -e ".[data,server]" in this project's environment, and FFmpeg's libraries,
-# with which LeRobot reads videos (Debian: apt-get install ffmpeg).
+# Works with LeRobot 0.6.1 and 0.4.4; the published figures are those of 0.4.4. With Python 3.12, install as in
+# docs/cameras_and_servers.md: everything runs in one environment. With Python 3.11, install ".[data,server]" here:
+# LeRobot gets its own environment. Also needs FFmpeg's libraries, with which LeRobot reads videos (Debian: apt-get
+# install ffmpeg).
 set -euo pipefail
 cd "$(dirname "$0")/.."
+if python3 -c "import lerobot" 2> /dev/null; then
+  LEROBOT=${LEROBOT:-$(python3 -c "import sys; print(sys.prefix)")}
+fi
 LEROBOT=${LEROBOT:-.venv-lerobot} RUNS=${RUNS:-logs/benchmark/lerobot} PORT=${PORT:-5555}
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 mkdir -p "$RUNS"
@@ -21,8 +26,15 @@ mkdir -p "$RUNS"
 if [ ! -x "$LEROBOT/bin/lerobot-train" ]; then
   python3 -m venv "$LEROBOT"
   "$LEROBOT/bin/pip" install -q -r requirements-lerobot.txt
-  "$LEROBOT/bin/pip" install -q --no-deps lerobot==0.4.4 torchcodec==0.13.0
+  if ! "$LEROBOT/bin/python" -c "import lerobot" 2> /dev/null; then # Python 3.11
+    "$LEROBOT/bin/pip" install -q --no-deps lerobot==0.4.4 torchcodec==0.13.0
+  fi
 fi
+version=$("$LEROBOT/bin/python" -c "import importlib.metadata; print(importlib.metadata.version('lerobot'))")
+case $version in
+  0.4.*) no_evaluation=--eval_freq=0 ;;
+  *) no_evaluation=--env_eval_freq=0 ;;
+esac
 if ! "$LEROBOT/bin/python" -c "import torchvision" 2> /dev/null; then
   # PyTorch for the CPU cannot load the operators of a torchvision for CUDA, and ACT uses none of them
   site=$("$LEROBOT/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
@@ -47,7 +59,7 @@ train_act() {
   [ ! -d "$2/checkpoints/last" ] || return 0
   rm -rf "$2"
   OMP_NUM_THREADS=2 "$LEROBOT/bin/lerobot-train" --dataset.repo_id=local/demos --dataset.root="$1" --output_dir="$2" \
-    --steps=2000 --save_freq=2000 --log_freq=200 --eval_freq=0 --batch_size=8 --num_workers=0 --seed=1 \
+    --steps=2000 --save_freq=2000 --log_freq=200 "$no_evaluation" --batch_size=8 --num_workers=0 --seed=1 \
     --wandb.enable=false --policy.push_to_hub=false --policy.device=cpu --policy.type=act \
     --policy.pretrained_backbone_weights=null --policy.optimizer_lr=1e-4 --policy.optimizer_lr_backbone=1e-4 \
     --policy.chunk_size=16 --policy.n_action_steps=16 --policy.use_vae=false --policy.n_encoder_layers=2 \
