@@ -669,5 +669,7 @@ def test_opencv_and_the_policy_below_it_get_pictures_of_their_own_sizes():
 def test_serve_lerobot_needs_no_lerobot_to_say_so(tmp_path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_text("{}")
-    done = run_script("so101.serve", "--model", str(tmp_path), "--port", "47999")
+    (tmp_path / "lerobot.py").write_text("raise ImportError('no LeRobot')")  # hides an installed one
+    path = os.pathsep.join((str(tmp_path), str(ROOT)))
+    done = run_script("so101.serve", "--model", str(tmp_path), "--port", "47999", PYTHONPATH=path)
     assert done.returncode == 2 and "run this in LeRobot's environment, see requirements-lerobot.txt" in done.stderr

@@ -89,8 +89,8 @@ def test_image_noise_is_a_function_of_look_step_and_camera(model, looks):
     assert (noisy(nominal_look(model), 3, 0) == 0).all()
 
 
-def run(code: str) -> subprocess.CompletedProcess:
-    variables = environment()
+def run(code: str, **env: str | None) -> subprocess.CompletedProcess:
+    variables = environment(**env)
     variables["PYTHONPATH"] += os.pathsep + os.path.dirname(__file__)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, timeout=60)
 
@@ -112,7 +112,7 @@ def test_state_only_use_does_not_touch_opengl():
         "env.step(env.action_space.sample()); env.close();"
         "print([m for m in sys.modules if m.startswith(('OpenGL', 'mujoco.egl', 'mujoco.osmesa'))])"
     )
-    done = run(code)
+    done = run(code, MUJOCO_GL=None)  # with it, MuJoCo imports OpenGL at once
     assert done.returncode == 0 and done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
