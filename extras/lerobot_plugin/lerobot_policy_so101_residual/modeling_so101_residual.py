@@ -103,7 +103,12 @@ class SO101ResidualPolicy(PreTrainedPolicy):
         Args:
             batch: observation.state (B, 6), and observation.images.NAME (B, 3, H, W) in [0, 1] for each camera.
             options: not used.
+
+        Raises:
+            SO101Error: a camera is missing, or joint positions that no calibrated arm has.
         """
+        if missing := [name for name in self.names.values() if IMAGES + name not in batch]:
+            raise SO101Error(f"the policy needs the camera {missing[0]}: name a camera of the robot so, or rename it")
         joints_rad = to_rad(batch[STATE].double().cpu().numpy(), self.units)
         images = {camera: _pixels(batch[IMAGES + name]) for camera, name in self.names.items()}
         target_rad = self.arms.step(joints_rad, images)
