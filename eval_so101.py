@@ -86,9 +86,9 @@ def check_args(args: EvalArgs) -> None:
     if args.export and args.subject.model is None:
         raise SO101Error("--export needs --model: the checkpoint to export")
     if args.export_lerobot:
-        check_output("--export-lerobot", args.export_lerobot, (), args.subject.model)
         if os.path.lexists(args.export_lerobot):
             raise SO101Error(f"--export-lerobot {args.export_lerobot}: exists already; name a new directory")
+        check_output("--export-lerobot", args.export_lerobot, (), args.subject.model)
         if args.subject.model is None or args.export:
             raise SO101Error("--export-lerobot needs --model, the policy to export, and no --export")
     if args.push_to_hub and not (args.export or args.export_lerobot):
