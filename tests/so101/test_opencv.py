@@ -223,7 +223,7 @@ def test_a_policy_that_is_told_by_opencv_rests_until_it_sees():
             images = envs.camera_images(envs.qpos[ids], camera, size, envs.look_seed[ids])
             return images * (not dark)
 
-        return base_observation(obs, envs.command, cameras=policy.cameras, render=render)
+        return base_observation(obs, envs.command, cameras=policy.cameras, render=render, size=policy.image_size)
 
     policy.reset(mask)
     assert not policy.act(see(dark=True), mask).any() and "red tape" in policy.trouble

@@ -1,5 +1,6 @@
 """Policy servers as base policies: every dialect, every fault, and runs that outlive a server."""
 
+import dataclasses
 import io
 import os
 import shutil
@@ -32,7 +33,8 @@ zmq, msgpack = fake_server.zmq, fake_server.msgpack
 HORIZON, FakeServer = fake_server.HORIZON, fake_server.FakeServer
 
 DIALECTS = ("n1.5", "n1.6", "main")
-DEG = Server(units="deg", image_size=(24, 32), server_timeout=0.5)
+# of servers that answer, late on a busy machine
+DEG = Server(units="deg", image_size=(24, 32), server_timeout=20.0)
 
 
 def make_envs(spec: str, options: Server = DEG, num_envs: int = 3) -> SO101ResidualVectorEnv:
@@ -124,7 +126,7 @@ FAULTS = {
     "nan": "single_arm has numbers that are not finite",
     "text": "'single_arm' is not an array of numbers",
     "units": "they are not in deg; check --units",
-    "slow": "get_action: no answer within 0.5 s; wait longer with --server-timeout",
+    "slow": "get_action: no answer within 2 s; wait longer with --server-timeout",
     "garbage": "get_action: the answer is not a message of a policy server",
     "array bomb": "get_action: the answer is not a message of a policy server",
     "pickled array": "get_action: the answer is not a message of a policy server",
@@ -135,7 +137,8 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_server_that_fails_says_why_and_moves_no_arm(fault):
     with FakeServer(fault=fault, after=3) as server:
-        envs = make_envs(server.spec, num_envs=1)
+        options = dataclasses.replace(DEG, server_timeout=2.0) if fault in ("slow", "dies") else DEG
+        envs = make_envs(server.spec, options, num_envs=1)
         envs.reset(seed=1)
         for _ in range(8):  # the chunk that it gave before
             envs.step(np.zeros((1, 6)))
@@ -168,7 +171,7 @@ REFUSED = [
 @pytest.mark.parametrize("server, options, message", REFUSED)
 def test_a_server_that_cannot_be_used_is_refused_at_the_start(server, options, message):
     with FakeServer(**server) as fake, pytest.raises(SO101Error) as error:
-        load_policy(fake.spec, Server(**{"units": "deg", "server_timeout": 0.5, **options}))
+        load_policy(fake.spec, dataclasses.replace(DEG, **options))
     assert message in str(error.value) and "get_action" not in fake.endpoints
 
 
@@ -358,7 +361,7 @@ def test_addresses(monkeypatch):
     started = time.monotonic()
     with pytest.raises(SO101Error, match=f"{server.spec}: nothing answers there .*start the server first"):
         load_policy(server.spec, DEG)  # now closed
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < DEG.server_timeout  # it does not wait
 
 
 def test_what_is_no_policy_server_is_refused():
@@ -400,7 +403,7 @@ def test_fingerprint_follows_the_policy_and_not_its_address():
 def test_a_restarted_server_must_be_the_same(change):
     """ZeroMQ connects again by itself: without a look, another policy would go on in the middle of an episode."""
     server = FakeServer()
-    envs = make_envs(server.spec, Server(units="deg", server_timeout=5.0), num_envs=1)
+    envs = make_envs(server.spec, num_envs=1)
     envs.reset(seed=1)
     envs.step(np.zeros((1, 6)))
     server.close()
@@ -415,7 +418,7 @@ def test_a_restarted_server_must_be_the_same(change):
         envs.close()
 
 
-SERVER_FLAGS = ["--units", "deg", "--image-size", "16", "--server-timeout", "1", "--num-threads", "1", *SMALL.split()]
+SERVER_FLAGS = ["--units", "deg", "--image-size", "16", "--server-timeout", "5", "--num-threads", "1", *SMALL.split()]
 
 
 @pytest.mark.slow
