@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 
 from lerobot_policy_so101_residual.configuration_so101_residual import ACTION, IMAGES, STATE, SO101ResidualConfig
@@ -150,7 +151,7 @@ class Draft:
             low, high = summary["success_ci95"]
             rate = f"{summary['success_rate']:.3f} | {low:.3f} to {high:.3f}"
             rows.append(f"| {title} | {len(seeds)} | {rate} |")
-        inputs = SO101ResidualConfig.from_pretrained(self.path).input_features
+        inputs = PreTrainedConfig.from_pretrained(self.path).input_features
         shapes = [f"- `{key}` {tuple(feature.shape)}" for key, feature in inputs.items()]
         meta = self.metadata
         wide = "arm" if task.arm_randomization else "full" if task.full_randomization else ""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
+from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 
 from lerobot_policy_so101_residual.configuration_so101_residual import IMAGES, STATE, SO101ResidualConfig
@@ -78,7 +79,7 @@ class SO101ResidualPolicy(PreTrainedPolicy):
             names = ("force_download", "token", "cache_dir", "local_files_only")
             known = {name: options[name] for name in names if name in options}
             directory = Path(snapshot_download(str(pretrained_name_or_path), revision=revision, **known))
-        config = config or SO101ResidualConfig.from_pretrained(directory)
+        config = config or PreTrainedConfig.from_pretrained(directory)
         policy = cls(config, directory)
         policy.eval()
         return policy
