@@ -29,6 +29,7 @@ def hub(monkeypatch, tmp_path):
     with fake_hub() as running:
         monkeypatch.setattr(constants, "ENDPOINT", running.url)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield running
@@ -184,6 +185,7 @@ def test_the_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with fake_hub() as hub:
         variables = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
+        variables["HF_HUB_OFFLINE"] = None
         flags = ["--base-policy", "jacobian", "--dataset", "demos", "--episodes", "2", "--push-to-hub", REPO]
         done = run_script("so101.record", *flags, **variables | {"HF_TOKEN": "hf_wrong"})
         assert done.returncode == 2 and not Path("demos").exists() and done.stderr.count("\n") == 1, done.stderr
