@@ -1,5 +1,6 @@
 """Whole episodes through Gymnasium's wrappers, stable-baselines3 and Minari; installation by pip."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -168,7 +169,7 @@ def test_pip_installs_what_works_from_any_directory(tmp_path):
     assert {"so101.xml", "table.xml", "paper_in_square.xml", "pretrained.pt", "arm.onnx", "tags.pdf"} <= assets
 
     def run(*words: str) -> str:
-        variables = {"PYTHONPATH": str(site), "PATH": ""}
+        variables = {**os.environ, "PYTHONPATH": str(site), "PATH": ""}
         command = [sys.executable, *words]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=variables, timeout=120)
         assert done.returncode == 0, done.stderr
