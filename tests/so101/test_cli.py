@@ -94,7 +94,6 @@ def test_bad_flags_of_the_trainer(tmp_path, monkeypatch, flags, words):
         ("eval_so101.py", "--export-lerobot new --model MODEL --export p.onnx", "and no --export"),
         ("eval_so101.py", "--export-lerobot tests --model MODEL", "--export-lerobot tests: exists already"),
         ("eval_so101.py", "--export-lerobot nowhere/new --model MODEL", "--export-lerobot nowhere/new"),
-        ("eval_so101.py", "--export-lerobot new --model MODEL", "install LeRobot and extras/lerobot_plugin"),
         ("eval_so101.py", "--base-policy lerobot:nowhere --units deg", "lerobot:nowhere: has no config.json"),
         ("eval_so101.py", "--base-policy lerobot:nowhere", "pass --units"),
         ("eval_so101.py", "--base-policy lerobot:", "unknown base policy"),
@@ -140,6 +139,13 @@ def test_bad_flags_of_the_others(small_run, monkeypatch, script, flags, words):
     model = str(small_run / "final_model.pt")
     line = error_of(monkeypatch, script, *flags.replace("MODEL", model).split())
     assert words.replace("MODEL", model) in line and "\n" not in line
+
+
+def test_an_export_to_lerobot_says_what_is_missing(monkeypatch, small_run, tmp_path):
+    monkeypatch.setitem(sys.modules, "lerobot_policy_so101_residual.export", None)
+    flags = ["--model", str(small_run / "final_model.pt"), "--export-lerobot", str(tmp_path / "new")]
+    assert "install LeRobot and extras/lerobot_plugin" in error_of(monkeypatch, "eval_so101.py", *flags)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_output_replaces_nothing_but_an_older_output(tmp_path, monkeypatch):
