@@ -106,11 +106,16 @@ class Hub:
                 version = read_info(path, (STATE, ACTION))["codebase_version"]
                 self._call("create_tag", repo_id=self.repo, repo_type="dataset", tag=version, exist_ok=True)
         except SO101Error as error:
-            again = f"{command_of('so101.hub')} --path {path} --repo {self.repo}"
+            again = upload_command(path, self.repo)
             raise SO101Error(f"{error}; {path} is complete here, upload it again: {again}") from error
         address = f"{self.api.endpoint}/{'datasets/' if self.kind == 'dataset' else ''}{self.repo}"
         print(f"uploaded {path}: {address}")
         return address
+
+
+def upload_command(path: str | Path, repo: str) -> str:
+    """The command that uploads what is at path, for messages."""
+    return f"{command_of('so101.hub')} --path {path} --repo {repo}"
 
 
 def files_of(path: Path) -> dict[str, Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -153,6 +153,24 @@ def way_from(controller: Controller) -> Iterator[np.ndarray]:
     yield from way_home(controller)
 
 
+def observe(
+    controllers: Sequence[Controller], policy: BasePolicy, images: Mapping[str, np.ndarray]
+) -> BaseObservation:  # fmt: skip
+    """What a policy observes of N measured arms, with pictures (N, H, W, 3) by camera, of any size.
+
+    The sheets' poses in it are placeholders: the policy must see the sheets itself.
+    """
+    rows = [[getattr(c, k) for c in controllers] for k in ("joints_rad", "velocity_rad_s", "tip_m", "command_rad")]
+    joints, velocities, tips, command = map(np.array, rows)
+    load = np.array([c.load(c.command_rad, c.joints_rad, c.velocity_rad_s, c.gravity_n_m) for c in controllers])
+    flat = make_observation(joints, velocities, tips, np.tile(np.append(TAPE_CENTER_M, 0.0), (len(joints), 1)))
+
+    def render(camera: str, ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        return np.stack([resize(image, size) for image in images[camera][ids]])
+
+    return base_observation(flat, command, load=load, cameras=policy.cameras, render=render, size=policy.image_size)
+
+
 class Loop:
     """The control loop of a policy on an arm.
 
@@ -273,17 +291,8 @@ class Loop:
         self.go(REST_RAD)
 
     def observe(self, picture: Picture) -> BaseObservation:
-        """The policy's observation. The sheet's pose in it is a placeholder: the policy must see the sheet itself."""
-        c = self.controller
-        placeholder = np.append(TAPE_CENTER_M, 0.0)[None]
-        flat = make_observation(c.joints_rad[None], c.velocity_rad_s[None], c.tip_m[None], placeholder)
-
-        def image(camera: str, ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-            return resize(picture.image, size)[None][ids]
-
-        load = c.load(c.command_rad, c.joints_rad, c.velocity_rad_s, c.gravity_n_m)[None]
-        pictures = {"cameras": self.policy.cameras, "render": image, "size": self.policy.image_size}
-        return base_observation(flat, c.command_rad[None], load=load, **pictures)
+        """The policy's observation, see the function `observe`."""
+        return observe([self.controller], self.policy, dict.fromkeys(self.policy.cameras, picture.image[None]))
 
     def episode(self, max_steps: int, tape_margin: float) -> dict[str, Any]:
         """Act until the sheet is seen inside the tape for SUCCESS_STEPS steps, or for max_steps control steps.

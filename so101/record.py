@@ -28,7 +28,7 @@ from so101.cli import Stop, Stoppable, check_flags, check_output, command_of, pa
 from so101.dataset import DatasetError, write_dataset
 from so101.evaluation import RECORD_SEED, evaluate, summarize
 from so101.extras import import_extra
-from so101.hub import connect
+from so101.hub import connect, upload_command
 from so101.subject import Subject, parse_subject
 from so101_env import ACTION, ENVIRONMENT, STATE, SO101Error
 from so101_sim.control import ACT_DIM
@@ -147,7 +147,7 @@ def main() -> int:
     if hub and not ended:
         hub.push(args.dataset)
     elif hub:
-        again = f"{command_of('so101.hub')} --path {args.dataset} --repo {args.push_to_hub}"
+        again = upload_command(args.dataset, args.push_to_hub)
         print(f"not uploaded, because the recording ended early; upload it: {again}")
     if isinstance(ended, SO101Error):
         raise SO101Error(f"{ended}; the {len(kept)} complete episodes are in {args.dataset}") from ended

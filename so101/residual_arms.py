@@ -12,18 +12,14 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from so101.camera import CAMERA
-from so101.loop import POSE_ERROR_M, resize, way_from, way_up
-from so101.onnx import OnnxPolicy
+from so101.loop import POSE_ERROR_M, observe, way_from, way_up
 from so101.opencv import OpenCVPolicy
 from so101.robot import RobotError
 from so101_env import (
     HOME_RAD,
     SUCCESS_STEPS,
-    TAPE_CENTER_M,
     BaseObservation,
-    base_observation,
     load_model,
-    make_observation,
     sheet_inside,
 )
 from so101_sim.control import ACT_DIM, BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Calibration, Controller
@@ -37,15 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class SeenResidual(OpenCVPolicy):
-    """A residual that corrects its base where the sheet's pose is seen, and leaves the base alone where it is not.
-
-    Args:
-        residual: with its base policy.
-        options: of OpenCVPolicy.
-    """
-
-    def __init__(self, residual: OnnxPolicy, *options: object):
-        super().__init__(residual, *options)
+    """A residual that corrects its base where the sheet's pose is seen, and leaves the base alone where it is not."""
 
     def rest(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
         """Joint deltas (N, 6), rad, without a pose: the base's, if it sees through cameras of its own."""
@@ -98,7 +86,7 @@ class ResidualArms:
         now = self.count / CONTROL_HZ
         for controller, joints in zip(self.controllers, joints_rad):
             controller.measure(joints, now)
-        obs, delta = self._observe(images), np.zeros((len(joints_rad), ACT_DIM))
+        obs, delta = observe(self.controllers, self.policy, images), np.zeros((len(joints_rad), ACT_DIM))
         for i, way in enumerate(self.ways):
             if way is not None:
                 delta[i], self.ways[i] = self._next(way)
@@ -131,20 +119,6 @@ class ResidualArms:
             self.ways.append(way_from(controller) if far else None)
         if any(self.ways):
             log.info("the arm moves to the start pose first")
-
-    def _observe(self, images: Mapping[str, np.ndarray]) -> BaseObservation:
-        """The observation of the controllers' measurements; the sheet's pose in it is a placeholder."""
-        arms = self.controllers
-        rows = [[getattr(c, name) for c in arms] for name in ("joints_rad", "velocity_rad_s", "tip_m", "command_rad")]
-        joints, velocities, tips, command = map(np.array, rows)
-        load = np.array([c.load(c.command_rad, c.joints_rad, c.velocity_rad_s, c.gravity_n_m) for c in arms])
-        flat = make_observation(joints, velocities, tips, np.tile(np.append(TAPE_CENTER_M, 0.0), (len(arms), 1)))
-
-        def render(camera: str, ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-            return np.stack([resize(image, size) for image in images[camera][ids]])
-
-        pictures = {"cameras": self.policy.cameras, "render": render, "size": self.policy.image_size}
-        return base_observation(flat, command, load=load, **pictures)
 
     def _next(self, way: Iterator[np.ndarray]) -> tuple[np.ndarray, Iterator[np.ndarray] | None]:
         """The next joint deltas (6,), rad, of a slow motion, and what is left of it; None at its end."""

@@ -31,9 +31,7 @@ class SO101ResidualConfig(PreTrainedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ranges = {"firmware_p": Task.RANGES["firmware_p"], "tape_margin": Task.RANGES["tape_margin"]}
-        given = {name: getattr(self, name) for name in (*ranges, "servo_gain") if getattr(self, name) is not None}
-        check_ranges(self, {name: span for name, span in {**ranges, "servo_gain": (0.2, 3.0)}.items() if name in given})
+        check_ranges(self, {**Task.RANGES, "servo_gain": (0.2, 3.0)})
         if self.marks not in ("tape", "tags"):
             raise SO101Error(f"marks {self.marks!r}: give tape or tags")
 
