@@ -213,10 +213,14 @@ class Agent(nn.Module):
         logprob = -0.5 * z.square().sum(-1) - logstd.sum(-1) - 0.5 * ACT_DIM * LOG_2PI
         return logprob, logstd.sum(-1) + 0.5 * ACT_DIM * (1.0 + LOG_2PI)
 
+    def get_action(self, x: torch.Tensor) -> torch.Tensor:
+        """Actions (B, 6) in [-1, 1] without exploration."""
+        return self.get_gaussian(x)[0].clamp(-1, 1)
+
     @torch.inference_mode()
     def act(self, obs: np.ndarray) -> np.ndarray:
         """The policy without exploration: residuals (N, 6) in [-1, 1] for observations (N, 25 to 37)."""
-        return self.get_gaussian(self.features(obs))[0].clamp(-1, 1).numpy()
+        return self.get_action(self.features(obs)).numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -226,7 +226,7 @@ class _Actor(nn.Module):
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
         """Residuals (N, 6) in [-1, 1]."""
         x = self.agent.features(observation.numpy())  # PyTorch's tracer also traces NumPy
-        return self.agent.get_gaussian(x)[0].clamp(-1, 1)
+        return self.agent.get_action(x)
 
 
 def export_onnx(model: str, path: Path, trust: Trust | None = None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from so101_sim.errors import SO101Error
 
 # scripts of this project that write policy files, and base policies that are part of it
-OWN_SCRIPTS = ("ppo_residual_so101.py", "ppo_rgb.py", "distill.py", "clone.py")
+OWN_SCRIPTS = ("ppo_residual_so101.py", "ppo_rgb.py", "sac.py", "distill.py", "clone.py")
 OWN_POLICIES = ("zero", "jacobian", "keyboard")
 FILES = ("checkpoint", "bc", "onnx")  # policy files, which are data: loading them comes back here
 SERVED = ("server:", "lerobot:")  # the same policy may be behind a server, or in a directory
