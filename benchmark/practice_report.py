@@ -1,0 +1,136 @@
+"""Report of benchmark/practice.sh: success before and after practice, and how success grew over arm time.
+
+python benchmark/practice_report.py --runs logs/benchmark/practice --out benchmark/results/practice
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from so101.cli import parse, run_script
+from so101.files import write_json
+from so101.stats import rate_interval
+from so101_env import SO101Error
+
+TITLES = {
+    "nothing": "nothing wrong", "lift": "shoulder_lift -3 degrees", "gain": "servo gain x0.7",
+    "backlash": "backlash 3 degrees", "finger": "finger friction 0.3", "table": "finger friction 0.4, table 0.4",
+}  # fmt: skip
+RECENT = 20  # episodes that the curve averages over
+LAST_S, REACHED = 300.0, 0.9  # the last five minutes; the success that counts as reached
+
+
+@dataclasses.dataclass
+class Args:
+    runs: str
+    """directory of the runs, with ROW/before.json, ROW/seed_N/ and ROW/seed_N.json"""
+    out: str
+    """directory to write results.json, results.md and curves.png into"""
+
+
+def outcomes_of(path: Path) -> list[bool]:
+    """The successes of the only row in a file of benchmark/reality_gap.py."""
+    (row,) = json.loads(path.read_text())["rows"].values()
+    return [episode["success"] for episode in row["episode_list"]]
+
+
+def read_seed(result: Path) -> dict[str, Any]:
+    """One practice: success after it, and what happened meanwhile."""
+    lines = (result.with_suffix("") / "episodes.jsonl").read_text().splitlines()
+    episodes = [json.loads(line) for line in lines]
+    time_s = np.array([each["arm_time_s"] for each in episodes])
+    success = np.array([each["success"] for each in episodes], float)
+    recent = np.array([success[max(0, i + 1 - RECENT) : i + 1].mean() for i in range(len(success))])
+    enough = (np.arange(len(recent)) >= RECENT - 1) & (recent >= REACHED)
+    return {
+        "outcomes": outcomes_of(result), "time_s": time_s.tolist(), "recent": recent.tolist(),
+        "episodes": len(episodes), "hands": int(sum(each["hands"] for each in episodes)),
+        "last": float(success[time_s > time_s[-1] - LAST_S].mean()),
+        "reached_min": float(time_s[enough][0] / 60) if enough.any() else None,
+        "reset_s": float(np.mean([each["reset_ticks"] for each in episodes]) / 30),
+    }  # fmt: skip
+
+
+def read_row(directory: Path) -> dict[str, Any]:
+    """A row: before, and after each practice."""
+    results = sorted(directory.glob("seed_*.json"))
+    if not results or not (directory / "before.json").is_file():
+        raise SO101Error(f"--runs: {directory} is not finished; run benchmark/practice.sh")
+    seeds, before = [read_seed(each) for each in results], outcomes_of(directory / "before.json")
+    outcomes = np.array([seed["outcomes"] for seed in seeds])
+    rates = outcomes.mean(1)
+    return {
+        "before": float(np.mean(before)), "after": float(rates.mean()), "worst": float(rates.min()),
+        "after_ci95": rate_interval(rates, outcomes.shape[1], outcomes), "seeds": seeds,
+        "hands_per_100": 100 * sum(seed["hands"] for seed in seeds) / sum(seed["episodes"] for seed in seeds),
+    }  # fmt: skip
+
+
+def markdown(rows: dict[str, dict[str, Any]]) -> str:
+    """The table."""
+    columns = [
+        "wrong with the arm", "before", "after", "95 %", "worst", "seeds", "in the last 5 minutes, exploring",
+        "minutes until 0.9", "hands per 100 episodes", "s per reset",
+    ]  # fmt: skip
+    lines = ["# Practice", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for name, row in rows.items():
+        seeds = row["seeds"]
+        reached = [seed["reached_min"] for seed in seeds]
+        minutes = (
+            f"{np.median(reached):.0f}" if None not in reached else f"not in {reached.count(None)} of {len(seeds)}"
+        )
+        low, high = row["after_ci95"]
+        lines.append(
+            f"| {TITLES[name]} | {row['before']:.2f} | {row['after']:.2f} | [{low:.2f}, {high:.2f}] | "
+            f"{row['worst']:.2f} | {len(seeds)} | {np.mean([seed['last'] for seed in seeds]):.2f} | {minutes} | "
+            f"{row['hands_per_100']:.1f} | {np.mean([seed['reset_s'] for seed in seeds]):.1f} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    """Success of the last RECENT episodes, exploration included, over arm time; a line per practice."""
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained", sharex=True, sharey=True)
+    for axis, (name, title) in zip(axes.flat, TITLES.items()):
+        axis.set_title(title, fontsize=9)
+        axis.grid(alpha=0.3)
+        if name not in rows:
+            continue
+        axis.axhline(rows[name]["before"], color="tab:gray", linestyle="--", linewidth=1)
+        for seed in rows[name]["seeds"]:
+            axis.plot(np.array(seed["time_s"]) / 60, seed["recent"], color="tab:orange", linewidth=1)
+    for axis in axes[-1]:
+        axis.set_xlabel("arm time, minutes")
+    for axis in axes[:, 0]:
+        axis.set(ylabel=f"success of the last {RECENT} episodes", ylim=(0, 1))
+    figure.suptitle("practice on a simulated arm with one thing wrong; dashed: the policy before", fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> int:
+    """Read the runs and write the report; returns the exit code."""
+    args = parse(Args, __doc__)
+    out = Path(args.out)
+    rows = {name: read_row(Path(args.runs) / name) for name in TITLES if (Path(args.runs) / name).is_dir()}
+    if not rows:
+        raise SO101Error(f"--runs {args.runs}: has no practice; run benchmark/practice.sh")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "results.json", rows)
+    (out / "results.md").write_text(markdown(rows))
+    plot(rows, out / "curves.png")
+    print(markdown(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
