@@ -32,7 +32,9 @@ class TipPolicy(BasePolicy):
     PRESS_N = 0.6  # enough to drag the sheet without slipping, too little to stall the arm by friction on the table
     PITCH_M_PER_RAD, PITCH_GAIN = 0.1, 0.3  # weight of a rad of pitch in the least squares; share corrected per step
     DAMPING = 1e-4  # m^2 per rad^2
+    LEAD_RAD = COMMAND_WINDOW_RAD  # largest lead of a joint's target, at P = 32
     LEAD_S = 0.012  # targets of joints in motion may lead by this much more: a command takes effect late
+    gain_factor = 1.0  # of the servos: ratio of their gain to the one that firmware_p implies
 
     def __init__(self) -> None:
         self.model = load_model()
@@ -65,7 +67,7 @@ class TipPolicy(BasePolicy):
             command: last commanded joint targets (N, 6), rad.
             jacobian: of tip_jacobian for the same obs, whose gravity torques are used, too.
             motion_m, rise_m: wanted motion in this step, horizontally (N, 2) and upwards (N,).
-            pressing: (N,) bool, whether to press by PRESS_N on what is below.
+            pressing: (N,) bool, whether to press by PRESS_N on what is below; or float, by how many times PRESS_N.
         """
         joints, velocity = obs[:, OBS["joint_pos"]], obs[:, OBS["joint_vel"]][:, :ARM]
         # the gripper points straight down, as at home: the three joints of the arm's plane add up to its pitch
@@ -75,8 +77,8 @@ class TipPolicy(BasePolicy):
         wanted = np.column_stack([motion_m, rise_m, self.PITCH_GAIN * self.PITCH_M_PER_RAD * pitch])
         transposed = rows.transpose(0, 2, 1)
         step = transposed @ np.linalg.solve(rows @ transposed + self.DAMPING * np.eye(4), wanted[:, :, None])
-        softer = FIRMWARE_P / self.firmware_p  # than the model's servos
-        lead = COMMAND_WINDOW_RAD * softer + self.LEAD_S * np.abs(velocity)
+        softer = FIRMWARE_P / (self.firmware_p * self.gain_factor)  # than the model's servos
+        lead = self.LEAD_RAD * softer + self.LEAD_S * np.abs(velocity)
         step = step[:, :, 0] / np.maximum((np.abs(step[:, :, 0]) / lead).max(1, keepdims=True), 1.0)
 
         torque = self.gravity[:, :ARM] + self.model.dof_damping[:ARM] * velocity
