@@ -65,18 +65,20 @@ class DragPolicy(TipPolicy):
     """Scripted: goes over the sheet, presses, drags the sheet's centre to `goal`, and lifts; `done` says it has lifted.
 
     While the sheet slides, the wrist turns it towards the goal's yaw. An arm with backlash or weak servos lags: the
-    wanted motion is integrated until the tip follows. A sheet that does not follow the tip is pressed harder, and a tip
+    tip is sent farther ahead until it follows. A sheet that does not follow the tip is pressed harder, and a tip
     that does not move presses less. The next drag starts with the last press.
     """
 
-    HOVER_M, LEAD_RAD = 0.028, 0.03
+    HOVER_M, RAISED_M, LEAD_RAD = 0.028, 0.02, 0.03
     MIN_PRESS, MAX_PRESS, PRESS_STEP = 0.3, 2.5, 0.1  # in units of PRESS_N; change per control step
     MOVING_M, STILL_M = 0.0015, 0.0008  # a tip moves, or stands still, if it does so much per control step
     FOLLOWS = 0.5  # a sheet follows if it moves by this share of the tip's motion
-    TOLERANCE_M = 0.006  # near enough to the goal
+    TOLERANCE_M, COAST_STEPS = 0.006, 3  # near enough to the goal, where the sheet will be in so many control steps
+    SHARE = 0.25  # of the remaining way in the air per control step
     CENTERED_M = 0.006  # near enough to the point to press at
     SLACK_M = 0.012  # once down, the tip may be this far nearer to the edge than INSET_M before it is lifted
-    LEAD_SHARE, MAX_LEAD_M = 0.25, 0.012  # of the integrated motion
+    # the tip is sent ahead of its way by this much at first in a drag, by this share of its lag more, and at most
+    FIRST_LEAD_M, LEAD_SHARE, MAX_LEAD_M = 0.004, 0.25, 0.012
     MEAN_SHARE = 0.25  # of the newest step in the running mean of motions
     ROLL_SHARE, ROLL_RAD = 0.2, 0.03  # of the error in yaw corrected per control step, and at most so much
     SINKING_M_S = -0.03  # a tip that sinks more slowly has met the table
@@ -93,7 +95,8 @@ class DragPolicy(TipPolicy):
         if not self.memory or len(self.memory["stage"]) != len(mask):
             count = len(mask)
             self.memory = {name: np.zeros(count, np.int64) for name in ("stage", "steps", "count")}
-            self.memory |= {name: np.zeros((count, 2)) for name in ("lead", "point", "sheet", "tip_mean", "sheet_mean")}
+            self.memory["lead"] = np.zeros(count)
+            self.memory |= {name: np.zeros((count, 2)) for name in ("point", "sheet", "tip_mean", "sheet_mean")}
             self.press, self.goal = np.ones(count), np.zeros((count, 3))
         for array in self.memory.values():
             array[mask] = 0
@@ -114,21 +117,30 @@ class DragPolicy(TipPolicy):
         dragging = stage == DRAG
 
         to_point = sheet + rotate(np.nan_to_num(self.memory["point"]), yaw) - tip[:, :2]
-        motion = np.where(dragging[:, None], self.goal[:, :2] - sheet, 0.0)
-        motion = np.where((stage == REACH)[:, None], to_point, motion)
+        motion = np.where((stage == REACH)[:, None], self.SHARE * to_point, 0.0)
+        motion = np.where(dragging[:, None], self.goal[:, :2] - sheet, motion)
         longest = np.where(dragging, self.DRAG_M, self.REACH_M)
         motion *= np.minimum(longest / np.maximum(np.linalg.norm(motion, axis=1), 1e-9), 1.0)[:, None]
-        moving = dragging | (stage == REACH)
-        lead = (self.memory["lead"] + self.LEAD_SHARE * (motion - tip_step[:, :2])) * moving[:, None]
-        lead *= np.minimum(self.MAX_LEAD_M / np.maximum(np.linalg.norm(lead, axis=1), 1e-9), 1.0)[:, None]
-        self.memory["lead"][mask] = lead[mask]
+        rise = np.where(stage == LOWER, -self.SINK_M, self.SHARE * (self.HOVER_M - tip[:, 2]))
+        rise = np.clip(rise, -self.SINK_M, self.LIFT_M) * ~dragging
 
-        sink = -self.SINK_M * (1.0 + self.memory["steps"] / 10.0)
-        rise = np.select([dragging, stage == LOWER], [0.0, sink], self.rise_to_hover(tip))
-        delta = self.move_tip(flat, command, jacobian, motion + lead, rise, self.press * dragging)
-        turn = self.ROLL_SHARE * wrap_angle(self.goal[:, 2] - yaw)
-        delta[:, self.ROLL] = np.clip(turn, -self.ROLL_RAD, self.ROLL_RAD) * dragging
-        return delta
+        # in the air the last targets move on, so that the arm does not lag behind; on the sheet they lead by a force
+        delta = np.zeros(command.shape)
+        delta[:, :ARM] = self.joint_steps(flat, jacobian, motion, rise)
+        ahead = self._lead(motion, tip_step, dragging, mask)
+        drag = self.move_tip(flat, command, jacobian, motion + ahead, rise, self.press * dragging)
+        drag[:, self.ROLL] = np.clip(self.ROLL_SHARE * wrap_angle(self.goal[:, 2] - yaw), -self.ROLL_RAD, self.ROLL_RAD)
+        return np.where(dragging[:, None], drag, delta)
+
+    def _lead(self, motion: np.ndarray, tip_step: np.ndarray, dragging: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """How far ahead of a motion (N, 2) the tip is sent in a drag, m, (N, 2), against friction and backlash."""
+        wanted = np.linalg.norm(motion, axis=1)
+        ahead = motion / np.maximum(wanted, 1e-9)[:, None]
+        lag = wanted - np.einsum("ni,ni->n", tip_step[:, :2], ahead)
+        lead = np.clip(self.memory["lead"] + self.LEAD_SHARE * lag, 0.0, self.MAX_LEAD_M)
+        lead = np.where(self.memory["steps"] == 0, self.FIRST_LEAD_M, lead) * dragging
+        self.memory["lead"][mask] = lead[mask]
+        return lead[:, None] * ahead
 
     def _follow(self, sheet: np.ndarray, yaw: np.ndarray, tip_step: np.ndarray, mask: np.ndarray) -> None:
         """Watch how tip and sheet move in a drag, and adapt the press; choose where to press in a drag that begins."""
@@ -154,9 +166,9 @@ class DragPolicy(TipPolicy):
         old, steps, count, point = (self.memory[name] for name in ("stage", "steps", "count", "point"))
         off = np.linalg.norm(sheet + rotate(np.nan_to_num(point), yaw) - tip[:, :2], axis=1)
         aside = distance_to_rectangle(tip[:, :2], sheet, yaw, SHEET_HALF_M, INSET_M)
-        left = np.linalg.norm(self.goal[:, :2] - sheet, axis=1)
+        left = np.linalg.norm(self.goal[:, :2] - sheet - self.COAST_STEPS * self.memory["sheet_mean"], axis=1)
         count = (count + 1) * ((old == LOWER) & (tip_step[:, 2] * CONTROL_HZ > self.SINKING_M_S))
-        raised = (tip[:, 2] > self.HOVER_M - 0.004) | (steps > RISE_STEPS)
+        raised = (tip[:, 2] > self.RAISED_M) | (steps > RISE_STEPS)
 
         stage = old.copy()
         stage[(old == RISE) & raised] = REACH
