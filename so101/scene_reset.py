@@ -74,7 +74,8 @@ class DragPolicy(TipPolicy):
     MOVING_M, STILL_M = 0.0015, 0.0008  # a tip moves, or stands still, if it does so much per control step
     FOLLOWS = 0.5  # a sheet follows if it moves by this share of the tip's motion
     TOLERANCE_M, COAST_STEPS = 0.006, 3  # near enough to the goal, where the sheet will be in so many control steps
-    SHARE = 0.25  # of the remaining way in the air per control step
+    SHARE, AIR_RAD = 0.12, 0.02  # of the remaining way in the air per control step; largest motion of a joint in it
+    PITCH_GAIN = 0.1  # an arm with latency oscillates with more
     CENTERED_M = 0.006  # near enough to the point to press at
     SLACK_M = 0.012  # once down, the tip may be this far nearer to the edge than INSET_M before it is lifted
     # the tip is sent ahead of its way by this much at first in a drag, by this share of its lag more, and at most
@@ -126,7 +127,8 @@ class DragPolicy(TipPolicy):
 
         # in the air the last targets move on, so that the arm does not lag behind; on the sheet they lead by a force
         delta = np.zeros(command.shape)
-        delta[:, :ARM] = self.joint_steps(flat, jacobian, motion, rise)
+        step = self.joint_steps(flat, jacobian, motion, rise)
+        delta[:, :ARM] = step / np.maximum(np.abs(step).max(1, keepdims=True) / self.AIR_RAD, 1.0)
         ahead = self._lead(motion, tip_step, dragging, mask)
         drag = self.move_tip(flat, command, jacobian, motion + ahead, rise, self.press * dragging)
         drag[:, self.ROLL] = np.clip(self.ROLL_SHARE * wrap_angle(self.goal[:, 2] - yaw), -self.ROLL_RAD, self.ROLL_RAD)
