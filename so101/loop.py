@@ -189,6 +189,7 @@ class Loop:
     ):  # fmt: skip
         self.robot, self.policy, self.controller, self.clock = robot, policy, controller, clock
         self.film: CameraFilm | None = None  # of what the policy sees
+        self.moves = 0  # control steps of the present episode
         self.dry_run, self.offset_rad = dry_run, np.zeros(ACT_DIM) if offset_rad is None else offset_rad
 
     def enable(self) -> None:
@@ -311,6 +312,7 @@ class Loop:
             Blind: tape or sheet cannot be seen.
         """
         mask, streak, done, clear_m = np.ones(1, bool), 0, False, tape_margin - POSE_ERROR_M
+        self.moves = 0
         self.policy.reset(mask)
         self.measure()
         try:
@@ -325,6 +327,7 @@ class Loop:
             if self.policy.quit:
                 break
             self.move(delta)
+            self.moves += 1
             self.clock.wait()
             self.measure()
             delta, pose = self.act(mask), self.policy.estimate

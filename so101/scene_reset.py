@@ -25,7 +25,6 @@ from so101_env import (
     PAN_AXIS_M,
     SHEET_HALF_M,
     TAPE_CENTER_M,
-    DomainRandomization,
     Task,
     draw_start,
     sheet_inside,

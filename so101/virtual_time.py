@@ -48,6 +48,10 @@ class VirtualRobot(Robot):
         """Start an episode, see SimulatedArm.reset."""
         self.arm.reset(seed)
 
+    def lay_sheet(self, seed: int) -> None:
+        """Put the sheet where reset(seed) would, as a hand does; the arm stays where it is."""
+        self.arm.lay_sheet(seed)
+
     def read(self) -> tuple[np.ndarray, float]:
         """See Robot."""
         return self.arm.joints_rad, self.time_s
