@@ -14,6 +14,7 @@ if __name__ == "__main__":  # Ctrl+C during the imports ends the program without
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -57,7 +58,6 @@ from so101_sim.scene import ASSETS, CONTROL_HZ
 SCRIPT = Path(__file__).name
 FILMED = 10  # one episode of so many is filmed, the first one, too
 MAX_HANDS = 5  # a sheet that cannot be reset after a person has laid it so often ends the run
-MIN_STEPS = 2  # shorter episodes, as of a sheet that is at once out of view, are not learned from
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings: every field is a flag
@@ -147,7 +147,8 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
     if args.resume is None:
         return args, None
     saved = load_file(args.resume, CHECKPOINT)
-    if saved["script"] != trainer.SCRIPT or "arm" not in (saved["ranks"] or [{}])[0]:
+    own = saved["ranks"][0] if saved["ranks"] else None
+    if saved["script"] != trainer.SCRIPT or not isinstance(own, dict) or "arm" not in own:
         raise SO101Error(f"--resume {args.resume}: not of so101.practice; resume it with the script that wrote it")
     trust = trust_of(args).also(args.base_policy)
     then = restore_args(trainer.Args, trainer.check_args, saved["args"], args.resume, trust)
@@ -166,6 +167,14 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
                 raise SO101Error(f"{flag_of(name)} {new}: {args.resume} was trained with {was}; drop the flag")
     check_args(args)
     return args, saved
+
+
+def check_time(saved: dict[str, Any], args: Args) -> None:
+    """Raise SO101Error if no time is left for a resumed run."""
+    with restoring(args.resume):
+        done = float(saved["ranks"][0]["arm"]["arm_time_s"]) / 60
+    if done >= args.minutes:
+        raise SO101Error(f"--minutes {args.minutes:g}: {args.resume} has {done:.1f} already; name more")
 
 
 def learner_args(args: Args, task: Task, capacity: int) -> trainer.Args:
@@ -341,7 +350,8 @@ class Practice:
                 if hands == MAX_HANDS:
                     raise
                 self.hands += 1
-                self.loop.lift()
+                if self.loop.controller.joints_rad[1] > RAISED_RAD[1]:
+                    self.loop.lift()
                 self.loop.go(RAISED_RAD)
                 picture = self.run_dir / "hand.png"
                 self.scene_reset.save_picture(picture, str(error))
@@ -411,6 +421,7 @@ def main() -> int:
     check_memory("--minutes", 8 * capacity * (agent.features.dim + ACT_DIM))
     if saved:
         check_base(saved, args.base_policy, base, args.resume)
+        check_time(saved, args)
         run_dir = Path(args.resume).parent
     else:
         name = args.run_name or f"practice_{time.strftime('%Y%m%d-%H%M%S')}_s{args.seed}"
@@ -418,12 +429,13 @@ def main() -> int:
         write_json(run_dir / "config.json", describe_run(SCRIPT, args))
     say(f"everything goes to {run_dir}; to watch: tensorboard --logdir {run_dir}")
     run = LearnerRun(settings, capacity, run_dir, base.fingerprint, Path(args.resume) if saved else None)
-    learner = LearnerProcess(run) if args.learner_process else LocalLearner(run)
-    practice = None
+    learner = (LearnerProcess if args.learner_process else LocalLearner)(run)
+    policy, practice = make_policy(args, agent, base, task), None
     try:
-        with drive.arm_loop(
-            drive_args(args), make_policy(args, agent, base, task), task, lambda _, task: open_arm(args, task)
-        ) as loop:  # fmt: skip
+        with (
+            contextlib.closing(base), contextlib.closing(learner),
+            drive.arm_loop(drive_args(args), policy, task, lambda _, task: open_arm(args, task)) as loop,
+        ):  # fmt: skip
             practice = Practice(args, loop, task, learner, run_dir)
             if saved:
                 practice.set_state(saved, args.resume)
@@ -432,8 +444,6 @@ def main() -> int:
         model = run_dir / MODEL
         raise SO101Error(f"{error}; resume with --resume {model}" if model.exists() else str(error)) from error
     finally:
-        learner.close()
-        base.close()
         if practice is not None:
             print_report(practice, run_dir, args)
     return 0
