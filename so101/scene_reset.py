@@ -41,6 +41,7 @@ from so101_sim.scene import CONTROL_HZ
 RISE, REACH, LOWER, DRAG, LIFT, DONE = range(6)  # stages
 INSET_M = 0.02  # press the sheet at least this far inside its edges
 NEAR_M, FAR_M = 0.085, 0.285  # from the shoulder_pan axis: here the gripper reaches the table and points down
+LEAN_M, LEAN_RAD_PER_M = 0.27, 6.3  # farther out it has to lean outwards, by so much more per m
 GRID = np.stack(np.meshgrid(*[np.linspace(-1, 1, 13)] * 2, indexing="ij"), -1).reshape(-1, 2) * (SHEET_HALF_M - INSET_M)
 PATIENCE_STEPS = {REACH: 75, LOWER: 45, DRAG: 90}  # after so many control steps the drag ends without success
 RISE_STEPS = 20
@@ -76,10 +77,12 @@ class DragPolicy(TipPolicy):
     TOLERANCE_M, COAST_STEPS = 0.006, 3  # near enough to the goal, where the sheet will be in so many control steps
     SHARE, AIR_RAD = 0.12, 0.02  # of the remaining way in the air per control step; largest motion of a joint in it
     PITCH_GAIN = 0.1  # an arm with latency oscillates with more
+    PASSING_M = 0.02  # a sheet this near that slides past the goal is let go
     CENTERED_M = 0.006  # near enough to the point to press at
     SLACK_M = 0.012  # once down, the tip may be this far nearer to the edge than INSET_M before it is lifted
     # the tip is sent ahead of its way by this much at first in a drag, by this share of its lag more, and at most
     FIRST_LEAD_M, LEAD_SHARE, MAX_LEAD_M = 0.004, 0.25, 0.012
+    BRAKE_SHARE = 0.5  # and less, where it is faster than wanted
     MEAN_SHARE = 0.25  # of the newest step in the running mean of motions
     ROLL_SHARE, ROLL_RAD = 0.2, 0.03  # of the error in yaw corrected per control step, and at most so much
     SINKING_M_S = -0.03  # a tip that sinks more slowly has met the table
@@ -107,6 +110,11 @@ class DragPolicy(TipPolicy):
     def done(self) -> np.ndarray:
         """Whether each drag has ended and the tip is lifted, (N,) bool."""
         return self.memory["stage"] == DONE
+
+    def lean_rad(self, obs: np.ndarray) -> np.ndarray:
+        """See TipPolicy."""
+        radius = np.linalg.norm(obs[:, OBS["tip_pos"]][:, :2] - PAN_AXIS_M, axis=1)
+        return LEAN_RAD_PER_M * np.maximum(radius - LEAN_M, 0.0)
 
     def act(self, obs: Mapping[str, np.ndarray], mask: np.ndarray) -> np.ndarray:
         """Joint deltas in rad (N, 6)."""
@@ -139,7 +147,8 @@ class DragPolicy(TipPolicy):
         wanted = np.linalg.norm(motion, axis=1)
         ahead = motion / np.maximum(wanted, 1e-9)[:, None]
         lag = wanted - np.einsum("ni,ni->n", tip_step[:, :2], ahead)
-        lead = np.clip(self.memory["lead"] + self.LEAD_SHARE * lag, 0.0, self.MAX_LEAD_M)
+        share = np.where(lag < 0.0, self.BRAKE_SHARE, self.LEAD_SHARE)
+        lead = np.clip(self.memory["lead"] + share * lag, 0.0, self.MAX_LEAD_M)
         lead = np.where(self.memory["steps"] == 0, self.FIRST_LEAD_M, lead) * dragging
         self.memory["lead"][mask] = lead[mask]
         return lead[:, None] * ahead
@@ -168,7 +177,10 @@ class DragPolicy(TipPolicy):
         old, steps, count, point = (self.memory[name] for name in ("stage", "steps", "count", "point"))
         off = np.linalg.norm(sheet + rotate(np.nan_to_num(point), yaw) - tip[:, :2], axis=1)
         aside = distance_to_rectangle(tip[:, :2], sheet, yaw, SHEET_HALF_M, INSET_M)
-        left = np.linalg.norm(self.goal[:, :2] - sheet - self.COAST_STEPS * self.memory["sheet_mean"], axis=1)
+        left, coast = self.goal[:, :2] - sheet, self.COAST_STEPS * self.memory["sheet_mean"]
+        there = np.linalg.norm(left - coast, axis=1) < self.TOLERANCE_M
+        # or it will slide past the goal
+        there |= (np.linalg.norm(left, axis=1) < self.PASSING_M) & (((left - coast) * coast).sum(1) < 0.0)
         count = (count + 1) * ((old == LOWER) & (tip_step[:, 2] * CONTROL_HZ > self.SINKING_M_S))
         raised = (tip[:, 2] > self.RAISED_M) | (steps > RISE_STEPS)
 
@@ -176,7 +188,7 @@ class DragPolicy(TipPolicy):
         stage[(old == RISE) & raised] = REACH
         stage[(old == REACH) & (off < self.CENTERED_M)] = LOWER
         stage[(old == LOWER) & (steps > 6) & (count >= 3)] = DRAG
-        stage[(old == DRAG) & ((left < self.TOLERANCE_M) | (aside > self.SLACK_M))] = LIFT
+        stage[(old == DRAG) & (there | (aside > self.SLACK_M))] = LIFT
         for each, patience in PATIENCE_STEPS.items():
             stage[(old == each) & (steps >= patience)] = LIFT
         stage[(old == LIFT) & raised] = DONE
@@ -270,6 +282,7 @@ class SceneReset:
             self.loop.act(self.mask)
         except Blind as blind:
             self.loop.lift()
+            self.policy.reset(self.mask)  # also finds the tape again: the arm may have misled the locator
             self.loop.look_from_aside(self.mask, blind)
         return self.policy.estimate[0].copy()
 
