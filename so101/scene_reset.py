@@ -43,7 +43,7 @@ INSET_M = 0.02  # press the sheet at least this far inside its edges
 NEAR_M, FAR_M = 0.085, 0.285  # from the shoulder_pan axis: here the gripper reaches the table and points down
 LEAN_M, LEAN_RAD_PER_M = 0.27, 6.3  # farther out it has to lean outwards, by so much more per m
 GRID = np.stack(np.meshgrid(*[np.linspace(-1, 1, 13)] * 2, indexing="ij"), -1).reshape(-1, 2) * (SHEET_HALF_M - INSET_M)
-PATIENCE_STEPS = {REACH: 75, LOWER: 45, DRAG: 90}  # after so many control steps the drag ends without success
+PATIENCE_STEPS = {REACH: 75, LOWER: 45, DRAG: 150}  # after so many control steps the drag ends without success
 RISE_STEPS = 20
 
 
@@ -74,6 +74,7 @@ class DragPolicy(TipPolicy):
     MIN_PRESS, MAX_PRESS, PRESS_STEP = 0.3, 2.5, 0.1  # in units of PRESS_N; change per control step
     MOVING_M, STILL_M = 0.0015, 0.0008  # a tip moves, or stands still, if it does so much per control step
     FOLLOWS = 0.5  # a sheet follows if it moves by this share of the tip's motion
+    RESTING_M, STUCK_STEPS = 0.0001, 60  # a sheet is stuck if it still moves less than this per control step
     TOLERANCE_M, COAST_STEPS = 0.006, 3  # near enough to the goal, where the sheet will be in so many control steps
     SHARE, AIR_RAD = 0.12, 0.02  # of the remaining way in the air per control step; largest motion of a joint in it
     PITCH_GAIN = 0.1  # an arm with latency oscillates with more
@@ -189,6 +190,8 @@ class DragPolicy(TipPolicy):
         stage[(old == REACH) & (off < self.CENTERED_M)] = LOWER
         stage[(old == LOWER) & (steps > 6) & (count >= 3)] = DRAG
         stage[(old == DRAG) & (there | (aside > self.SLACK_M))] = LIFT
+        resting = np.linalg.norm(self.memory["sheet_mean"], axis=1) < self.RESTING_M
+        stage[(old == DRAG) & (steps > self.STUCK_STEPS) & resting] = LIFT
         for each, patience in PATIENCE_STEPS.items():
             stage[(old == each) & (steps >= patience)] = LIFT
         stage[(old == LIFT) & raised] = DONE
@@ -206,7 +209,8 @@ GOAL_DRAWS = 300
 MAX_TRIES = 4
 DRAG_STEPS = RISE_STEPS * 2 + sum(PATIENCE_STEPS.values()) + 10  # a drag ends by itself before
 VIEW_PIXELS = 3.0  # a start's corners are at least so far inside the picture
-BEYOND_M = 0.01  # the point to press at may be this far out of reach: the gripper leans
+# the point to press at may be this far out of reach at a start, where the gripper leans a bit, and before a drag
+BEYOND_M, FARTHEST_M = 0.01, 0.05
 GOAL_M, STRAY_M, STRAY_RAD = 0.015, 0.01, 0.05  # see SceneReset
 
 
@@ -288,11 +292,12 @@ class SceneReset:
 
     def draw_goal(self, rng: np.random.Generator, pose: np.ndarray) -> np.ndarray:
         """A start (3,) to which the arm can drag a sheet at pose (3,). Raises HandNeeded if there is none."""
-        if press_point(pose, pose)[1] > BEYOND_M:
+        beyond_m = press_point(pose, pose)[1]
+        if beyond_m > FARTHEST_M:
             raise HandNeeded("the sheet lies out of the arm's reach: lay it by hand outside of the tape")
         for _ in range(GOAL_DRAWS):
             goal = np.array(draw_start(rng, self.ranges, self.tape_margin))
-            if self.in_view(goal) and press_point(pose, goal)[1] <= BEYOND_M:
+            if self.in_view(goal) and press_point(pose, goal)[1] <= max(beyond_m, BEYOND_M):
                 return goal
         raise HandNeeded("no start is within view and reach: turn the camera to the tape, and lay the sheet by hand")
 
