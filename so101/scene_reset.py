@@ -25,7 +25,6 @@ from so101_env import (
     PAN_AXIS_M,
     SHEET_HALF_M,
     TAPE_CENTER_M,
-    DomainRandomization,
     Task,
     draw_start,
     sheet_inside,
@@ -206,7 +205,7 @@ class DragPolicy(TipPolicy):
 # the reset
 
 GOAL_DRAWS = 300
-MAX_TRIES = 4
+NEAR_TRIES, MAX_TRIES = 3, 6
 DRAG_STEPS = RISE_STEPS * 2 + sum(PATIENCE_STEPS.values()) + 10  # a drag ends by itself before
 VIEW_PIXELS = 3.0  # a start's corners are at least so far inside the picture
 # the point to press at may be this far out of reach at a start, where the gripper leans a bit, and before a drag
@@ -234,16 +233,18 @@ class SceneReset:
     distribution has: seen outside of the tape, in view, within reach, its distance from the tape at most STRAY_M and
     its yaw at most STRAY_RAD outside of the task's ranges. A sheet at a fair start is not moved. Otherwise a reset ends
     at a fair start within GOAL_M of the drawn one, with its yaw turned towards the drawn yaw as far as the sheet
-    follows. After MAX_TRIES drags, any fair start will do.
+    follows. After NEAR_TRIES drags, any fair start will do.
 
     Args:
-        loop: the control loop of the arm. Its policy is not used.
+        loop: the control loop of the arm. Its policy does not act. If it is an OpenCVPolicy, the tape is where it has
+            seen it.
         task: the starts are those of this task.
         locator: locates the sheet.
     """
 
     def __init__(self, loop: Loop, task: Task, locator: SheetLocator):
-        self.drag = DragPolicy()
+        self.caller, self.drag = loop, DragPolicy()
+        self.tape: np.ndarray | None = None  # homography (1, 3, 3) from the table, m, to pixels; None: not known
         self.policy = OpenCVPolicy(self.drag, task.tape_margin)
         self.policy.firmware_p, self.policy.locator = task.firmware_p, locator
         self.loop = Loop(loop.robot, self.policy, loop.controller, loop.clock, loop.dry_run, loop.offset_rad)
@@ -251,7 +252,7 @@ class SceneReset:
         self.mask = np.ones(1, bool)
 
     def run(self, rng: np.random.Generator) -> Reset:
-        """Reset the scene, from any pose of the arm. It may take MAX_TRIES drags of a few seconds.
+        """Reset the scene, from any pose of the arm. It may take MAX_TRIES drags of a few seconds each.
 
         Args:
             rng: draws the start.
@@ -262,17 +263,20 @@ class SceneReset:
             RobotError: the arm or its camera is lost.
         """
         before, tries = self.loop.clock.ticks, 0
+        # a sheet that covers the tape hides it; then only the episode that has ended knows where the tape is
+        known = self.caller.policy.seen if isinstance(self.caller.policy, OpenCVPolicy) else {}
+        self.tape = known["to_picture"].copy() if known and np.isfinite(known["to_picture"]).all() else None
         self.loop.measure()
         pose = self.look()
         goal = pose if self.is_fair(pose) else self.draw_goal(rng, pose)
         while True:
-            patient = tries < MAX_TRIES
-            if self._arrived(pose, goal, patient):
+            near = tries < NEAR_TRIES
+            if self._arrived(pose, goal, near):
                 self.loop.home()
                 pose = self.look()
-                if self._arrived(pose, goal, patient):
+                if self._arrived(pose, goal, near):
                     return Reset(self.loop.clock.ticks - before, tries, goal, pose)
-            if not patient:
+            if tries == MAX_TRIES:
                 raise HandNeeded(f"the sheet is not at a start after {tries} drags: lay it by hand outside of the tape")
             if np.linalg.norm(goal[:2] - pose[:2]) <= GOAL_M:  # it is there, but turned: it turns while it is dragged
                 goal = self.draw_goal(rng, pose)
@@ -281,14 +285,32 @@ class SceneReset:
 
     def look(self) -> np.ndarray:
         """The sheet's pose (3,) in a new picture, if need be with the arm out of the view. Raises Blind."""
-        self.policy.reset(self.mask)
         try:
+            self._forget(self.tape)
             self.loop.act(self.mask)
         except Blind as blind:
             self.loop.lift()
-            self.policy.reset(self.mask)  # also finds the tape again: the arm may have misled the locator
-            self.loop.look_from_aside(self.mask, blind)
+            self._look_from_aside(blind)
+        self.tape = self.policy.seen["to_picture"].copy()
         return self.policy.estimate[0].copy()
+
+    def _look_from_aside(self, blind: Blind) -> None:
+        """Look with the arm out of the view, at last also for the tape. Raises Blind."""
+        if self.tape is not None:
+            self._forget(self.tape)
+            try:
+                self.loop.look_from_aside(self.mask, blind)
+                return
+            except Blind as error:  # the camera was moved, or the arm has misled the locator
+                blind = error
+        self._forget(None)
+        self.loop.look_from_aside(self.mask, blind)
+
+    def _forget(self, tape: np.ndarray | None) -> None:
+        """Forget the sheet's pose, and the tape, unless it is known: a homography (1, 3, 3), see OpenCVPolicy."""
+        self.policy.reset(self.mask)
+        if tape is not None:
+            self.policy.seen["to_picture"][:] = tape
 
     def draw_goal(self, rng: np.random.Generator, pose: np.ndarray) -> np.ndarray:
         """A start (3,) to which the arm can drag a sheet at pose (3,). Raises HandNeeded if there is none."""
