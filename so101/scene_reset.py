@@ -21,10 +21,12 @@ from so101.opencv import OpenCVPolicy
 from so101.pusher import ARM, TipPolicy
 from so101_env import (
     COMMAND,
+    HOME_RAD,
     OBS,
     PAN_AXIS_M,
     SHEET_HALF_M,
     TAPE_CENTER_M,
+    TURN_RAD_PER_M2,
     Task,
     draw_start,
     sheet_inside,
@@ -42,6 +44,7 @@ INSET_M = 0.02  # press the sheet at least this far inside its edges
 NEAR_M, FAR_M = 0.085, 0.285  # from the shoulder_pan axis: here the gripper reaches the table and points down
 LEAN_M, LEAN_RAD_PER_M = 0.27, 6.3  # farther out it has to lean outwards, by so much more per m
 GRID = np.stack(np.meshgrid(*[np.linspace(-1, 1, 13)] * 2, indexing="ij"), -1).reshape(-1, 2) * (SHEET_HALF_M - INSET_M)
+WRIST_TURN_RAD, TURN_M_PER_RAD = 0.25, 0.6  # by this much the wrist turns a sheet; distance from the centre for more
 PATIENCE_STEPS = {REACH: 75, LOWER: 45, DRAG: 150}  # after so many control steps the drag ends without success
 RISE_STEPS = 20
 
@@ -50,14 +53,18 @@ def press_point(pose: np.ndarray, goal: np.ndarray) -> tuple[np.ndarray, float]:
     """Where to press a sheet that is dragged from pose (3,) to goal (3,): x, y (m), yaw (rad).
 
     Returns:
-        The point (2,), m, in the sheet's axes: the one nearest to its centre that the gripper reaches at both ends of
-        the drag. How far the point is out of reach, m; 0 if it is not.
+        The point (2,), m, in the sheet's axes, that the gripper reaches at both ends of the drag: the one nearest to
+        the centre, or beside it if the sheet has to turn by more than the wrist turns it. How far the point is out of
+        reach, m; 0 if it is not.
     """
     outside = np.zeros(len(GRID))
     for x, y, yaw in (pose, goal):
         radius = np.linalg.norm(rotate(GRID, np.full(len(GRID), yaw)) + (x, y) - PAN_AXIS_M, axis=1)
         outside = np.maximum(outside, np.maximum(radius - FAR_M, NEAR_M - radius))
-    best = int((np.linalg.norm(GRID, axis=1) + 100.0 * outside).argmin())
+    lever, drag = rotate(GRID, np.full(len(GRID), pose[2])), goal[:2] - pose[:2]
+    turn_rad = TURN_RAD_PER_M2 * (lever[:, 0] * drag[1] - lever[:, 1] * drag[0])
+    left_rad = np.maximum(np.abs(wrap_angle(goal[2] - pose[2]) - turn_rad) - WRIST_TURN_RAD, 0.0)
+    best = int((np.linalg.norm(GRID, axis=1) + TURN_M_PER_RAD * left_rad + 100.0 * outside).argmin())
     return GRID[best], float(outside[best])
 
 
@@ -84,7 +91,8 @@ class DragPolicy(TipPolicy):
     FIRST_LEAD_M, LEAD_SHARE, MAX_LEAD_M = 0.004, 0.25, 0.012
     BRAKE_SHARE = 0.5  # and less, where it is faster than wanted
     MEAN_SHARE = 0.25  # of the newest step in the running mean of motions
-    ROLL_SHARE, ROLL_RAD = 0.2, 0.03  # of the error in yaw corrected per control step, and at most so much
+    # share of the error in yaw corrected per control step, and at most so much; farthest from home: it may not help
+    ROLL_SHARE, ROLL_RAD, MAX_ROLL_RAD = 0.2, 0.03, 0.8
     SINKING_M_S = -0.03  # a tip that sinks more slowly has met the table
     ROLL = ARM  # the joint that turns the gripper
 
@@ -139,7 +147,10 @@ class DragPolicy(TipPolicy):
         delta[:, :ARM] = step / np.maximum(np.abs(step).max(1, keepdims=True) / self.AIR_RAD, 1.0)
         ahead = self._lead(motion, tip_step, dragging, mask)
         drag = self.move_tip(flat, command, jacobian, motion + ahead, rise, self.press * dragging)
-        drag[:, self.ROLL] = np.clip(self.ROLL_SHARE * wrap_angle(self.goal[:, 2] - yaw), -self.ROLL_RAD, self.ROLL_RAD)
+        turn = np.clip(self.ROLL_SHARE * wrap_angle(self.goal[:, 2] - yaw), -self.ROLL_RAD, self.ROLL_RAD)
+        roll = command[:, self.ROLL] - HOME_RAD[self.ROLL]
+        drag[:, self.ROLL] = np.clip(roll + turn, -self.MAX_ROLL_RAD, self.MAX_ROLL_RAD) - roll
+        delta[:, self.ROLL] = np.clip(-self.SHARE * roll, -self.AIR_RAD, self.AIR_RAD)
         return np.where(dragging[:, None], drag, delta)
 
     def _lead(self, motion: np.ndarray, tip_step: np.ndarray, dragging: np.ndarray, mask: np.ndarray) -> np.ndarray:
