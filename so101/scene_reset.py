@@ -274,6 +274,7 @@ class SceneReset:
             RobotError: the arm or its camera is lost.
         """
         before, tries = self.loop.clock.ticks, 0
+        self.loop.film = self.caller.film
         # a sheet that covers the tape hides it; then only the episode that has ended knows where the tape is
         known = self.caller.policy.seen if isinstance(self.caller.policy, OpenCVPolicy) else {}
         self.tape = known["to_picture"].copy() if known and np.isfinite(known["to_picture"]).all() else None
