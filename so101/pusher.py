@@ -56,13 +56,17 @@ class TipPolicy(BasePolicy):
         """Motion in m (N,) that brings tips (N, 3) to the height they travel at."""
         return np.clip(self.HOVER_M - tip[:, 2], -self.SINK_M, self.LIFT_M)
 
+    def lean_rad(self, obs: np.ndarray) -> np.ndarray:
+        """By how much the gripper leans outwards (N,), rad."""
+        return np.zeros(len(obs))
+
     def joint_steps(
         self, obs: np.ndarray, jacobian: np.ndarray, motion_m: np.ndarray, rise_m: np.ndarray
     ) -> np.ndarray:  # fmt: skip
         """Motion of the arm's joints in rad (N, 4) that moves the tip; arguments as in `move_tip`."""
         joints = obs[:, OBS["joint_pos"]]
         # the gripper points straight down, as at home: the three joints of the arm's plane add up to its pitch
-        pitch = HOME_RAD[1:ARM].sum() - joints[:, 1:ARM].sum(1)
+        pitch = HOME_RAD[1:ARM].sum() - joints[:, 1:ARM].sum(1) - self.lean_rad(obs)
         weighted = np.broadcast_to(self.PITCH_M_PER_RAD * np.array([0.0, 1.0, 1.0, 1.0]), (len(obs), 1, ARM))
         rows = np.concatenate([jacobian, weighted], axis=1)  # (N, 4, 4)
         wanted = np.column_stack([motion_m, rise_m, self.PITCH_GAIN * self.PITCH_M_PER_RAD * pitch])

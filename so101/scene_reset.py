@@ -21,10 +21,12 @@ from so101.opencv import OpenCVPolicy
 from so101.pusher import ARM, TipPolicy
 from so101_env import (
     COMMAND,
+    HOME_RAD,
     OBS,
     PAN_AXIS_M,
     SHEET_HALF_M,
     TAPE_CENTER_M,
+    TURN_RAD_PER_M2,
     Task,
     draw_start,
     sheet_inside,
@@ -40,8 +42,10 @@ from so101_sim.scene import CONTROL_HZ
 RISE, REACH, LOWER, DRAG, LIFT, DONE = range(6)  # stages
 INSET_M = 0.02  # press the sheet at least this far inside its edges
 NEAR_M, FAR_M = 0.085, 0.285  # from the shoulder_pan axis: here the gripper reaches the table and points down
+LEAN_M, LEAN_RAD_PER_M = 0.27, 6.3  # farther out it has to lean outwards, by so much more per m
 GRID = np.stack(np.meshgrid(*[np.linspace(-1, 1, 13)] * 2, indexing="ij"), -1).reshape(-1, 2) * (SHEET_HALF_M - INSET_M)
-PATIENCE_STEPS = {REACH: 75, LOWER: 45, DRAG: 90}  # after so many control steps the drag ends without success
+WRIST_TURN_RAD, TURN_M_PER_RAD = 0.25, 0.6  # by this much the wrist turns a sheet; distance from the centre for more
+PATIENCE_STEPS = {REACH: 75, LOWER: 45, DRAG: 150}  # after so many control steps the drag ends without success
 RISE_STEPS = 20
 
 
@@ -49,14 +53,18 @@ def press_point(pose: np.ndarray, goal: np.ndarray) -> tuple[np.ndarray, float]:
     """Where to press a sheet that is dragged from pose (3,) to goal (3,): x, y (m), yaw (rad).
 
     Returns:
-        The point (2,), m, in the sheet's axes: the one nearest to its centre that the gripper reaches at both ends of
-        the drag. How far the point is out of reach, m; 0 if it is not.
+        The point (2,), m, in the sheet's axes, that the gripper reaches at both ends of the drag: the one nearest to
+        the centre, or beside it if the sheet has to turn by more than the wrist turns it. How far the point is out of
+        reach, m; 0 if it is not.
     """
     outside = np.zeros(len(GRID))
     for x, y, yaw in (pose, goal):
         radius = np.linalg.norm(rotate(GRID, np.full(len(GRID), yaw)) + (x, y) - PAN_AXIS_M, axis=1)
         outside = np.maximum(outside, np.maximum(radius - FAR_M, NEAR_M - radius))
-    best = int((np.linalg.norm(GRID, axis=1) + 100.0 * outside).argmin())
+    lever, drag = rotate(GRID, np.full(len(GRID), pose[2])), goal[:2] - pose[:2]
+    turn_rad = TURN_RAD_PER_M2 * (lever[:, 0] * drag[1] - lever[:, 1] * drag[0])
+    left_rad = np.maximum(np.abs(wrap_angle(goal[2] - pose[2]) - turn_rad) - WRIST_TURN_RAD, 0.0)
+    best = int((np.linalg.norm(GRID, axis=1) + TURN_M_PER_RAD * left_rad + 100.0 * outside).argmin())
     return GRID[best], float(outside[best])
 
 
@@ -72,15 +80,19 @@ class DragPolicy(TipPolicy):
     MIN_PRESS, MAX_PRESS, PRESS_STEP = 0.3, 2.5, 0.1  # in units of PRESS_N; change per control step
     MOVING_M, STILL_M = 0.0015, 0.0008  # a tip moves, or stands still, if it does so much per control step
     FOLLOWS = 0.5  # a sheet follows if it moves by this share of the tip's motion
+    RESTING_M, STUCK_STEPS = 0.0001, 60  # a sheet is stuck if it still moves less than this per control step
     TOLERANCE_M, COAST_STEPS = 0.006, 3  # near enough to the goal, where the sheet will be in so many control steps
     SHARE, AIR_RAD = 0.12, 0.02  # of the remaining way in the air per control step; largest motion of a joint in it
     PITCH_GAIN = 0.1  # an arm with latency oscillates with more
+    PASSING_M = 0.02  # a sheet this near that slides past the goal is let go
     CENTERED_M = 0.006  # near enough to the point to press at
     SLACK_M = 0.012  # once down, the tip may be this far nearer to the edge than INSET_M before it is lifted
     # the tip is sent ahead of its way by this much at first in a drag, by this share of its lag more, and at most
     FIRST_LEAD_M, LEAD_SHARE, MAX_LEAD_M = 0.004, 0.25, 0.012
+    BRAKE_SHARE = 0.5  # and less, where it is faster than wanted
     MEAN_SHARE = 0.25  # of the newest step in the running mean of motions
-    ROLL_SHARE, ROLL_RAD = 0.2, 0.03  # of the error in yaw corrected per control step, and at most so much
+    # share of the error in yaw corrected per control step, and at most so much; farthest from home: it may not help
+    ROLL_SHARE, ROLL_RAD, MAX_ROLL_RAD = 0.2, 0.03, 0.8
     SINKING_M_S = -0.03  # a tip that sinks more slowly has met the table
     ROLL = ARM  # the joint that turns the gripper
 
@@ -107,6 +119,11 @@ class DragPolicy(TipPolicy):
         """Whether each drag has ended and the tip is lifted, (N,) bool."""
         return self.memory["stage"] == DONE
 
+    def lean_rad(self, obs: np.ndarray) -> np.ndarray:
+        """See TipPolicy."""
+        radius = np.linalg.norm(obs[:, OBS["tip_pos"]][:, :2] - PAN_AXIS_M, axis=1)
+        return LEAN_RAD_PER_M * np.maximum(radius - LEAN_M, 0.0)
+
     def act(self, obs: Mapping[str, np.ndarray], mask: np.ndarray) -> np.ndarray:
         """Joint deltas in rad (N, 6)."""
         command, flat = obs[COMMAND], flat_observation(obs).astype(np.float64)
@@ -130,7 +147,10 @@ class DragPolicy(TipPolicy):
         delta[:, :ARM] = step / np.maximum(np.abs(step).max(1, keepdims=True) / self.AIR_RAD, 1.0)
         ahead = self._lead(motion, tip_step, dragging, mask)
         drag = self.move_tip(flat, command, jacobian, motion + ahead, rise, self.press * dragging)
-        drag[:, self.ROLL] = np.clip(self.ROLL_SHARE * wrap_angle(self.goal[:, 2] - yaw), -self.ROLL_RAD, self.ROLL_RAD)
+        turn = np.clip(self.ROLL_SHARE * wrap_angle(self.goal[:, 2] - yaw), -self.ROLL_RAD, self.ROLL_RAD)
+        roll = command[:, self.ROLL] - HOME_RAD[self.ROLL]
+        drag[:, self.ROLL] = np.clip(roll + turn, -self.MAX_ROLL_RAD, self.MAX_ROLL_RAD) - roll
+        delta[:, self.ROLL] = np.clip(-self.SHARE * roll, -self.AIR_RAD, self.AIR_RAD)
         return np.where(dragging[:, None], drag, delta)
 
     def _lead(self, motion: np.ndarray, tip_step: np.ndarray, dragging: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -138,7 +158,8 @@ class DragPolicy(TipPolicy):
         wanted = np.linalg.norm(motion, axis=1)
         ahead = motion / np.maximum(wanted, 1e-9)[:, None]
         lag = wanted - np.einsum("ni,ni->n", tip_step[:, :2], ahead)
-        lead = np.clip(self.memory["lead"] + self.LEAD_SHARE * lag, 0.0, self.MAX_LEAD_M)
+        share = np.where(lag < 0.0, self.BRAKE_SHARE, self.LEAD_SHARE)
+        lead = np.clip(self.memory["lead"] + share * lag, 0.0, self.MAX_LEAD_M)
         lead = np.where(self.memory["steps"] == 0, self.FIRST_LEAD_M, lead) * dragging
         self.memory["lead"][mask] = lead[mask]
         return lead[:, None] * ahead
@@ -167,7 +188,10 @@ class DragPolicy(TipPolicy):
         old, steps, count, point = (self.memory[name] for name in ("stage", "steps", "count", "point"))
         off = np.linalg.norm(sheet + rotate(np.nan_to_num(point), yaw) - tip[:, :2], axis=1)
         aside = distance_to_rectangle(tip[:, :2], sheet, yaw, SHEET_HALF_M, INSET_M)
-        left = np.linalg.norm(self.goal[:, :2] - sheet - self.COAST_STEPS * self.memory["sheet_mean"], axis=1)
+        left, coast = self.goal[:, :2] - sheet, self.COAST_STEPS * self.memory["sheet_mean"]
+        there = np.linalg.norm(left - coast, axis=1) < self.TOLERANCE_M
+        # or it will slide past the goal
+        there |= (np.linalg.norm(left, axis=1) < self.PASSING_M) & (((left - coast) * coast).sum(1) < 0.0)
         count = (count + 1) * ((old == LOWER) & (tip_step[:, 2] * CONTROL_HZ > self.SINKING_M_S))
         raised = (tip[:, 2] > self.RAISED_M) | (steps > RISE_STEPS)
 
@@ -175,7 +199,9 @@ class DragPolicy(TipPolicy):
         stage[(old == RISE) & raised] = REACH
         stage[(old == REACH) & (off < self.CENTERED_M)] = LOWER
         stage[(old == LOWER) & (steps > 6) & (count >= 3)] = DRAG
-        stage[(old == DRAG) & ((left < self.TOLERANCE_M) | (aside > self.SLACK_M))] = LIFT
+        stage[(old == DRAG) & (there | (aside > self.SLACK_M))] = LIFT
+        resting = np.linalg.norm(self.memory["sheet_mean"], axis=1) < self.RESTING_M
+        stage[(old == DRAG) & (steps > self.STUCK_STEPS) & resting] = LIFT
         for each, patience in PATIENCE_STEPS.items():
             stage[(old == each) & (steps >= patience)] = LIFT
         stage[(old == LIFT) & raised] = DONE
@@ -190,10 +216,11 @@ class DragPolicy(TipPolicy):
 # the reset
 
 GOAL_DRAWS = 300
-MAX_TRIES = 4
+NEAR_TRIES, MAX_TRIES = 3, 6
 DRAG_STEPS = RISE_STEPS * 2 + sum(PATIENCE_STEPS.values()) + 10  # a drag ends by itself before
 VIEW_PIXELS = 3.0  # a start's corners are at least so far inside the picture
-BEYOND_M = 0.01  # the point to press at may be this far out of reach: the gripper leans
+# the point to press at may be this far out of reach at a start, where the gripper leans a bit, and before a drag
+BEYOND_M, FARTHEST_M = 0.01, 0.05
 GOAL_M, STRAY_M, STRAY_RAD = 0.015, 0.01, 0.05  # see SceneReset
 
 
@@ -217,16 +244,18 @@ class SceneReset:
     distribution has: seen outside of the tape, in view, within reach, its distance from the tape at most STRAY_M and
     its yaw at most STRAY_RAD outside of the task's ranges. A sheet at a fair start is not moved. Otherwise a reset ends
     at a fair start within GOAL_M of the drawn one, with its yaw turned towards the drawn yaw as far as the sheet
-    follows. After MAX_TRIES drags, any fair start will do.
+    follows. After NEAR_TRIES drags, any fair start will do.
 
     Args:
-        loop: the control loop of the arm. Its policy is not used.
+        loop: the control loop of the arm. Its policy does not act. If it is an OpenCVPolicy, the tape is where it has
+            seen it.
         task: the starts are those of this task.
         locator: locates the sheet.
     """
 
     def __init__(self, loop: Loop, task: Task, locator: SheetLocator):
-        self.drag = DragPolicy()
+        self.caller, self.drag = loop, DragPolicy()
+        self.tape: np.ndarray | None = None  # homography (1, 3, 3) from the table, m, to pixels; None: not known
         self.policy = OpenCVPolicy(self.drag, task.tape_margin)
         self.policy.firmware_p, self.policy.locator = task.firmware_p, locator
         self.loop = Loop(loop.robot, self.policy, loop.controller, loop.clock, loop.dry_run, loop.offset_rad)
@@ -234,7 +263,7 @@ class SceneReset:
         self.mask = np.ones(1, bool)
 
     def run(self, rng: np.random.Generator) -> Reset:
-        """Reset the scene, from any pose of the arm. It may take MAX_TRIES drags of a few seconds.
+        """Reset the scene, from any pose of the arm. It may take MAX_TRIES drags of a few seconds each.
 
         Args:
             rng: draws the start.
@@ -245,17 +274,21 @@ class SceneReset:
             RobotError: the arm or its camera is lost.
         """
         before, tries = self.loop.clock.ticks, 0
+        self.loop.film = self.caller.film
+        # a sheet that covers the tape hides it; then only the episode that has ended knows where the tape is
+        known = self.caller.policy.seen if isinstance(self.caller.policy, OpenCVPolicy) else {}
+        self.tape = known["to_picture"].copy() if known and np.isfinite(known["to_picture"]).all() else None
         self.loop.measure()
         pose = self.look()
         goal = pose if self.is_fair(pose) else self.draw_goal(rng, pose)
         while True:
-            patient = tries < MAX_TRIES
-            if self._arrived(pose, goal, patient):
+            near = tries < NEAR_TRIES
+            if self._arrived(pose, goal, near):
                 self.loop.home()
                 pose = self.look()
-                if self._arrived(pose, goal, patient):
+                if self._arrived(pose, goal, near):
                     return Reset(self.loop.clock.ticks - before, tries, goal, pose)
-            if not patient:
+            if tries == MAX_TRIES:
                 raise HandNeeded(f"the sheet is not at a start after {tries} drags: lay it by hand outside of the tape")
             if np.linalg.norm(goal[:2] - pose[:2]) <= GOAL_M:  # it is there, but turned: it turns while it is dragged
                 goal = self.draw_goal(rng, pose)
@@ -264,21 +297,41 @@ class SceneReset:
 
     def look(self) -> np.ndarray:
         """The sheet's pose (3,) in a new picture, if need be with the arm out of the view. Raises Blind."""
-        self.policy.reset(self.mask)
         try:
+            self._forget(self.tape)
             self.loop.act(self.mask)
         except Blind as blind:
             self.loop.lift()
-            self.loop.look_from_aside(self.mask, blind)
+            self._look_from_aside(blind)
+        self.tape = self.policy.seen["to_picture"].copy()
         return self.policy.estimate[0].copy()
+
+    def _look_from_aside(self, blind: Blind) -> None:
+        """Look with the arm out of the view, at last also for the tape. Raises Blind."""
+        if self.tape is not None:
+            self._forget(self.tape)
+            try:
+                self.loop.look_from_aside(self.mask, blind)
+                return
+            except Blind as error:  # the camera was moved, or the arm has misled the locator
+                blind = error
+        self._forget(None)
+        self.loop.look_from_aside(self.mask, blind)
+
+    def _forget(self, tape: np.ndarray | None) -> None:
+        """Forget the sheet's pose, and the tape, unless it is known: a homography (1, 3, 3), see OpenCVPolicy."""
+        self.policy.reset(self.mask)
+        if tape is not None:
+            self.policy.seen["to_picture"][:] = tape
 
     def draw_goal(self, rng: np.random.Generator, pose: np.ndarray) -> np.ndarray:
         """A start (3,) to which the arm can drag a sheet at pose (3,). Raises HandNeeded if there is none."""
-        if press_point(pose, pose)[1] > BEYOND_M:
+        beyond_m = press_point(pose, pose)[1]
+        if beyond_m > FARTHEST_M:
             raise HandNeeded("the sheet lies out of the arm's reach: lay it by hand outside of the tape")
         for _ in range(GOAL_DRAWS):
             goal = np.array(draw_start(rng, self.ranges, self.tape_margin))
-            if self.in_view(goal) and press_point(pose, goal)[1] <= BEYOND_M:
+            if self.in_view(goal) and press_point(pose, goal)[1] <= max(beyond_m, BEYOND_M):
                 return goal
         raise HandNeeded("no start is within view and reach: turn the camera to the tape, and lay the sheet by hand")
 
