@@ -42,7 +42,7 @@ from so101_sim.errors import SO101Error
 
 SCRIPT = Path(__file__).name
 LOG_2PI = float(np.log(2 * np.pi))
-NUM_STEPS = 64  # steps per environment between two entries in the curves
+NUM_STEPS = 50  # steps per environment between two entries in the curves
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,11 +59,11 @@ class SAC:
     """steps before learning starts: of random actions without a base policy, of the base alone with one"""
     base_batch: float = 0.5
     """with a base policy: share of every batch that comes from those first steps, its demonstrations"""
-    batch_size: int = 256
+    batch_size: int = 128
     """samples per gradient step of the critics"""
-    updates_per_step: int = 4
+    updates_per_step: int = 1
     """gradient steps of the critics per environment step"""
-    policy_delay: int = 4
+    policy_delay: int = 1
     """gradient steps of the critics per gradient step of the actor"""
     buffer_size: int = 1_000_000
     """newest steps that are kept, over all environments"""
@@ -91,7 +91,7 @@ class SAC:
 class Networks:
     """Actor and critics."""
 
-    hidden_size: int = 128
+    hidden_size: int = 256
     """units in each of the two hidden layers"""
     num_critics: int = 2
     """critics, of which the most pessimistic counts"""
@@ -128,7 +128,7 @@ class Args:
     networks: Networks = dataclasses.field(default_factory=Networks)
     base: Base = dataclasses.field(default_factory=Base)
     task: Task = dataclasses.field(default_factory=Task)
-    run: Run = dataclasses.field(default_factory=lambda: Run(checkpoint_every=2500, eval_every=2500))
+    run: Run = dataclasses.field(default_factory=lambda: Run(checkpoint_every=5000, eval_every=2000))
 
 
 RANGES = {

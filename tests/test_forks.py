@@ -356,6 +356,24 @@ def test_a_copy_of_ppo_rgb(clone):
 
 
 @pytest.mark.slow
+def test_a_copy_of_sac(clone):
+    """With one more layer, and a flag of its own: the original could not load its weights or its settings."""
+    layer = "layer_init(nn.Linear(width, width)), norms[1], nn.ReLU(inplace=True),\n"
+    flag = "    buffer_size: int = 1_000_000\n"
+    patch = [
+        (layer, "layer_init(nn.Linear(width, width)), nn.ReLU(), " + layer),
+        (flag, "    magic: float = 0.5\n" + flag),
+    ]
+    apply(patch, clone / "so101" / "sac.py", clone / "my_sac.py")
+    words = "--total-timesteps 384 --num-envs 4 --learning-starts 64 --batch-size 32 --train-episode-steps 40 "
+    words += "--checkpoint-every 128 --eval-every 256 --eval-episodes 2 --final-eval-episodes 0"
+    model = train_and_evaluate(clone, "my_sac.py", flags=("--magic", "2"), tiny=words)
+    saved = load(model)
+    assert saved["script"] == "my_sac.py" and saved["args"]["sac"]["magic"] == 2 and "actor.8.weight" in saved["agent"]
+    run(clone, "python", "eval_so101.py", "--base-policy", f"checkpoint:{model}", *allow(model), "--episodes", "2")
+
+
+@pytest.mark.slow
 def test_a_copy_of_distill(clone):
     layer = "nn.Linear(width, width),\n            nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, ACT_DIM),"
     more = "nn.Linear(width, width), nn.ReLU(), " + layer

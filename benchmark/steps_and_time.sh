@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# How few steps SAC needs beside PPO: success over steps and over wall time, for every checkpoint of a sweep of seeds.
+#
+#   bash benchmark/steps_and_time.sh              # every row, about two hours on two cores
+#   ROWS="standard" SEEDS="1 2 3" bash benchmark/steps_and_time.sh
+#
+# ROWS   rows to run: standard, standard_ppo, precise, precise_jacobian (all of them)
+# SEEDS  seeds to train (4001 to 4020; each row has its own number of them at most, see below)
+# JOBS   number of processes at a time, one thread each (one per core)
+# RUNS   directory of everything that is written (logs/benchmark/steps_and_time)
+# OUT    directory of the report (benchmark/results/steps_and_time); empty: no report
+#
+# Finished parts are not repeated, so the same command continues an interrupted sweep.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+JOBS=${JOBS:-$(env -u OMP_NUM_THREADS nproc)} # nproc reports OMP_NUM_THREADS if it is set
+ROWS=${ROWS:-standard standard_ppo precise precise_jacobian} SEEDS=${SEEDS:-$(seq -s " " 4001 4020)}
+export RUNS=${RUNS:-logs/benchmark/steps_and_time} OMP_NUM_THREADS=1
+OUT=${OUT-benchmark/results/steps_and_time}
+
+run_seed() { # ROW SEED COMMAND...: train without evaluations, then evaluate every checkpoint on the held-out episodes
+  local row=$1 seed=$2 dir=$RUNS/$1/seed_$2 run model
+  shift 2
+  if [ ! -e "$dir/done" ]; then
+    rm -rf "$dir"
+    mkdir -p "$dir"
+    if ! {
+      "$@" --seed "$seed" --log-dir "$dir" --run-name run --num-threads 1 --eval-every 0 &&
+        for model in "$dir"/run/checkpoints/*.pt "$dir/run/final_model.pt"; do
+          python eval_so101.py --model "$model" --episodes 200 --no-base --num-threads 1 --json "${model%.pt}.json" || exit 1
+        done && touch "$dir/done"
+    } > "$dir/log.txt" 2>&1; then
+      echo "$row: seed $seed FAILED, see $dir/log.txt"
+      tail -n 1 "$dir/log.txt"
+      return 1
+    fi
+  fi
+  echo "$row: seed $seed done"
+}
+export -f run_seed
+
+row() { # NAME COUNT COMMAND...: the first COUNT of the seeds
+  local name=$1 count=$2
+  shift 2
+  case " $ROWS " in *" $name "*) ;; *) return 0 ;; esac
+  tr -s ' ' '\n' <<< "$SEEDS" | head -n "$count" | xargs -P "$JOBS" -I{} bash -c 'run_seed "$@"' _ "$name" {} "$@"
+}
+
+PRECISE="--tape-margin 0.02 --arrival-yaw-weight 1.5 --train-episode-steps 300"
+row standard 20 python -m so101.sac --total-timesteps 20000
+row standard_ppo 20 python ppo_residual_so101.py --total-timesteps 50000
+row precise 20 python -m so101.sac $PRECISE --total-timesteps 50000
+row precise_jacobian 20 python -m so101.sac $PRECISE --base-policy jacobian --observe-base --total-timesteps 20000
+[ -z "$OUT" ] || python benchmark/steps_and_time.py --runs "$RUNS" --out "$OUT"
