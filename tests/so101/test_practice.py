@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import sys
 
 import numpy as np
@@ -191,8 +192,9 @@ def test_a_resumed_run_goes_on_with_buffer_and_counters(practised, tmp_path, mon
     flags = ["--virtual-time", "--resume", str(copied / MODEL)]
     monkeypatch.setattr(sys, "argv", ["practice.py", *flags, "--minutes", "0.5"])
     assert practice.run_script(practice.main) == 2
-    assert "0.5: " in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["practice.py", *flags, "--minutes", "0.7"])
+    assert "already; name more" in capsys.readouterr().err
+    minutes = before["ranks"][0]["arm"]["arm_time_s"] / 60 + 0.2
+    monkeypatch.setattr(sys, "argv", ["practice.py", *flags, "--minutes", str(minutes)])
     assert practice.run_script(practice.main) == 0
     after = load(copied / MODEL)
     count = before["global_step"]
@@ -200,7 +202,7 @@ def test_a_resumed_run_goes_on_with_buffer_and_counters(practised, tmp_path, mon
     assert torch.equal(after["ranks"][0]["buffer"]["x"][:count], before["ranks"][0]["buffer"]["x"])
     records = after["recorder"]["recent_episodes"]
     assert records[: len(before["recorder"]["recent_episodes"])] == before["recorder"]["recent_episodes"]
-    assert records[-1]["arm_time_s"] >= 42 and records[-1]["episode"] == len(records)
+    assert records[-1]["arm_time_s"] >= 60 * minutes and records[-1]["episode"] == len(records)
 
 
 def test_the_learner_gets_nothing_that_an_arm_does_not_have(practised, tmp_path, monkeypatch):
@@ -251,12 +253,8 @@ class TorqueRobot(VirtualRobot):
         return super().picture()
 
 
-def is_folded(joints_rad) -> bool:
-    return np.abs(joints_rad - practice.drive.REST_RAD).max() < 0.1 if hasattr(drive, "REST_RAD") else True
-
-
-def end_after(monkeypatch, tmp_path, capsys, end, episodes: int) -> tuple[dict, str]:
-    """A run whose `end(practice)` is called after some episodes; the checkpoint and the last line on stderr."""
+def end_after(monkeypatch, tmp_path, capsys, end, episodes: int, code: int = 2) -> tuple[dict, str, str]:
+    """A run whose `end(practice)` is called after some episodes; the checkpoint, the last line on stderr, stdout."""
     run = practice.Practice.run
 
     def ending(self):
@@ -268,15 +266,16 @@ def end_after(monkeypatch, tmp_path, capsys, end, episodes: int) -> tuple[dict, 
     TorqueRobot.left.clear()
     monkeypatch.setattr(practice, "VirtualRobot", TorqueRobot)
     monkeypatch.setattr(practice.Practice, "run", ending)
-    assert practise(monkeypatch, tmp_path) == 2
+    assert practise(monkeypatch, tmp_path) == code
     (joints,) = TorqueRobot.left
     assert joints[1] < -1.5 and joints[2] > 1.3  # folded
     (run_dir,) = tmp_path.iterdir()
-    return load(run_dir / MODEL), capsys.readouterr().err.strip().splitlines()[-1]
+    output = capsys.readouterr()
+    return load(run_dir / MODEL), output.err.strip().splitlines()[-1], output.out
 
 
 def test_a_learner_that_dies_costs_one_episode(monkeypatch, tmp_path, capsys):
-    saved, line = end_after(monkeypatch, tmp_path, capsys, lambda run: run.learner.process.kill(), 3)
+    saved, line, _ = end_after(monkeypatch, tmp_path, capsys, lambda run: run.learner.process.kill(), 3)
     assert len(saved["recorder"]["recent_episodes"]) in (2, 3)
     assert "the learner's process has ended (exit code -9); resume with --resume" in line
 
@@ -285,9 +284,26 @@ def test_a_camera_that_is_lost_costs_one_episode(monkeypatch, tmp_path, capsys):
     def lose(run):
         run.loop.robot.pictures_left = 0
 
-    saved, line = end_after(monkeypatch, tmp_path, capsys, lose, 3)
+    saved, line, _ = end_after(monkeypatch, tmp_path, capsys, lose, 3)
     assert len(saved["recorder"]["recent_episodes"]) == 3
     assert "the camera is lost; resume with --resume" in line
+
+
+def test_ctrl_c_in_an_episode_costs_that_episode(monkeypatch, tmp_path, capsys):
+    def press_later(run):
+        move, left = run.loop.move, [5]
+
+        def moving(delta):
+            left[0] -= 1
+            if left[0] == 0:
+                signal.raise_signal(signal.SIGINT)
+            move(delta)
+
+        run.loop.move = moving  # only episodes move by it, resets have a loop of their own
+
+    saved, _, out = end_after(monkeypatch, tmp_path, capsys, press_later, 2, code=128 + signal.SIGINT)
+    assert len(saved["recorder"]["recent_episodes"]) == 2  # also the one that was still being learned from
+    assert "2 episodes in" in out and "go on: " in out
 
 
 def test_a_sheet_that_cannot_be_reset_needs_a_hand_and_shows_a_picture(monkeypatch, tmp_path):
