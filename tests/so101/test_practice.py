@@ -302,7 +302,7 @@ def test_ctrl_c_in_an_episode_costs_that_episode(monkeypatch, tmp_path, capsys):
         run.loop.move = moving  # only episodes move by it, resets have a loop of their own
 
     saved, _, out = end_after(monkeypatch, tmp_path, capsys, press_later, 2, code=128 + signal.SIGINT)
-    assert len(saved["recorder"]["recent_episodes"]) == 2  # also the one that was still being learned from
+    assert len(saved["recorder"]["recent_episodes"]) == 2
     assert "2 episodes in" in out and "go on: " in out
 
 
