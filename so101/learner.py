@@ -13,6 +13,7 @@ import io
 import json
 import os
 import signal
+import sys
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -77,7 +78,9 @@ class Judge:
         self.env, self.gamma = task_env, gamma
 
     def rewards(self, obs: np.ndarray, actions: np.ndarray, success: bool) -> np.ndarray:
-        """Rewards (T,) float32 of an episode; arguments as in Episode."""
+        """Rewards (T,) float32 of an episode, of which nothing may be left; arguments as in Episode."""
+        if not len(actions):
+            return np.zeros(0, np.float32)
         potentials = [float(self.env.potential(seen_scene(row[None]))[0]) for row in obs]
         rewards = np.zeros(len(actions), np.float32)
         for i, action in enumerate(actions):
@@ -298,7 +301,10 @@ def _run_learner(pipe: Connection, run: Run) -> None:
     except (EOFError, ConnectionError):
         return  # the arm's process has closed the pipe, or has ended: so does this one
     except SO101Error as error:
-        pipe.send(str(error))
+        try:
+            pipe.send(str(error))
+        except ConnectionError:  # the arm's process does not read any more: a person may
+            print(f"the learner has stopped: {error}", file=sys.stderr, flush=True)
     finally:
         if worker is not None:
             worker.close()

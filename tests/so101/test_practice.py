@@ -359,3 +359,4 @@ def test_steps_from_aside_and_after_the_view_is_lost_do_not_count():
     assert obs[:, 0].tolist() == [2, 3, 4] and actions[:, 0].tolist() == [2, 3]
     obs, actions = policy.steps(moves=0, complete=False)
     assert len(obs) == 1 and len(actions) == 0
+    assert Judge(SO101ResidualVectorEnv(1, task=TASK), 0.98).rewards(obs, actions, success=False).shape == (0,)
