@@ -134,7 +134,7 @@ class DragPolicy(TipPolicy):
         dragging = stage == DRAG
 
         to_point = sheet + rotate(np.nan_to_num(self.memory["point"]), yaw) - tip[:, :2]
-        motion = np.where((stage == REACH)[:, None], self.SHARE * to_point, 0.0)
+        motion = np.where(((stage == REACH) | (stage == LOWER))[:, None], self.SHARE * to_point, 0.0)
         motion = np.where(dragging[:, None], self.goal[:, :2] - sheet, motion)
         longest = np.where(dragging, self.DRAG_M, self.REACH_M)
         motion *= np.minimum(longest / np.maximum(np.linalg.norm(motion, axis=1), 1e-9), 1.0)[:, None]
