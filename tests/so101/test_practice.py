@@ -202,6 +202,7 @@ def test_a_resumed_run_goes_on_with_buffer_and_counters(practised, tmp_path, mon
     assert torch.equal(after["ranks"][0]["buffer"]["x"][:count], before["ranks"][0]["buffer"]["x"])
     records = after["recorder"]["recent_episodes"]
     assert records[: len(before["recorder"]["recent_episodes"])] == before["recorder"]["recent_episodes"]
+    assert records[len(before["recorder"]["recent_episodes"])]["exploring"]  # no further demonstrations
     assert records[-1]["arm_time_s"] >= 60 * minutes and records[-1]["episode"] == len(records)
 
 
