@@ -344,7 +344,8 @@ class Practice:
         """Bring the sheet to a new start and the arm home; returns how often a hand had to lay it."""
         for hands in range(MAX_HANDS + 1):
             try:
-                self.scene_reset.run(self.rng)
+                # a sheet that stays where an episode has failed makes every further episode start there
+                self.scene_reset.run(self.rng, fresh=bool(self.records) and not hands)
                 return hands
             except (HandNeeded, Blind) as error:
                 if hands == MAX_HANDS:

@@ -262,11 +262,12 @@ class SceneReset:
         self.tape_margin, self.ranges = task.tape_margin, task.randomization()
         self.mask = np.ones(1, bool)
 
-    def run(self, rng: np.random.Generator) -> Reset:
+    def run(self, rng: np.random.Generator, fresh: bool = False) -> Reset:
         """Reset the scene, from any pose of the arm. It may take MAX_TRIES drags of a few seconds each.
 
         Args:
             rng: draws the start.
+            fresh: also drag a sheet that lies at a fair start already, to the drawn one.
 
         Raises:
             HandNeeded: a person has to lay the sheet.
@@ -280,7 +281,7 @@ class SceneReset:
         self.tape = known["to_picture"].copy() if known and np.isfinite(known["to_picture"]).all() else None
         self.loop.measure()
         pose = self.look()
-        goal = pose if self.is_fair(pose) else self.draw_goal(rng, pose)
+        goal = pose if self.is_fair(pose) and not fresh else self.draw_goal(rng, pose)
         while True:
             near = tries < NEAR_TRIES
             if self._arrived(pose, goal, near):
