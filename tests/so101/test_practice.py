@@ -176,6 +176,16 @@ def test_a_run_leaves_a_checkpoint_for_all_commands(practised, tmp_path):
     assert loop.episode(3, task.tape_margin)["ticks"] == 3 and np.abs(policy.base.residual).max() > 0
 
 
+def test_every_episode_has_a_new_start(practised):
+    """Also after a failure, when the sheet lies at a fair start already."""
+    saved = load(practised / MODEL)
+    buffer = saved["ranks"][0]["buffer"]
+    begins = [0, *(buffer["dones"][:-1, 0].nonzero().flatten() + 1).tolist()]
+    sheets = 0.1 * buffer["x"][begins, 0, 12:14]  # m, from the tape's centre
+    assert not all(record["success"] for record in saved["recorder"]["recent_episodes"])
+    assert (sheets[1:] - sheets[:-1]).norm(dim=1).min() > 0.01
+
+
 def test_the_film_is_a_gif_for_tensorboard(practised):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
