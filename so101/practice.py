@@ -288,7 +288,7 @@ class Practice:
         env = SO101ResidualVectorEnv(1, task=task, max_episode_steps=args.sac.train_episode_steps)
         self.judge = Judge(env, args.sac.gamma if args.sac.shaping else None)
         self.scene_reset = SceneReset(loop, task, loop.policy.locator)
-        self.rng = np.random.default_rng(args.seed)  # of starts
+        self.rng = np.random.default_rng((args.seed, 1))  # of starts; the simulated arm draws its own by the seed alone
         self.records: list[dict[str, Any]] = []
         self.steps, self.hands, self.earlier_s = 0, 0, 0.0  # steps learned from; arm time of earlier runs
 
