@@ -23,15 +23,15 @@ import torch
 from tqdm import tqdm
 
 from so101.base import BasePolicy, StackedPolicy, with_sheet
-from so101.camera import CAMERA
 from so101.cli import check_flags, check_output, parse, run_script
 from so101.drive import Args as DriveArgs
 from so101.drive import make_policy
 from so101.files import write_json
-from so101.loop import Clock, Loop
-from so101.robot import Picture, Robot
-from so101.simulated_arm import Flaws, SimulatedArm
+from so101.loop import Loop
+from so101.robot import Picture
+from so101.simulated_arm import Flaws
 from so101.stats import wilson
+from so101.virtual_time import VirtualClock, VirtualRobot
 from so101_env import (
     MAX_EPISODE_STEPS,
     NOISE_SHEET_M,
@@ -45,11 +45,9 @@ from so101_env import (
 from so101_sim.control import BACKLASH_RAD, GAIN_FLOOR, JOINTS, LATENCY_S, Controller
 from so101_sim.errors import SO101Error
 from so101_sim.geometry import rotate
-from so101_sim.scene import Renderer
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 1_540_000_000  # of the first episode; used nowhere else
-SIZE = (240, 320)  # height and width of the camera's pictures, pixels
 
 
 @dataclasses.dataclass
@@ -122,31 +120,22 @@ def make_rows() -> dict[str, Row]:
     return rows
 
 
-class VirtualRobot(Robot):
-    """A SimulatedArm whose time passes when a VirtualClock says so."""
+class RowRobot(VirtualRobot):
+    """An arm in virtual time with what is wrong in a row."""
 
     def __init__(self, task: Task, row: Row, pictures: bool):
-        super().__init__()
-        self.arm, self.row, self.time_s = SimulatedArm(task, row.flaws), row, 0.0
+        super().__init__(task, row.flaws, pictures)
+        self.row = row
         tape = self.arm.model.body("tape")
         tape.pos[:2] += row.tape_shift_m
         tape.quat[:] = [np.cos(row.tape_turn_rad / 2), 0, 0, np.sin(row.tape_turn_rad / 2)]
-        self.painter = Renderer(self.arm.model, SIZE, fast=True) if pictures else None
 
     def reset(self, seed: int) -> None:
         """Start an episode."""
-        self.arm.reset(seed)
+        super().reset(seed)
         self.rng = np.random.default_rng(seed)  # of lost views and pose noise
         self.dark_until_s = -np.inf
         self.views: list[tuple[float, np.ndarray]] = []  # times and true positions of the last pictures
-
-    def read(self) -> tuple[np.ndarray, float]:
-        """See Robot."""
-        return self.arm.joints_rad, self.time_s
-
-    def write(self, target_rad: np.ndarray) -> None:
-        """See Robot."""
-        self.arm.command(target_rad)
 
     @property
     def in_view(self) -> bool:
@@ -164,8 +153,7 @@ class VirtualRobot(Robot):
 
     def picture(self) -> Picture:
         """See Robot."""
-        qpos = self.look()
-        image = self.painter.render(qpos, CAMERA, self.arm.look) if self.painter else np.zeros((*SIZE, 3), np.uint8)
+        image = self.render(self.look())
         return Picture(image * self.in_view, self.time_s)
 
     def sheet(self, qpos: np.ndarray) -> np.ndarray:
@@ -174,34 +162,11 @@ class VirtualRobot(Robot):
         turned = rotate(x_y_m[None], np.array([-self.row.tape_turn_rad]))[0]
         return np.append(TAPE_CENTER_M + turned, qpos[9] - self.row.tape_turn_rad)
 
-    def close(self) -> None:
-        """See Robot."""
-        if self.painter:
-            self.painter.close()
-
-
-class VirtualClock(Clock):
-    """A clock whose waiting is physics steps of an arm."""
-
-    def __init__(self, robot: VirtualRobot):
-        self.robot = robot
-        super().__init__()
-
-    def now(self) -> float:
-        """See Clock."""
-        return self.robot.time_s
-
-    def sleep(self, seconds: float) -> None:
-        """See Clock."""
-        for _ in range(round(seconds / self.robot.arm.timestep_s)):
-            self.robot.arm.step()
-            self.robot.time_s += self.robot.arm.timestep_s
-
 
 class TruePosePolicy(StackedPolicy):
     """A policy that gets the sheet's true pose with noise, as old and as often as the camera would show it."""
 
-    robot: VirtualRobot
+    robot: RowRobot
 
     def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
         """See BasePolicy."""
@@ -218,7 +183,7 @@ class TruePosePolicy(StackedPolicy):
 
 def run_row(row: Row, policy: BasePolicy, task: Task, args: Args, count: Callable[[], Any]) -> list[dict[str, Any]]:
     """The episodes of a row: seed, success (ground truth), steps, and trouble, what ended it early."""
-    robot, episodes = VirtualRobot(task, row, args.pose == "camera"), []
+    robot, episodes = RowRobot(task, row, args.pose == "camera"), []
     gain = {"gain_floor": GAIN_FLOOR} if row.known_gain is None else {"gain_factor": row.known_gain}
     controller = Controller(load_model(task.tape_margin), task.firmware_p, BACKLASH_RAD, LATENCY_S, **gain)
     policy.robot = robot

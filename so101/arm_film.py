@@ -35,9 +35,13 @@ class CameraFilm:
         tape_margin: m between sheet and tape on every side.
         outlines: draw what was seen; small pictures are then enlarged twice.
         every: keep one picture of so many.
+        progress: show a progress bar while the film is written.
     """
 
-    def __init__(self, path: str, tape_margin: float, outlines: bool = True, every: int = EVERY):
+    def __init__(
+        self, path: str, tape_margin: float, outlines: bool = True, every: int = EVERY, progress: bool = True
+    ):  # fmt: skip
+        self.hide = None if progress else True
         self.path, self.tape_margin, self.outlines, self.every = Path(path), tape_margin, outlines, every
         self.cv2 = import_extra("cv2", "arm", "--video")
         self.frames: list[Frame] = []
@@ -60,7 +64,9 @@ class CameraFilm:
         def write(temporary: Path) -> None:
             options = {"fps": CONTROL_HZ / self.every, "macro_block_size": 1, "ffmpeg_log_level": "quiet"}
             with imageio.get_writer(temporary, **options) as writer:
-                for frame in tqdm(self.frames, f"writing {self.path.name}", unit="frame", disable=None, leave=False):
+                for frame in tqdm(
+                    self.frames, f"writing {self.path.name}", unit="frame", disable=self.hide, leave=False
+                ):
                     image = np.ascontiguousarray(self.cv2.imdecode(frame.jpeg, self.cv2.IMREAD_COLOR)[..., ::-1])
                     image = image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2]  # H.264 wants even sides
                     if self.outlines:

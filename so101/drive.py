@@ -18,7 +18,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +162,20 @@ def make_robot(args: Args, task: Task) -> Robot:
 
 
 @contextlib.contextmanager
-def arm_loop(args: Args, policy: BasePolicy, task: Task) -> Iterator[Loop]:
-    """The control loop of a policy on the arm; on the way out the arm is left as Loop.leave describes."""
+def arm_loop(
+    args: Args, policy: BasePolicy, task: Task,
+    open_arm: Callable[[Args, Task], tuple[Robot, Clock]] = lambda args, task: (make_robot(args, task), Clock()),
+) -> Iterator[Loop]:  # fmt: skip
+    """The control loop of a policy on the arm; on the way out the arm is left as Loop.leave describes.
+
+    Args:
+        args: settings of arm and command law.
+        policy: see Loop.
+        task: with the P coefficient of the servos and the tape's margin.
+        open_arm: opens the arm, and makes its clock.
+    """
     with Stoppable():
-        robot, offset_rad = make_robot(args, task), None
+        (robot, clock), offset_rad = open_arm(args, task), None
         ended: BaseException | None = None
         try:
             if args.robot != "sim":
@@ -178,7 +188,7 @@ def arm_loop(args: Args, policy: BasePolicy, task: Task) -> Iterator[Loop]:
                 load_model(task.tape_margin), task.firmware_p, BACKLASH_RAD, LATENCY_S, args.max_speed,
                 robot.servo_gain, 1.0 if robot.gain_known else GAIN_FLOOR, measured,
             )  # fmt: skip
-            loop = Loop(robot, policy, controller, Clock(), args.dry_run, offset_rad)
+            loop = Loop(robot, policy, controller, clock, args.dry_run, offset_rad)
             try:
                 yield loop
             except BaseException as error:

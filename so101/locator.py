@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from so101.camera import NotSeen, import_cv2, project, rectangle, sample_normals, whiteness_of
+from so101.camera import NotSeen, import_cv2, project, rectangle, sample_normals, smallest_channel, whiteness_of
 from so101.tags import find_tags
 from so101.tape import Tape, find_tape, is_tape, near_line, redness_of
 from so101_env import SHEET_HALF_M, TAPE_CENTER_M, TAPE_MARGIN_M
@@ -302,7 +302,7 @@ def measure_sheet(image: np.ndarray, to_picture: np.ndarray, pose: np.ndarray) -
         Its sides (2,), along its x and y, relative to those of an A5 sheet, NaN where two opposite sides are not in
         view; how far its corners are from right angles, rad, NaN unless half of each side is in view.
     """
-    linear = image.min(axis=2).astype(np.float32)
+    linear = smallest_channel(image).astype(np.float32)
     points, normals, distance, good = _find_edges(linear, to_picture, pose, 0.012)
     off_m, slope = np.full(4, np.nan), np.full(4, np.nan)
     for side, normal in enumerate(normals):

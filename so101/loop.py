@@ -189,6 +189,7 @@ class Loop:
     ):  # fmt: skip
         self.robot, self.policy, self.controller, self.clock = robot, policy, controller, clock
         self.film: CameraFilm | None = None  # of what the policy sees
+        self.moves = 0  # control steps of the present episode
         self.dry_run, self.offset_rad = dry_run, np.zeros(ACT_DIM) if offset_rad is None else offset_rad
 
     def enable(self) -> None:
@@ -311,23 +312,25 @@ class Loop:
             Blind: tape or sheet cannot be seen.
         """
         mask, streak, done, clear_m = np.ones(1, bool), 0, False, tape_margin - POSE_ERROR_M
+        self.moves = 0
         self.policy.reset(mask)
         self.measure()
         try:
-            delta = self._ask(mask)  # the first picture takes longer to process; nothing moves yet
+            delta = self.act(mask)  # the first picture takes longer to process; nothing moves yet
         except Blind as blind:
             if self.dry_run:
                 raise
-            delta = self._look_from_aside(mask, blind)
+            delta = self.look_from_aside(mask, blind)
         self.clock.start()
         before = self.clock.ticks, self.clock.missed
         for _ in range(max_steps):
             if self.policy.quit:
                 break
             self.move(delta)
+            self.moves += 1
             self.clock.wait()
             self.measure()
-            delta, pose = self._ask(mask), self.policy.estimate
+            delta, pose = self.act(mask), self.policy.estimate
             seen = pose is not None and np.isfinite(pose).all()
             inside = seen and sheet_inside(pose[:, :2], pose[:, 2], clear_m)[0]
             streak = (streak + 1) * bool(inside)
@@ -336,7 +339,7 @@ class Loop:
         ticks, missed = self.clock.ticks - before[0], self.clock.missed - before[1]
         return {"seen_inside": done, "ticks": ticks, "missed": missed}
 
-    def _look_from_aside(self, mask: np.ndarray, blind: Blind) -> np.ndarray:
+    def look_from_aside(self, mask: np.ndarray, blind: Blind) -> np.ndarray:
         """Move the arm out of the view, look, and return home; the policy's joint deltas (6,), rad, there.
 
         Raises Blind if tape or sheet cannot be seen from either side.
@@ -345,7 +348,7 @@ class Loop:
         for side in (1, -1):
             self.go(RAISED_RAD + side * ASIDE_RAD)
             try:
-                self._ask(mask)
+                self.act(mask)
                 break
             except Blind as error:
                 blind = error
@@ -353,9 +356,9 @@ class Loop:
             raise blind
         for goal in (RAISED_RAD, HOME_RAD):  # only the arm moves meanwhile, so the pose remains valid
             self.go(goal)
-        return self._ask(mask)
+        return self.act(mask)
 
-    def _ask(self, mask: np.ndarray) -> np.ndarray:
+    def act(self, mask: np.ndarray) -> np.ndarray:
         """The policy's joint deltas (6,), rad, for the present measurement and picture."""
         picture = self.robot.picture()
         if (age := self.clock.now() - picture.time_s) > PICTURE_AGE_S:

@@ -32,7 +32,9 @@ class TipPolicy(BasePolicy):
     PRESS_N = 0.6  # enough to drag the sheet without slipping, too little to stall the arm by friction on the table
     PITCH_M_PER_RAD, PITCH_GAIN = 0.1, 0.3  # weight of a rad of pitch in the least squares; share corrected per step
     DAMPING = 1e-4  # m^2 per rad^2
+    LEAD_RAD = COMMAND_WINDOW_RAD  # largest lead of a joint's target, at P = 32
     LEAD_S = 0.012  # targets of joints in motion may lead by this much more: a command takes effect late
+    gain_factor = 1.0  # of the servos: ratio of their gain to the one that firmware_p implies
 
     def __init__(self) -> None:
         self.model = load_model()
@@ -54,6 +56,24 @@ class TipPolicy(BasePolicy):
         """Motion in m (N,) that brings tips (N, 3) to the height they travel at."""
         return np.clip(self.HOVER_M - tip[:, 2], -self.SINK_M, self.LIFT_M)
 
+    def lean_rad(self, obs: np.ndarray) -> np.ndarray:
+        """By how much the gripper leans outwards (N,), rad."""
+        return np.zeros(len(obs))
+
+    def joint_steps(
+        self, obs: np.ndarray, jacobian: np.ndarray, motion_m: np.ndarray, rise_m: np.ndarray
+    ) -> np.ndarray:  # fmt: skip
+        """Motion of the arm's joints in rad (N, 4) that moves the tip; arguments as in `move_tip`."""
+        joints = obs[:, OBS["joint_pos"]]
+        # the gripper points straight down, as at home: the three joints of the arm's plane add up to its pitch
+        pitch = HOME_RAD[1:ARM].sum() - joints[:, 1:ARM].sum(1) - self.lean_rad(obs)
+        weighted = np.broadcast_to(self.PITCH_M_PER_RAD * np.array([0.0, 1.0, 1.0, 1.0]), (len(obs), 1, ARM))
+        rows = np.concatenate([jacobian, weighted], axis=1)  # (N, 4, 4)
+        wanted = np.column_stack([motion_m, rise_m, self.PITCH_GAIN * self.PITCH_M_PER_RAD * pitch])
+        transposed = rows.transpose(0, 2, 1)
+        step = transposed @ np.linalg.solve(rows @ transposed + self.DAMPING * np.eye(4), wanted[:, :, None])
+        return step[:, :, 0]
+
     def move_tip(
         self, obs: np.ndarray, command: np.ndarray, jacobian: np.ndarray, motion_m: np.ndarray, rise_m: np.ndarray,
         pressing: np.ndarray,
@@ -65,19 +85,13 @@ class TipPolicy(BasePolicy):
             command: last commanded joint targets (N, 6), rad.
             jacobian: of tip_jacobian for the same obs, whose gravity torques are used, too.
             motion_m, rise_m: wanted motion in this step, horizontally (N, 2) and upwards (N,).
-            pressing: (N,) bool, whether to press by PRESS_N on what is below.
+            pressing: (N,) bool, whether to press by PRESS_N on what is below; or float, by how many times PRESS_N.
         """
         joints, velocity = obs[:, OBS["joint_pos"]], obs[:, OBS["joint_vel"]][:, :ARM]
-        # the gripper points straight down, as at home: the three joints of the arm's plane add up to its pitch
-        pitch = HOME_RAD[1:ARM].sum() - joints[:, 1:ARM].sum(1)
-        weighted = np.broadcast_to(self.PITCH_M_PER_RAD * np.array([0.0, 1.0, 1.0, 1.0]), (len(obs), 1, ARM))
-        rows = np.concatenate([jacobian, weighted], axis=1)  # (N, 4, 4)
-        wanted = np.column_stack([motion_m, rise_m, self.PITCH_GAIN * self.PITCH_M_PER_RAD * pitch])
-        transposed = rows.transpose(0, 2, 1)
-        step = transposed @ np.linalg.solve(rows @ transposed + self.DAMPING * np.eye(4), wanted[:, :, None])
-        softer = FIRMWARE_P / self.firmware_p  # than the model's servos
-        lead = COMMAND_WINDOW_RAD * softer + self.LEAD_S * np.abs(velocity)
-        step = step[:, :, 0] / np.maximum((np.abs(step[:, :, 0]) / lead).max(1, keepdims=True), 1.0)
+        step = self.joint_steps(obs, jacobian, motion_m, rise_m)
+        softer = FIRMWARE_P / (self.firmware_p * self.gain_factor)  # than the model's servos
+        lead = self.LEAD_RAD * softer + self.LEAD_S * np.abs(velocity)
+        step /= np.maximum((np.abs(step) / lead).max(1, keepdims=True), 1.0)
 
         torque = self.gravity[:, :ARM] + self.model.dof_damping[:ARM] * velocity
         torque -= self.PRESS_N * jacobian[:, 2] * pressing[:, None]

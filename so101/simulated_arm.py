@@ -7,14 +7,10 @@ requests like the bus of a real arm. Only the report at the end uses the true st
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import signal
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, ClassVar
 
@@ -22,6 +18,7 @@ import mujoco
 import numpy as np
 from gymnasium.utils import seeding
 
+from so101.processes import spawn
 from so101.robot import Picture, Robot, RobotError
 from so101_env import (
     FINGERS,
@@ -326,9 +323,9 @@ def report_speed(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _run_arm(pipe: Connection, task: Task, visual: bool, size: tuple[int, int]) -> None:
+def _run_arm(pipe: Connection, task: Task, visual: bool, size: tuple[int, int], flaws: Flaws | None) -> None:
     """The process of a SimulatedRobot: physics in real time, a camera in a thread, and answers to requests."""
-    arm = SimulatedArm(task)
+    arm = SimulatedArm(task, flaws)
     arm.reset(0)
     # episode: seed of the present one, None during a reset; picture: the newest; problem: why there is no camera
     newest: dict[str, Any] = {"episode": 0}
@@ -361,6 +358,9 @@ def _run_arm(pipe: Connection, task: Task, visual: bool, size: tuple[int, int]) 
                     newest["episode"] = value
                     real_time.restart()
                     pipe.send(None)
+                elif word == "lay_sheet":
+                    arm.lay_sheet(value)
+                    pipe.send(None)
                 elif word == "truth":
                     pipe.send(arm.truth())
             real_time.advance()
@@ -379,36 +379,20 @@ class SimulatedRobot(Robot):
         visual: whether every episode has another look for the camera.
         size: height and width of the pictures, pixels.
         answer_s: longest wait for an answer; None: as on a bus.
+        flaws: what is wrong with the arm, its servos or its table.
     """
 
     def __init__(
-        self, task: Task, visual: bool = True, size: tuple[int, int] = (240, 320), answer_s: float | None = None
+        self, task: Task, visual: bool = True, size: tuple[int, int] = (240, 320), answer_s: float | None = None,
+        flaws: Flaws | None = None,
     ):  # fmt: skip
         super().__init__()
         self.answer_s = answer_s or ANSWER_S
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_run_arm, args=(theirs, task, visual, size), daemon=True)
-        # The new process inherits the signal mask, so Ctrl+C interrupts only this process. Its end closes the pipe, and
-        # that ends the new process, without a traceback.
-        resource_tracker.ensure_running()  # first, because starting it unblocks the signal
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        # The new process would import the main program again. For LeRobot's commands that takes half a minute.
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = types.ModuleType("__main__")
+        self.process, self.pipe = spawn(_run_arm, task, visual, size, flaws)
         try:
-            try:
-                self.process.start()
-            finally:
-                sys.modules["__main__"] = main
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            theirs.close()
             self._ask("read", timeout_s=60.0)
-        except BaseException:
-            # A new process that is killed while it imports leaves the traceback of a process that glfw starts then
-            if self.process.pid is not None:
-                theirs.close()
-                self.close()
+        except BaseException:  # a new process that is killed while it imports leaves a traceback
+            self.close()
             raise
 
     def _ask(self, word: str, value: Any = None, timeout_s: float | None = None) -> Any:
@@ -455,6 +439,10 @@ class SimulatedRobot(Robot):
                 return
             time.sleep(0.01)
         raise RobotError(f"the simulated camera has taken no picture in {RESET_S:.0f} s")
+
+    def lay_sheet(self, seed: int) -> None:
+        """Put the sheet where reset(seed) would, as a hand does; the arm stays where it is."""
+        self._ask("lay_sheet", seed, timeout_s=1.0)
 
     def truth(self) -> dict[str, Any]:
         """The ground truth, see SimulatedArm.truth."""

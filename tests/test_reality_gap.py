@@ -14,6 +14,7 @@ from so101.opencv import OpenCVPolicy
 from so101.policies import load_policy
 from so101.robot import RobotError
 from so101.simulated_arm import Flaws, SimulatedArm
+from so101.virtual_time import VirtualClock
 from so101_env import HOME_RAD, TAPE_CENTER_M, Task, load_model
 from so101_sim.control import BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Controller
 from so101_sim.errors import SO101Error
@@ -65,10 +66,10 @@ def test_an_encoder_that_is_off_shifts_the_tip():
 
 def loop_of(row: gap.Row, policy: BasePolicy | None = None) -> Loop:
     """A control loop on an arm, before its first episode."""
-    robot = gap.VirtualRobot(TASK, row, pictures=False)
+    robot = gap.RowRobot(TASK, row, pictures=False)
     robot.reset(SEED)
     controller = Controller(load_model(), 16, BACKLASH_RAD, LATENCY_S, gain_floor=GAIN_FLOOR)
-    loop = Loop(robot, policy or OpenCVPolicy(None), controller, gap.VirtualClock(robot), dry_run=False)
+    loop = Loop(robot, policy or OpenCVPolicy(None), controller, VirtualClock(robot), dry_run=False)
     loop.measure()
     return loop
 
@@ -146,23 +147,23 @@ def test_friction_height_backlash_and_delay_are_in_force():
 def test_tape_pictures_and_views():
     """A tape that is off shifts what is seen; late pictures are old; views are lost for half a second."""
     row = gap.Row(tape_shift_m=(0.02, 0.01), tape_turn_rad=float(np.deg2rad(90)))
-    robot = gap.VirtualRobot(TASK, row, pictures=False)
+    robot = gap.RowRobot(TASK, row, pictures=False)
     qpos = np.zeros(10)
     qpos[6:8], qpos[9] = TAPE_CENTER_M + (0.02, 0.04), np.deg2rad(80)  # 30 mm to the left of the tape's centre
     np.testing.assert_allclose(robot.sheet(qpos), [TAPE_CENTER_M[0] + 0.03, 0.0, np.deg2rad(-10)], atol=1e-9)
 
-    robot = gap.VirtualRobot(TASK, gap.Row(picture_delay_s=0.2), pictures=False)
+    robot = gap.RowRobot(TASK, gap.Row(picture_delay_s=0.2), pictures=False)
     robot.reset(SEED)
-    clock, ages = gap.VirtualClock(robot), []
+    clock, ages = VirtualClock(robot), []
     for _ in range(20):
         robot.look()
         ages.append(robot.time_s - robot.views[0][0])
         clock.sleep(1 / 30)
     assert ages[0] == 0 and all(0.2 - 1e-6 <= age < 0.2 + 1 / 30 for age in ages[8:])
 
-    robot = gap.VirtualRobot(TASK, gap.Row(dropout=True), pictures=False)
+    robot = gap.RowRobot(TASK, gap.Row(dropout=True), pictures=False)
     robot.reset(SEED)
-    clock, seen = gap.VirtualClock(robot), []
+    clock, seen = VirtualClock(robot), []
     for _ in range(900):
         robot.look()
         seen.append(robot.in_view)

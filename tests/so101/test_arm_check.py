@@ -5,7 +5,7 @@ import json
 import mujoco
 import numpy as np
 import pytest
-from test_drive import VirtualClock, VirtualRobot
+from test_drive import RecordingRobot
 
 from so101.arm_check import (
     LOWEST_M,
@@ -25,6 +25,7 @@ from so101.camera import NotSeen
 from so101.drive import Loop
 from so101.locator import SheetLocator
 from so101.robot import Picture, RobotError, ServoFault
+from so101.virtual_time import VirtualClock
 from so101_env import TAPE_CENTER_M, load_model
 from so101_sim.control import BACKLASH_RAD, JOINTS, LATENCY_S, Controller
 from so101_sim.errors import SO101Error
@@ -38,7 +39,7 @@ def make_check(
     seed: int = SEED, offset_deg: tuple = (0, 0), gain: float = 1.0, sheet: tuple | None = FAR_M
 ) -> ArmCheck:
     """A check of a simulated arm at home with these offsets, encoder minus true, of shoulder_lift and elbow_flex."""
-    robot = VirtualRobot()
+    robot = RecordingRobot()
     arm, arms = robot.arm, robot.arm.arms
     arm.reset(seed)
     arms.joint_offset[0, 1:3] = np.deg2rad(offset_deg)

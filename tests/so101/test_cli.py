@@ -182,7 +182,7 @@ def test_an_output_replaces_nothing_but_an_older_output(tmp_path, monkeypatch):
         ("so101.drive", "--robot"), ("so101.drive", "--robot-id"), ("so101.drive", "--camera"),
         ("so101.record", "--dataset"), ("so101.clone", "--dataset"), ("so101.replay", "--dataset"),
         ("so101.ppo_rgb", "--actor-cameras"), ("so101.ppo_rgb", "--base-policy"), ("so101.sac", "--base-policy"),
-        ("so101.report", "--results"),
+        ("so101.report", "--results"), ("so101.practice", "--base-policy"), ("so101.practice", "--resume"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("text", ["", " "])

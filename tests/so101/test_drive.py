@@ -12,11 +12,12 @@ from conftest import ROOT, error_of
 
 from so101 import drive, simulated_arm
 from so101.base import BasePolicy
-from so101.loop import ASIDE_RAD, RAISED_RAD, Blind, Clock, Loop, resize
+from so101.loop import ASIDE_RAD, RAISED_RAD, Blind, Loop, resize
 from so101.opencv import OpenCVPolicy
 from so101.policies import load_policy
-from so101.robot import Picture, Robot, RobotError
-from so101.simulated_arm import SimulatedArm, SimulatedRobot
+from so101.robot import Picture, RobotError
+from so101.simulated_arm import SimulatedRobot
+from so101.virtual_time import VirtualClock, VirtualRobot
 from so101_env import HOME_RAD, Task, load_model
 from so101_sim.control import BACKLASH_RAD, LATENCY_S, Controller
 from so101_sim.errors import SO101Error
@@ -30,51 +31,25 @@ HIDDEN_SEED = SEED + 96  # of an episode whose sheet lies half below the arm at 
 TASK = Task(firmware_p=16)
 
 
-class VirtualRobot(Robot):
-    """A SimulatedArm whose time passes when a VirtualClock says so."""
+class RecordingRobot(VirtualRobot):
+    """Keeps the targets that were sent; its pictures can be dark."""
 
     def __init__(self, task: Task = TASK):
-        super().__init__()
-        self.arm, self.time_s, self.sent = SimulatedArm(task), 100.0, []
+        super().__init__(task)
+        self.time_s, self.sent, self.dark = 100.0, [], False
         self.reset(SEED)
-        self.truth = self.arm.truth
-        self.painter = Renderer(self.arm.model, (240, 320), fast=True)
-        self.dark = False
-
-    def reset(self, seed):
-        self.arm.reset(seed)
-
-    def read(self):
-        return self.arm.joints_rad, self.time_s
 
     def write(self, target_rad):
         self.sent.append(target_rad)
-        self.arm.command(target_rad)
+        super().write(target_rad)
 
     def picture(self):
-        image = self.painter.render(self.arm.qpos, "top", self.arm.look)
-        return Picture(image * (not self.dark), self.time_s)
-
-    def close(self):
-        self.painter.close()
-
-
-class VirtualClock(Clock):
-    def __init__(self, robot):
-        self.robot = robot
-        super().__init__()
-
-    def now(self):
-        return self.robot.time_s
-
-    def sleep(self, seconds):
-        for _ in range(round(seconds / self.robot.arm.timestep_s)):
-            self.robot.arm.step()
-            self.robot.time_s += self.robot.arm.timestep_s
+        image, time_s = super().picture()
+        return Picture(image * (not self.dark), time_s)
 
 
 def make_loop(policy: BasePolicy | None = None, dry_run: bool = False) -> Loop:
-    robot = VirtualRobot()
+    robot = RecordingRobot()
     controller = Controller(load_model(), firmware_p=16, backlash_rad=BACKLASH_RAD, latency_s=LATENCY_S)
     policy = policy or OpenCVPolicy(load_policy(f"onnx:{ROOT / 'assets' / 'arm.onnx'}"))
     return Loop(robot, policy, controller, VirtualClock(robot), dry_run)
@@ -99,7 +74,7 @@ def test_the_script_with_another_tape(monkeypatch, tmp_path):
     robots = []
 
     def make_robot(args, task):
-        robots.append(VirtualRobot(task))
+        robots.append(RecordingRobot(task))
         return robots[0]
 
     monkeypatch.setattr(drive, "make_robot", make_robot)
@@ -183,7 +158,7 @@ def test_without_a_view_it_does_not_act():
 @pytest.mark.parametrize("size", [(96, 96), (120, 160)])
 def test_a_policy_sees_what_it_was_trained_on(size):
     """The middle of a wide picture, and not all of it squeezed."""
-    robot = VirtualRobot()
+    robot = RecordingRobot()
     painter = Renderer(robot.arm.model, size, fast=True)
     expected = painter.render(robot.arm.qpos, "top", robot.arm.look).astype(float)
     painter.close()
@@ -200,7 +175,7 @@ def test_something_in_the_way_is_told():
 def test_a_simulated_robot_begins_anew_and_is_unplugged(monkeypatch):
     """After a reset, no picture of the episode before. When its process dies, the next read says so."""
     monkeypatch.setattr(simulated_arm, "ANSWER_S", 30.0)  # on a machine that is busy with other tests
-    expected, robot = VirtualRobot(), SimulatedRobot(TASK)
+    expected, robot = RecordingRobot(), SimulatedRobot(TASK)
     try:
         for number in range(4):
             robot.reset(SEED + number)

@@ -26,6 +26,7 @@ from so101.feetech import REGISTERS as TABLE
 from so101.loop import REST_RAD, Clock
 from so101.robot import Picture, ServoFault, signals_wait
 from so101.virtual_arm import VirtualArm, factory_calibration, parse_fault
+from so101.virtual_time import VirtualClock
 from so101_sim.control import JOINTS, SPANS_DEG, read_calibration
 from so101_sim.errors import SO101Error
 from so101_sim.scene import Renderer
@@ -35,18 +36,6 @@ pytest.importorskip("onnxruntime")
 
 SEED = 3  # of a sheet that the included policy brings into the tape
 PYTHON = os.environ.get("LEROBOT_PYTHON")
-
-
-class VirtualClock(Clock):
-    def __init__(self, time):
-        self.time = time
-        super().__init__()
-
-    def now(self):
-        return self.time.monotonic()
-
-    def sleep(self, seconds):
-        self.time.sleep(seconds)
 
 
 class VirtualCamera:

@@ -1,0 +1,349 @@
+"""The learner of so101.practice: SAC on the episodes of an arm, in a process of its own, and the files of the run.
+
+After each episode the arm's process hands over a `Lesson`; the learner adds its steps to the replay buffer, does its
+gradient steps, writes checkpoint and curves, and answers with the new weights. Algorithm and networks are those of
+so101/sac.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from so101 import sac
+from so101.arm_film import CameraFilm, Frame
+from so101.checkpoints import CHECKPOINT, load_file, load_weights, restore_optimizer, restoring
+from so101.distributed import World
+from so101.files import disk_error, save_tensors
+from so101.processes import spawn
+from so101_env import OBS, TAPE_CENTER_M, Scene, SO101ResidualVectorEnv, sheet_pose
+from so101_sim.errors import SO101Error
+from so101_sim.scene import CONTROL_HZ
+
+MODEL, EPISODES, FILM = "practice_model.pt", "episodes.jsonl", "last_episode.mp4"  # in the run's directory
+UPDATES_AT_ONCE = 16  # gradient steps in a call of sac.update
+RECENT = 20  # episodes that the success rate averages over
+FILM_EVERY = 3  # control steps per picture of a film
+GIF_WIDTH = 160  # pixels
+NICENESS = 5  # of the learner's process: the arm's comes first
+CLOSE_S = 60.0  # longest wait at the end for the last lesson
+
+
+class Episode(NamedTuple):
+    """T steps of an arm, as it has measured and seen them."""
+
+    obs: np.ndarray  # (T + 1, 25 to 37) float32: before each step, and after the last one
+    actions: np.ndarray  # (T, 6) float32, residuals in [-1, 1]
+    rewards: np.ndarray  # (T,) float32, with shaping
+    terminated: bool  # by success; otherwise truncated
+
+
+class Lesson(NamedTuple):
+    """What the arm's process hands over after an episode."""
+
+    episode: Episode
+    record: dict[str, Any]  # the line about it in episodes.jsonl
+    arm: dict[str, Any]  # plain values and tensors from which the arm's process can be resumed
+    film: list[Frame]  # of the episode; empty if it was not filmed
+
+
+def seen_scene(obs: np.ndarray) -> Scene:
+    """The scene as it is in observations (N, 25 or more): measured tips and seen sheets."""
+    sheet, yaw = sheet_pose(obs.astype(np.float64))
+    return Scene(obs[:, OBS["tip_pos"]].astype(np.float64), sheet, yaw, np.hypot(*(sheet - TAPE_CENTER_M).T))
+
+
+class Judge:
+    """Computes the rewards of the task from observations, hence from what an arm and its camera give.
+
+    Args:
+        task_env: an environment of the task, for its reward terms and its potential; it is never stepped.
+        gamma: discount of the shaping; None: no shaping.
+    """
+
+    def __init__(self, task_env: SO101ResidualVectorEnv, gamma: float | None):
+        self.env, self.gamma = task_env, gamma
+
+    def rewards(self, obs: np.ndarray, actions: np.ndarray, success: bool) -> np.ndarray:
+        """Rewards (T,) float32 of an episode, of which nothing may be left; arguments as in Episode."""
+        if not len(actions):
+            return np.zeros(0, np.float32)
+        potentials = [float(self.env.potential(seen_scene(row[None]))[0]) for row in obs]
+        rewards = np.zeros(len(actions), np.float32)
+        for i, action in enumerate(actions):
+            ended = np.array([success and i == len(actions) - 1])
+            scene = seen_scene(obs[i + 1 : i + 2])
+            terms = self.env.reward_terms(scene, action[None].astype(np.float64), ended, np.zeros(1, bool))
+            rewards[i] = float(sum(terms.values())[0])
+            if self.gamma is not None:  # zero at terminal states, as in the environment
+                rewards[i] += self.gamma * potentials[i + 1] * (not ended[0]) - potentials[i]
+        return rewards
+
+
+class Learner:
+    """Agent, optimisers and replay buffer of one arm.
+
+    Args:
+        args: settings of so101/sac.py, complete.
+        capacity: steps that the buffer keeps at most.
+    """
+
+    def __init__(self, args: sac.Args, capacity: int):
+        self.args, self.generator = args, World().seed(args.seed)
+        self.agent = sac.Agent(args)
+        self.optimizers = sac.make_optimizers(self.agent, args.sac)
+        self.buffer = sac.ReplayBuffer(min(capacity, args.sac.buffer_size), 1, self.agent.features.dim)
+        self.first_rows = 0  # steps of the base alone, the demonstrations; they are the first
+
+    def learn(self, episode: Episode) -> dict[str, float]:
+        """Keep an episode, and do the gradient steps it is worth; returns their mean metrics.
+
+        An episode that begins within the first learning_starts steps counts as one of the base alone.
+        """
+        settings, before, steps = self.args.sac, self.buffer.rows, len(episode.actions)
+        if steps:
+            x = self.agent.features(episode.obs)[:, 0]
+            last = np.arange(steps) == steps - 1
+            for i in range(steps):
+                self.buffer.add(
+                    x=x[i : i + 1], next_x=x[i + 1 : i + 2], actions=episode.actions[i : i + 1],
+                    rewards=episode.rewards[i : i + 1], terminations=last[i : i + 1] & episode.terminated,
+                    dones=last[i : i + 1],
+                )  # fmt: skip
+        if before < settings.learning_starts:
+            self.first_rows = self.buffer.rows
+        left = steps * settings.updates_per_step * (self.buffer.rows >= settings.learning_starts)
+        history: list[dict[str, float]] = []
+        while left:
+            count = min(left, UPDATES_AT_ONCE)
+            history.append(
+                sac.update(
+                    self.agent, self.optimizers, self.buffer, settings, count, self.first_rows, self.generator
+                )  # fmt: skip
+            )
+            left -= count
+        return {key: float(np.mean([each[key] for each in history])) for key in history[0]} if history else {}
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """A copy of the agent's weights, by name."""
+        return {name: tensor.numpy().copy() for name, tensor in self.agent.state_dict().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs, in the parts of a checkpoint."""
+        own = {
+            "generator": self.generator.get_state(), "buffer": self.buffer.newest(self.buffer.size),
+            "first_rows": self.first_rows,
+        }  # fmt: skip
+        return {
+            "agent": copy.deepcopy(self.agent.state_dict()), "ranks": [own],
+            "optimizer": {name: copy.deepcopy(each.state_dict()) for name, each in self.optimizers.items()},
+            "global_step": self.buffer.rows, "num_envs": 1,
+        }  # fmt: skip
+
+    def load_state_dict(self, saved: Mapping[str, Any], path: str | Path) -> None:
+        """Continue from the checkpoint at path, whose content is `saved`. Raises SO101Error if it does not fit."""
+        load_weights(self.agent, saved["agent"], path)
+        with restoring(path):
+            (own,) = saved["ranks"]
+            for name, optimizer in self.optimizers.items():
+                restore_optimizer(optimizer, saved["optimizer"][name])
+            self.generator.set_state(own["generator"])
+            self.buffer.load_state_dict(own["buffer"], saved["global_step"])
+            self.first_rows = own["first_rows"]
+
+
+@dataclasses.dataclass
+class Run:
+    """What the learner's process needs to know."""
+
+    args: sac.Args  # complete settings of so101/sac.py
+    capacity: int  # steps that the buffer keeps at most
+    run_dir: Path
+    base_fingerprint: str  # of the base policy
+    resume: Path | None = None  # checkpoint to continue
+
+
+class Worker:
+    """The learner with its files: what runs in the learner's process."""
+
+    def __init__(self, run: Run):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self.run, self.learner = run, Learner(run.args, run.capacity)
+        self.records: list[dict[str, Any]] = []
+        if run.resume is not None:
+            saved = load_file(run.resume, CHECKPOINT)
+            self.learner.load_state_dict(saved, run.resume)
+            self.records = saved["recorder"]["recent_episodes"]
+        self.writer = SummaryWriter(str(run.run_dir / "tensorboard"))
+
+    def work(self, lesson: Lesson) -> dict[str, np.ndarray]:
+        """Learn from a lesson, and write everything; returns the new weights.
+
+        Raises SO101Error: a disk that is full, or a loss that is not finite.
+        """
+        try:
+            metrics = self.learner.learn(lesson.episode)
+        except FloatingPointError as error:
+            raise SO101Error(f"NaN or Inf in the {error}: try a lower --learning-rate") from error
+        self.records.append(lesson.record)
+        content = self.learner.state_dict()
+        content["ranks"][0]["arm"] = lesson.arm
+        settings = dataclasses.asdict(self.run.args)
+        head = {"format": CHECKPOINT, "script": sac.SCRIPT, "args": settings}
+        recorder = {"recent_episodes": self.records, "finalists": [], "evaluation_due": False}
+        content |= {"base_fingerprint": self.run.base_fingerprint, "recorder": recorder}
+        save_tensors(self.run.run_dir / MODEL, head | content)
+        try:
+            with open(self.run.run_dir / EPISODES, "a") as file:
+                file.write(json.dumps(lesson.record) + "\n")
+            self._log(lesson, metrics)
+        except OSError as error:
+            raise disk_error(error.filename or self.run.run_dir, error) from error
+        return self.learner.weights()
+
+    def _log(self, lesson: Lesson, metrics: dict[str, float]) -> None:
+        """Write an episode's curves and film for TensorBoard; the horizontal axis is arm time in s."""
+        record, second = lesson.record, round(lesson.record["arm_time_s"])
+        scalars = {f"train/{key}": value for key, value in metrics.items()}
+        scalars |= {
+            "Success/practice": float(np.mean([each["success"] for each in self.records[-RECENT:]])),
+            "practice/arm_minutes": record["arm_time_s"] / 60, "practice/return": record["return"],
+            "practice/residual_magnitude": record["residual_magnitude"],
+        }  # fmt: skip
+        for key in ("steps", "reset_ticks", "hands", "missed", "waited_s"):
+            scalars[f"practice/{key}"] = record[key]
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, value, second)
+        if lesson.film:
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            width, height, content = make_gif(lesson.film)
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
+            self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="last_episode", image=image)]), second)
+            film = CameraFilm(
+                str(self.run.run_dir / FILM), self.run.args.task.tape_margin, every=FILM_EVERY, progress=False
+            )  # fmt: skip
+            film.frames = lesson.film
+            film.save()
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Close TensorBoard's file."""
+        self.writer.close()
+
+
+def make_gif(frames: list[Frame]) -> tuple[int, int, bytes]:
+    """Width, height and content of a small GIF, which repeats, of the pictures of a film."""
+    pictures = []
+    for frame in frames:
+        picture = Image.open(io.BytesIO(frame.jpeg.tobytes()))
+        pictures.append(picture.resize((GIF_WIDTH, round(GIF_WIDTH * picture.height / picture.width))))
+    content = io.BytesIO()
+    period_ms = round(1000 * FILM_EVERY / CONTROL_HZ)
+    pictures[0].save(content, "GIF", save_all=True, append_images=pictures[1:], duration=period_ms, loop=0)
+    return *pictures[0].size, content.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in this process, or in one of its own
+
+
+class LocalLearner:
+    """The learner in this process: `take` learns.
+
+    The weights that `take` returns are those after everything that was given.
+    """
+
+    def __init__(self, run: Run):
+        self.worker = Worker(run)
+        self.lesson: Lesson | None = None
+
+    def give(self, lesson: Lesson) -> None:
+        """Hand over an episode; `take` must be called before the next one."""
+        self.lesson = lesson
+
+    def take(self) -> dict[str, np.ndarray]:
+        """The weights after the last lesson, by name; at first those that the run starts with."""
+        weights = self.worker.learner.weights() if self.lesson is None else self.worker.work(self.lesson)
+        self.lesson = None
+        return weights
+
+    def close(self) -> None:
+        """Learn what was given, and close the files."""
+        if self.lesson is not None:
+            self.take()
+        self.worker.close()
+
+
+def _run_learner(pipe: Connection, run: Run) -> None:
+    """The learner's process: weights at first, then weights for every lesson; a text is an error, and the last word."""
+    os.nice(NICENESS)
+    worker = None
+    try:
+        worker = Worker(run)
+        pipe.send(worker.learner.weights())
+        while True:
+            pipe.send(worker.work(pipe.recv()))
+    except (EOFError, ConnectionError):
+        return  # the arm's process has closed the pipe, or has ended: so does this one
+    except SO101Error as error:
+        try:
+            pipe.send(str(error))
+        except ConnectionError:  # the arm's process does not read any more: a person may
+            print(f"the learner has stopped: {error}", file=sys.stderr, flush=True)
+    finally:
+        if worker is not None:
+            worker.close()
+
+
+class LearnerProcess:
+    """The learner in a process of its own; methods as of LocalLearner. They raise SO101Error if it has ended."""
+
+    def __init__(self, run: Run):
+        self.process, self.pipe = spawn(_run_learner, run, blocked=(signal.SIGINT, signal.SIGHUP))
+
+    def give(self, lesson: Lesson) -> None:
+        """See LocalLearner. Returns at once."""
+        try:
+            self.pipe.send(lesson)
+        except OSError as error:
+            raise self._lost() from error
+
+    def take(self) -> dict[str, np.ndarray]:
+        """See LocalLearner. Waits for the learner."""
+        try:
+            answer = self.pipe.recv()
+        except (EOFError, OSError) as error:
+            raise self._lost() from error
+        if isinstance(answer, str):
+            raise SO101Error(f"the learner has stopped: {answer}")
+        return answer
+
+    def _lost(self) -> SO101Error:
+        self.process.join(1.0)
+        return SO101Error(f"the learner's process has ended (exit code {self.process.exitcode})")
+
+    def close(self) -> None:
+        """Wait until the learner has learned and saved the last lesson, and end its process."""
+        self.pipe.close()
+        self.process.join(CLOSE_S)
+        self.process.kill()
+
+
+def set_weights(agent: torch.nn.Module, weights: Mapping[str, np.ndarray]) -> None:
+    """Give an agent the weights that a learner has returned."""
+    agent.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})

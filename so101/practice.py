@@ -1,0 +1,466 @@
+"""Reinforcement learning on the arm itself: an arm practises the task, and a residual learns from every step it makes.
+
+    python -m so101.practice --virtual-time --gain 0.7                   # a simulated arm with weak servos, in minutes
+    python -m so101.practice --robot lerobot:/dev/ttyACM0 --robot-id my_arm --camera 0 --minutes 20
+
+The loop of so101.drive runs a policy and a residual that explores. A learner in a process of its own learns by SAC
+(so101/sac.py) from what the arm has measured and the camera has seen; new weights come between episodes. After each
+episode the arm drags the sheet to a new start by itself. Read docs/practice.md, and docs/arm.md before the first run
+on a real arm.
+"""
+
+if __name__ == "__main__":  # Ctrl+C during the imports ends the program without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import contextlib
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from so101 import drive
+from so101 import sac as trainer
+from so101.arm_film import CameraFilm
+from so101.base import BaseObservation, BasePolicy, StackedPolicy, flat_observation
+from so101.camera import CAMERA
+from so101.checkpoints import CHECKPOINT, check_base, load_file, restore_args, restoring
+from so101.cli import check_flags, check_memory, command_of, flag_of, parse, run_script
+from so101.extras import import_extra
+from so101.files import to_numpy, to_plain, write_json
+from so101.learner import FILM_EVERY, MODEL, RECENT, Episode, Judge, LearnerProcess, Lesson, LocalLearner, set_weights
+from so101.learner import Run as LearnerRun
+from so101.locator import Marks
+from so101.loop import RAISED_RAD, Blind, Clock, Loop, ask, say
+from so101.opencv import OpenCVPolicy
+from so101.policies import load_policy
+from so101.recorder import Run
+from so101.robot import LEROBOT_P, Robot
+from so101.run_dirs import describe_run, new_run_dir
+from so101.scene_reset import HandNeeded, SceneReset
+from so101.server import Server
+from so101.simulated_arm import Flaws, SimulatedRobot
+from so101.trust import allow_flags, trust_of
+from so101.virtual_time import VirtualClock, VirtualRobot
+from so101_env import LOADS, SO101ResidualVectorEnv, Task
+from so101_sim.control import ACT_DIM
+from so101_sim.errors import SO101Error
+from so101_sim.scene import ASSETS, CONTROL_HZ
+
+SCRIPT = Path(__file__).name
+FILMED = 10  # one episode of so many is filmed, the first one, too
+MAX_HANDS = 5  # a sheet that cannot be reset after a person has laid it so often ends the run
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings: every field is a flag
+
+
+@dataclasses.dataclass
+class Args:
+    base_policy: str | None = None
+    """policy to start from, which the residual corrects: onnx:PATH, checkpoint:PATH, jacobian, bc:PATH or any other
+    base policy (default: assets/arm.onnx). Where it needs the sheet's pose, it gets it from OpenCV"""
+    minutes: float = 20.0
+    """arm time in all, in minutes: episodes and resets"""
+    robot: str = "sim"
+    """sim, or lerobot:PORT"""
+    robot_id: str = "so101"
+    """with lerobot: the name under which LeRobot has stored the arm's calibration"""
+    camera: str = "0"
+    """with lerobot: index, path or http address of the camera that looks at the table"""
+    servo_gain: float | None = None
+    """with lerobot: gain of the servos as a factor of the 12 V STS3215's at the same P (default: as so101.drive)"""
+    max_speed: float = 2.0
+    """largest speed of a joint's target, rad/s"""
+    marks: Marks = "tape"
+    """what shows the camera where the rectangle lies: red tape, or the four tags of assets/tags.pdf at its corners"""
+    firmware_p: int | None = None
+    """P coefficient that the servos are set to (default: what the base policy was trained with; otherwise 16)"""
+    tape_margin: float | None = None
+    """m between sheet and tape on every side (default: what the base policy was trained with)"""
+    alpha: float = Task.alpha
+    """share of 0.02 rad per control step that the residual commands, in [0, 1]"""
+    observe_base: bool = True
+    """append the base policy's action to what the residual observes"""
+    seed: int = 1
+    """seed of weights, exploration, samples and starts; with sim also of the arm"""
+    virtual_time: bool = False
+    """with sim: as fast as this machine can; the same command gives the same numbers"""
+    learner_process: bool = True
+    """learn in a process of its own; with --virtual-time the results do not depend on it"""
+    log_dir: str = "logs"
+    """directory that gets one directory per run"""
+    run_name: str | None = None
+    """name of that directory (default: practice, the time and the seed)"""
+    resume: str | None = None
+    """practice_model.pt of a run to go on with, with its buffer; --minutes counts from its beginning"""
+    sac: trainer.SAC = dataclasses.field(default_factory=lambda: trainer.SAC(num_envs=1))
+    networks: trainer.Networks = dataclasses.field(default_factory=trainer.Networks)
+    server: Server = dataclasses.field(default_factory=Server)
+    flaws: Flaws = dataclasses.field(default_factory=Flaws)
+
+
+RANGES = {**trainer.RANGES, "minutes": (0.1, 10_000), "num_envs": (1, 1)}
+# flags that a resumed run may not change, beside those of sac and networks
+LEARNED = ("base_policy", "firmware_p", "tape_margin", "alpha", "observe_base", "seed")
+
+
+def check_args(args: Args) -> None:
+    """Raise SO101Error with the name of the first flag that cannot be used."""
+    drive.check_args(drive_args(args))
+    for settings in (args, args.sac, args.networks, args.server):
+        check_flags(settings, {name: limits for name, limits in RANGES.items() if hasattr(settings, name)})
+    check_flags(args.flaws, Flaws.RANGES)
+    Run(run_name=args.run_name).check_name()
+    if args.base_policy == "zero":
+        raise SO101Error("--base-policy zero: an arm needs a policy to start from; name one")
+    if (args.base_policy or "").startswith("opencv:"):
+        raise SO101Error(f"--base-policy {args.base_policy}: the sheet is located anyway; drop opencv:")
+    if args.robot != "sim" and args.virtual_time:
+        raise SO101Error(f"--virtual-time: --robot {args.robot} runs in real time; drop one of them")
+    if args.robot != "sim":
+        for field in dataclasses.fields(Flaws):
+            if getattr(args.flaws, field.name) != field.default:
+                raise SO101Error(f"{flag_of(field.name)}: only the simulated arm, --robot sim, can be given flaws")
+    if args.resume is not None and args.run_name is not None:
+        raise SO101Error("--run-name: a resumed run goes on in its own directory; drop the flag")
+
+
+def drive_args(args: Args) -> drive.Args:
+    """The settings that the loop of so101.drive needs."""
+    names = ("robot", "robot_id", "camera", "servo_gain", "max_speed", "marks", "firmware_p", "tape_margin")
+    return drive.Args(**{name: getattr(args, name) for name in names}, server=args.server)
+
+
+def parse_args() -> tuple[Args, dict[str, Any] | None]:
+    """The command line; with --resume also the checkpoint, whose settings are then the defaults."""
+    args = parse(Args, __doc__)
+    check_args(args)
+    if args.resume is None:
+        return args, None
+    saved = load_file(args.resume, CHECKPOINT)
+    own = saved["ranks"][0] if saved["ranks"] else None
+    if saved["script"] != trainer.SCRIPT or not isinstance(own, dict) or "arm" not in own:
+        raise SO101Error(f"--resume {args.resume}: not of so101.practice; resume it with the script that wrote it")
+    trust = trust_of(args).also(args.base_policy)
+    then = restore_args(trainer.Args, trainer.check_args, saved["args"], args.resume, trust)
+    task = {name: getattr(then.task, name) for name in ("firmware_p", "tape_margin", "alpha")}
+    before = dataclasses.replace(
+        Args(), seed=then.seed, sac=then.sac, networks=then.networks, server=then.base.server,
+        base_policy=then.base.base_policy, observe_base=then.base.observe_base, **task,
+    )  # fmt: skip
+    args = parse(Args, __doc__, default=before)
+    groups = [(args, before, LEARNED)]
+    groups += [(getattr(args, k), getattr(before, k), vars(getattr(before, k))) for k in ("sac", "networks")]
+    for now, old, names in groups:
+        for name in names:
+            if (new := getattr(now, name)) != getattr(old, name):
+                was = getattr(old, name)
+                raise SO101Error(f"{flag_of(name)} {new}: {args.resume} was trained with {was}; drop the flag")
+    check_args(args)
+    return args, saved
+
+
+def check_time(saved: dict[str, Any], args: Args) -> None:
+    """Raise SO101Error if no time is left for a resumed run."""
+    with restoring(args.resume):
+        done = float(saved["ranks"][0]["arm"]["arm_time_s"]) / 60
+    if done >= args.minutes:
+        raise SO101Error(f"--minutes {args.minutes:g}: {args.resume} has {done:.1f} already; name more")
+
+
+def learner_args(args: Args, task: Task, capacity: int) -> trainer.Args:
+    """Settings for the learner and its checkpoints: complete ones of so101/sac.py."""
+    base = trainer.Base(args.base_policy, args.observe_base, args.server)
+    return trainer.Args(args.seed, capacity, args.sac, args.networks, base, task, Run())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the residual in the loop
+
+
+class PractisingPolicy(StackedPolicy):
+    """A residual that explores, on the base policy of an arm; it keeps the episode's observations and residuals.
+
+    Args:
+        base: the policy that it corrects.
+        task: with scale and observation of the residual.
+        agent: gives the residual.
+        observe_base: whether the residual observes the base policy's action.
+        seed: of the exploration.
+    """
+
+    def __init__(self, base: BasePolicy, task: Task, agent: trainer.Agent, observe_base: bool, seed: int):
+        super().__init__(base)
+        self.task, self.agent, self.observe_base, self.fingerprint = task, agent, observe_base, base.fingerprint
+        self.scale_rad = task.alpha * task.act_scale
+        self.generator = torch.Generator().manual_seed(seed)
+        self.exploring = False  # otherwise the base acts alone
+        self.rows: list[tuple[np.ndarray, np.ndarray]] = []  # observation and residual of each step
+
+    def reset(self, mask: np.ndarray) -> None:
+        """Forget the last episode."""
+        super().reset(mask)
+        self.rows = []
+
+    def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
+        """Joint deltas in rad (1, 6): those of its base policy plus its residual."""
+        base, flat = self.base_delta(obs, mask), flat_observation(obs)
+        if self.task.observe_load:
+            flat = np.concatenate([flat, obs[LOADS]], axis=1)
+        if self.observe_base:
+            flat = np.concatenate([flat, base.astype(np.float32)], axis=1)
+        residual = np.zeros((len(mask), ACT_DIM), np.float32)
+        if self.exploring:
+            residual = self.agent.explore(flat, torch.randn(len(mask), ACT_DIM, generator=self.generator))
+        self.rows.append((flat[0].astype(np.float32), residual[0]))
+        self.residual = self.scale_rad * residual.astype(np.float64)
+        return base + self.residual
+
+    def steps(self, moves: int, complete: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Observations (T + 1, D) and residuals (T, 6) of the episode.
+
+        Args:
+            moves: control steps that the arm has made.
+            complete: whether the arm was seen after the last of them; otherwise that step is left out.
+        """
+        rows = self.rows[len(self.rows) - moves - complete :]  # what was seen before, from aside, does not belong to it
+        if moves + complete == 0:
+            return np.zeros((1, 0), np.float32), np.zeros((0, ACT_DIM), np.float32)
+        return np.stack([obs for obs, _ in rows]), np.array([a for _, a in rows[:-1]]).reshape(-1, ACT_DIM)
+
+
+def make_policy(args: Args, agent: trainer.Agent, base: BasePolicy, task: Task) -> OpenCVPolicy:
+    """The policy of the loop: OpenCV, the residual, and its base."""
+    residual = PractisingPolicy(base, task, agent, args.observe_base, args.seed)
+    policy = OpenCVPolicy(residual, task.tape_margin, args.marks)
+    policy.firmware_p = task.firmware_p
+    return policy
+
+
+def load_base(args: Args) -> tuple[BasePolicy, Task]:
+    """The base policy, and the task with margin and P of this run."""
+    base = load_policy(args.base_policy, args.server)
+    if others := [camera for camera in base.cameras if camera != CAMERA]:
+        raise SO101Error(f"--base-policy {args.base_policy}: needs the camera {others[0]}; the arm only has {CAMERA}")
+    task = getattr(base, "task", None) or Task(firmware_p=LEROBOT_P, arm_randomization=True)
+    changes = {"firmware_p": args.firmware_p, "tape_margin": args.tape_margin, "alpha": args.alpha}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return base, dataclasses.replace(task, observe_load=True, visual_randomization=False, **changes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# practice
+
+
+def open_arm(args: Args, task: Task) -> tuple[Robot, Clock]:
+    """The arm that --robot names, and its clock."""
+    if args.robot == "sim" and args.virtual_time:
+        robot = VirtualRobot(task, args.flaws)
+        return robot, VirtualClock(robot)
+    if args.robot == "sim":
+        return SimulatedRobot(task, flaws=args.flaws), Clock()
+    return drive.make_robot(drive_args(args), task), Clock()
+
+
+class Practice:
+    """Episodes and resets on an arm, whose steps a learner gets.
+
+    Args:
+        args: settings.
+        loop: the control loop, with an OpenCVPolicy on a PractisingPolicy.
+        task: of the residual.
+        learner: a LocalLearner or a LearnerProcess.
+        run_dir: where pictures go.
+    """
+
+    def __init__(self, args: Args, loop: Loop, task: Task, learner: LocalLearner | LearnerProcess, run_dir: Path):
+        self.args, self.loop, self.task, self.learner, self.run_dir = args, loop, task, learner, run_dir
+        self.residual: PractisingPolicy = loop.policy.base
+        env = SO101ResidualVectorEnv(1, task=task, max_episode_steps=args.sac.train_episode_steps)
+        self.judge = Judge(env, args.sac.gamma if args.sac.shaping else None)
+        self.scene_reset = SceneReset(loop, task, loop.policy.locator)
+        self.rng = np.random.default_rng((args.seed, 1))  # of starts; the simulated arm draws its own by the seed alone
+        self.records: list[dict[str, Any]] = []
+        self.steps, self.hands, self.earlier_s = 0, 0, 0.0  # steps learned from; arm time of earlier runs
+
+    @property
+    def arm_time_s(self) -> float:
+        """Arm time, of earlier runs, too."""
+        return self.earlier_s + self.loop.clock.ticks / CONTROL_HZ
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs of this process."""
+        return {
+            "generator": self.residual.generator.get_state(), "rng": to_plain(self.rng.bit_generator.state),
+            "arm_time_s": self.arm_time_s, "hands": self.hands,
+        }  # fmt: skip
+
+    def set_state(self, saved: dict[str, Any], path: str) -> None:
+        """Go on from the checkpoint at path, whose content is `saved`."""
+        with restoring(path):
+            own = saved["ranks"][0]["arm"]
+            self.residual.generator.set_state(own["generator"])
+            self.rng.bit_generator.state = to_numpy(own["rng"])
+            self.earlier_s, self.hands = float(own["arm_time_s"]), int(own["hands"])
+            self.records = [dict(record) for record in saved["recorder"]["recent_episodes"]]
+            self.steps = saved["global_step"]
+
+    def start(self) -> None:
+        """Before the first episode: a sheet on the table, and torque."""
+        self.loop.controller.reset()
+        if self.args.robot == "sim":
+            self.loop.robot.reset(self.args.seed)
+        else:
+            ask("lay the sheet beside the tape, keep clear of the arm, and press Enter (Ctrl+C stops at any time) ")
+            self.loop.enable()
+        self.loop.measure()
+
+    def run(self) -> Iterator[dict[str, Any]]:
+        """Practise until the time is over; the record of every episode, once the learner has it."""
+        self.start()
+        while self.arm_time_s < 60 * self.args.minutes:
+            before = self.loop.clock.ticks
+            hands = self.reset_scene()
+            reset_ticks = self.loop.clock.ticks - before
+            began = time.perf_counter()
+            set_weights(self.residual.agent, self.learner.take())
+            waited_s = time.perf_counter() - began
+            lesson = self.episode({"reset_ticks": reset_ticks, "hands": hands, "waited_s": waited_s})
+            self.learner.give(lesson)
+            self.records.append(lesson.record)
+            yield lesson.record
+        set_weights(self.residual.agent, self.learner.take())
+
+    def reset_scene(self) -> int:
+        """Bring the sheet to a new start and the arm home; returns how often a hand had to lay it."""
+        for hands in range(MAX_HANDS + 1):
+            try:
+                # a sheet that stays where an episode has failed makes every further episode start there
+                self.scene_reset.run(self.rng, fresh=bool(self.records) and not hands)
+                return hands
+            except (HandNeeded, Blind) as error:
+                if hands == MAX_HANDS:
+                    raise
+                self.hands += 1
+                if self.loop.controller.joints_rad[1] > RAISED_RAD[1]:
+                    self.loop.lift()
+                self.loop.go(RAISED_RAD)
+                picture = self.run_dir / "hand.png"
+                self.scene_reset.save_picture(picture, str(error))
+                if self.args.robot == "sim":
+                    self.loop.robot.lay_sheet(int(self.rng.integers(2**31)))
+                else:
+                    ask(f"{error} (see {picture}); then press Enter ")
+                self.loop.measure()
+        raise AssertionError("the loop returns or raises")
+
+    def episode(self, record: dict[str, Any]) -> Lesson:
+        """One episode; its lesson for the learner, with the record completed."""
+        film = None
+        if len(self.records) % FILMED == 0:
+            film = CameraFilm("episode.mp4", self.task.tape_margin, every=FILM_EVERY)
+        self.loop.film, self.residual.exploring = film, self.steps >= self.args.sac.learning_starts
+        missed, result, trouble = self.loop.clock.missed, {"seen_inside": False}, ""
+        try:
+            result = self.loop.episode(self.args.sac.train_episode_steps, self.task.tape_margin)
+        except Blind as blind:
+            trouble = str(blind)
+        obs, actions = self.residual.steps(self.loop.moves, complete=not trouble)
+        rewards = self.judge.rewards(obs, actions, result["seen_inside"])
+        self.loop.film = None
+        self.steps += len(actions)
+        record |= {
+            "episode": len(self.records) + 1, "success": result["seen_inside"], "steps": self.loop.moves,
+            "return": float(rewards.sum()), "arm_time_s": self.arm_time_s, "trouble": trouble,
+            "exploring": self.residual.exploring, "missed": self.loop.clock.missed - missed,
+            "residual_magnitude": float(np.linalg.norm(actions, axis=1).mean()) if len(actions) else 0.0,
+        }  # fmt: skip
+        episode = Episode(obs, actions, rewards, bool(result["seen_inside"]))
+        return Lesson(episode, record, self.state(), film.frames if film else [])
+
+
+def print_report(practice: Practice, run_dir: Path, args: Args) -> None:
+    """Print how it went, and the commands that use the result."""
+    records, model = practice.records, run_dir / MODEL
+    if not records or not model.exists():
+        print("no episode was learned from")
+        return
+    first, last = (np.mean([each["success"] for each in part]) for part in (records[:RECENT], records[-RECENT:]))
+    ticks, missed = (sum(each[name] for each in records) for name in ("steps", "missed"))
+    print(f"{len(records)} episodes in {practice.arm_time_s / 60:.1f} minutes of arm time, {practice.steps} steps")
+    print(
+        f"success of the first {min(RECENT, len(records))} {first:.2f}, of the last {last:.2f}, as seen by the camera"
+    )
+    print(f"hands {practice.hands}, missed deadlines {missed} of {ticks}", end=", ")
+    print(f"waited for the learner {sum(each['waited_s'] for each in records):.1f} s")
+    allow = allow_flags([*trust_of(args).allow, args.base_policy])
+    print(f"run:      {command_of('so101.drive')} --model {model}{allow}")
+    print(f"evaluate: {command_of('eval_so101.py')} --model {model}{allow}")
+    print(f"go on:    {command_of('so101.practice')} --resume {model} --minutes {2 * args.minutes:g}{allow}")
+
+
+def main() -> int:
+    """Practise; returns the exit code."""
+    args, saved = parse_args()
+    import_extra("cv2", "arm", "python -m so101.practice")  # fails early, before the arm moves
+    torch.set_num_threads(1)  # leaves the other cores to the learner, the simulation or the camera
+    args.base_policy = args.base_policy or f"onnx:{os.path.relpath(ASSETS / 'arm.onnx')}"
+    base, task = load_base(args)
+    capacity = round(60 * args.minutes * CONTROL_HZ) + args.sac.train_episode_steps
+    settings = learner_args(args, task, capacity)
+    trainer.check_args(settings)
+    agent = trainer.Agent(settings)
+    check_memory("--minutes", 8 * capacity * (agent.features.dim + ACT_DIM))
+    if saved:
+        check_base(saved, args.base_policy, base, args.resume)
+        check_time(saved, args)
+        run_dir = Path(args.resume).parent
+    else:
+        name = args.run_name or f"practice_{time.strftime('%Y%m%d-%H%M%S')}_s{args.seed}"
+        run_dir = new_run_dir(Path(args.log_dir), name, "tensorboard")
+        write_json(run_dir / "config.json", describe_run(SCRIPT, args))
+    say(f"everything goes to {run_dir}; to watch: tensorboard --logdir {run_dir}")
+    run = LearnerRun(settings, capacity, run_dir, base.fingerprint, Path(args.resume) if saved else None)
+    learner = (LearnerProcess if args.learner_process else LocalLearner)(run)
+    policy, practice = make_policy(args, agent, base, task), None
+    try:
+        with (
+            contextlib.closing(base), contextlib.closing(learner),
+            drive.arm_loop(drive_args(args), policy, task, lambda _, task: open_arm(args, task)) as loop,
+        ):  # fmt: skip
+            practice = Practice(args, loop, task, learner, run_dir)
+            if saved:
+                practice.set_state(saved, args.resume)
+            follow(practice)
+    except SO101Error as error:
+        model = run_dir / MODEL
+        raise SO101Error(f"{error}; resume with --resume {model}" if model.exists() else str(error)) from error
+    finally:
+        if practice is not None:
+            print_report(practice, run_dir, args)
+    return 0
+
+
+def follow(practice: Practice) -> None:
+    """Practise to the end, and show arm time and success."""
+    total = 60 * practice.args.minutes
+    with tqdm(
+        total=round(total), initial=round(practice.arm_time_s), unit="s", dynamic_ncols=True, disable=None
+    ) as bar:
+        for record in practice.run():
+            recent = np.mean([each["success"] for each in practice.records[-RECENT:]])
+            bar.set_description_str(f"success {recent:.2f}", refresh=False)
+            bar.update(min(round(record["arm_time_s"]), bar.total) - bar.n)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,373 @@
+"""Practice on an arm: rewards, learner, files, and what ends a run; in virtual time."""
+
+import json
+import shutil
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_equal_training_state, load, run_script
+
+from so101 import drive, practice, sac
+from so101.learner import MODEL, Episode, Judge, Learner, LearnerProcess, Lesson, LocalLearner, Run, Worker
+from so101.loop import Loop
+from so101.robot import RobotError
+from so101.simulated_arm import SimulatedArm
+from so101.virtual_time import VirtualClock, VirtualRobot
+from so101_env import SO101ResidualVectorEnv, Task
+
+pytest.importorskip("cv2")
+pytest.importorskip("onnxruntime")
+
+TASK = Task(firmware_p=16, observe_load=True)
+SETTINGS = sac.Args(
+    seed=3, sac=sac.SAC(num_envs=1, learning_starts=30, batch_size=32, updates_per_step=2), task=TASK,
+    base=sac.Base("jacobian", observe_base=True), networks=sac.Networks(hidden_size=16),
+)  # fmt: skip
+# a run of half a minute of arm time
+SMALL = (
+    "--virtual-time --minutes 0.5 --seed 3 --train-episode-steps 25 --learning-starts 25 --hidden-size 16 "
+    "--batch-size 32 --base-policy jacobian"
+)
+
+
+def make_lesson(number: int, steps: int = 20) -> Lesson:
+    rng = np.random.default_rng(number)
+    obs = rng.normal(0, 0.1, (steps + 1, 37)).astype(np.float32)
+    obs[:, 9] = 1.0  # w of the quaternion
+    actions, rewards = rng.uniform(-1, 1, (steps, 6)).astype(np.float32), rng.normal(size=steps).astype(np.float32)
+    record = dict.fromkeys(("arm_time_s", "return", "residual_magnitude", "reset_ticks", "hands", "missed"), 1.0)
+    record |= {"waited_s": 0.0, "success": bool(number % 2), "steps": steps}
+    return Lesson(Episode(obs, actions, rewards, bool(number % 2)), record, {"arm_time_s": 1.0}, [])
+
+
+def practise(monkeypatch, log_dir, *flags: str) -> int:
+    """Run the script in this process, as a user does; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["practice.py", "--log-dir", str(log_dir), *SMALL.split(), *flags])
+    return practice.run_script(practice.main)
+
+
+@pytest.fixture(scope="module")
+def practised(tmp_path_factory):
+    """The directory of a small finished run, with the learner in a process of its own."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        log_dir = tmp_path_factory.mktemp("logs")
+        assert practise(monkeypatch, log_dir) == 0
+    return next(log_dir.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rewards
+
+
+@pytest.mark.parametrize("gamma", [None, 0.98])
+def test_rewards_of_what_is_seen_are_those_of_the_task(gamma):
+    """On observations without errors they are the environment's own, shaped and with success."""
+    envs = SO101ResidualVectorEnv(1, "jacobian", randomize=False, shaping_gamma=gamma)
+    judge = Judge(SO101ResidualVectorEnv(1, task=envs.task), gamma)
+    obs, info = envs.reset(seed=5)
+    rows, actions, rewards, done = [obs[0]], [], [], False
+    rng = np.random.default_rng(0)
+    while not done:
+        action = 0.3 * rng.uniform(-1, 1, (1, 6)).astype(np.float32)
+        obs, reward, terminated, truncated, info = envs.step(action)
+        done = bool(terminated[0] | truncated[0])
+        rows.append(info["final_obs"][0] if "final_obs" in info else obs[0])
+        actions.append(action[0])
+        rewards.append(reward[0])
+    assert terminated[0]  # by success
+    seen = judge.rewards(np.array(rows), np.array(actions), success=True)
+    np.testing.assert_allclose(seen, rewards, atol=2e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the learner
+
+
+def test_episodes_enter_the_buffer_as_they_were():
+    learner = Learner(SETTINGS, 100)
+    for number in (0, 1):
+        learner.learn(make_lesson(number).episode)
+    buffer, lesson = learner.buffer, make_lesson(1).episode
+    assert buffer.rows == 40 and learner.first_rows == 40  # both episodes began within learning_starts
+    assert torch.equal(buffer.data["actions"][20:40, 0], torch.from_numpy(lesson.actions))
+    assert torch.equal(buffer.data["next_x"][20:39], buffer.data["x"][21:40])
+    assert buffer.data["dones"][:40].flatten().nonzero().flatten().tolist() == [19, 39]
+    assert buffer.data["terminations"][:40].flatten().nonzero().flatten().tolist() == [39]
+    assert torch.equal(buffer.data["next_x"][39], learner.agent.features(lesson.obs[-1:])[:, 0])
+
+
+def test_as_many_updates_as_the_steps_are_worth(monkeypatch):
+    done, update = [], sac.update
+    monkeypatch.setattr(sac, "update", lambda *args: (done.append(args[4]), update(*args))[1])
+    learner = Learner(SETTINGS, 1000)
+    assert learner.learn(make_lesson(0).episode) == {}  # learning_starts has not come
+    metrics = learner.learn(make_lesson(1, 25).episode)
+    assert sum(done) == 50 and max(done) == 16 and {"critic_loss", "entropy"} <= metrics.keys()
+    assert learner.learn(Episode(np.zeros((1, 37), np.float32), np.zeros((0, 6)), np.zeros(0), False)) == {}
+
+
+def test_the_learner_is_the_same_in_this_process_and_in_its_own(tmp_path):
+    """Weights, buffer and files, to the bit; and a resumed one goes on as if it had not been stopped."""
+    runs = {}
+    for kind, learner_class in (("local", LocalLearner), ("process", LearnerProcess)):
+        (directory := tmp_path / kind).mkdir()
+        learner = learner_class(Run(SETTINGS, 200, directory, ""))
+        answers = [learner.take()]
+        for number in range(4):
+            learner.give(make_lesson(number))
+            answers.append(learner.take())
+            if number == 2 and kind == "local":
+                shutil.copy(directory / MODEL, tmp_path / "third.pt")
+        learner.close()
+        runs[kind] = answers
+    for one, other in zip(*runs.values()):
+        assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+    assert any(not np.array_equal(runs["local"][0][name], runs["local"][-1][name]) for name in runs["local"][0])
+    assert_equal_training_state(tmp_path / "local" / MODEL, tmp_path / "process" / MODEL)
+    (directory := tmp_path / "resumed").mkdir()
+    worker = Worker(Run(SETTINGS, 200, directory, "", tmp_path / "third.pt"))
+    worker.work(make_lesson(3))
+    worker.close()
+    assert_equal_training_state(tmp_path / "local" / MODEL, directory / MODEL)
+
+
+def test_a_lesson_that_was_given_is_learned_although_the_run_ends(tmp_path):
+    learner = LearnerProcess(Run(SETTINGS, 200, tmp_path, ""))
+    learner.take()
+    learner.give(make_lesson(0))
+    learner.close()
+    assert load(tmp_path / MODEL)["global_step"] == 20
+
+
+def test_a_loss_that_is_not_finite_ends_the_learner_with_a_reason(tmp_path):
+    learner = LearnerProcess(Run(SETTINGS, 200, tmp_path, ""))
+    learner.take()
+    lesson = make_lesson(0, 40)
+    lesson.episode.rewards[:] = np.inf
+    learner.give(lesson)
+    with pytest.raises(practice.SO101Error, match="NaN or Inf in the loss: try a lower --learning-rate"):
+        learner.take()
+    learner.close()
+    assert not (tmp_path / MODEL).exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs
+
+
+def test_a_run_leaves_a_checkpoint_for_all_commands(practised, tmp_path):
+    saved = load(practised / MODEL)
+    lines = [json.loads(line) for line in (practised / "episodes.jsonl").read_text().splitlines()]
+    assert saved["global_step"] == sum(line["steps"] for line in lines) == len(saved["ranks"][0]["buffer"]["x"])
+    assert lines == saved["recorder"]["recent_episodes"] and lines[-1]["arm_time_s"] >= 30
+    assert not lines[0]["exploring"] and lines[-1]["exploring"]
+    assert saved["ranks"][0]["buffer"]["actions"][: saved["ranks"][0]["first_rows"]].abs().max() == 0
+    done = run_script("eval_so101.py", "--model", str(practised / MODEL), "--episodes", "2")
+    assert done.returncode == 0, done.stderr
+    policy, task = drive.make_policy(drive.Args(model=str(practised / MODEL)))
+    robot = VirtualRobot(task)
+    robot.reset(1)
+    controller = drive.Controller(drive.load_model(task.tape_margin), task.firmware_p)
+    loop = Loop(robot, policy, controller, VirtualClock(robot))
+    loop.measure()
+    assert loop.episode(3, task.tape_margin)["ticks"] == 3 and np.abs(policy.base.residual).max() > 0
+
+
+def test_every_episode_has_a_new_start(practised):
+    """Also after a failure, when the sheet lies at a fair start already."""
+    saved = load(practised / MODEL)
+    buffer = saved["ranks"][0]["buffer"]
+    begins = [0, *(buffer["dones"][:-1, 0].nonzero().flatten() + 1).tolist()]
+    sheets = 0.1 * buffer["x"][begins, 0, 12:14]  # m, from the tape's centre
+    assert not all(record["success"] for record in saved["recorder"]["recent_episodes"])
+    assert (sheets[1:] - sheets[:-1]).norm(dim=1).min() > 0.01
+
+
+def test_the_film_is_a_gif_for_tensorboard(practised):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = (practised / "tensorboard").iterdir()
+    accumulator = EventAccumulator(str(events)).Reload()
+    (film,) = accumulator.Images("last_episode")[:1]
+    assert film.width == 160 and film.height == 120 and film.encoded_image_string.startswith(b"GIF89a")
+    assert "Success/practice" in accumulator.Tags()["scalars"]
+
+
+def test_a_resumed_run_goes_on_with_buffer_and_counters(practised, tmp_path, monkeypatch, capsys):
+    copied = shutil.copytree(practised, tmp_path / "copied")
+    before = load(copied / MODEL)
+    flags = ["--virtual-time", "--resume", str(copied / MODEL)]
+    monkeypatch.setattr(sys, "argv", ["practice.py", *flags, "--minutes", "0.5"])
+    assert practice.run_script(practice.main) == 2
+    assert "already; name more" in capsys.readouterr().err
+    minutes = before["ranks"][0]["arm"]["arm_time_s"] / 60 + 0.2
+    monkeypatch.setattr(sys, "argv", ["practice.py", *flags, "--minutes", str(minutes)])
+    assert practice.run_script(practice.main) == 0
+    after = load(copied / MODEL)
+    count = before["global_step"]
+    assert after["global_step"] > count and after["ranks"][0]["first_rows"] == before["ranks"][0]["first_rows"]
+    assert torch.equal(after["ranks"][0]["buffer"]["x"][:count], before["ranks"][0]["buffer"]["x"])
+    records = after["recorder"]["recent_episodes"]
+    assert records[: len(before["recorder"]["recent_episodes"])] == before["recorder"]["recent_episodes"]
+    assert records[len(before["recorder"]["recent_episodes"])]["exploring"]  # no further demonstrations
+    assert records[-1]["arm_time_s"] >= 60 * minutes and records[-1]["episode"] == len(records)
+
+
+def test_the_learner_gets_nothing_that_an_arm_does_not_have(practised, tmp_path, monkeypatch):
+    """With every source of true states poisoned, and the learner in this process, the run is the same to the bit."""
+
+    def poisoned(*args):
+        raise AssertionError("the truth was asked for")
+
+    class Poisoned(SO101ResidualVectorEnv):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.arms.qpos[:] = np.nan
+
+        scene = observe = step = reset = poisoned
+
+    monkeypatch.setattr(SimulatedArm, "truth", poisoned)
+    monkeypatch.setattr(VirtualRobot, "truth", poisoned)
+    monkeypatch.setattr(practice, "SO101ResidualVectorEnv", Poisoned)
+    assert practise(monkeypatch, tmp_path, "--no-learner-process") == 0
+    (own,) = tmp_path.iterdir()
+    files = [load(each / MODEL) for each in (practised, own)]
+    for saved in files:
+        for record in saved["recorder"]["recent_episodes"]:
+            record["waited_s"] = 0.0
+    for path, saved in zip((tmp_path / "one.pt", tmp_path / "other.pt"), files):
+        torch.save(saved, path)
+    assert_equal_training_state(tmp_path / "one.pt", tmp_path / "other.pt")
+
+
+class TorqueRobot(VirtualRobot):
+    """Under torque; notes how it is left."""
+
+    left: list = []
+
+    def __init__(self, task, flaws):
+        super().__init__(task, flaws)
+        self.enabled, self.pictures_left = True, 10**9
+
+    def relax(self):
+        self.left.append(self.arm.joints_rad)
+        self.enabled = False
+        return []
+
+    def picture(self):
+        self.pictures_left -= 1
+        if self.pictures_left < 0:
+            raise RobotError("the camera is lost")
+        return super().picture()
+
+
+def end_after(monkeypatch, tmp_path, capsys, end, episodes: int, code: int = 2) -> tuple[dict, str, str]:
+    """A run whose `end(practice)` is called after some episodes; the checkpoint, the last line on stderr, stdout."""
+    run = practice.Practice.run
+
+    def ending(self):
+        for number, record in enumerate(run(self)):
+            yield record
+            if number == episodes - 1:
+                end(self)
+
+    TorqueRobot.left.clear()
+    monkeypatch.setattr(practice, "VirtualRobot", TorqueRobot)
+    monkeypatch.setattr(practice.Practice, "run", ending)
+    assert practise(monkeypatch, tmp_path) == code
+    (joints,) = TorqueRobot.left
+    assert joints[1] < -1.5 and joints[2] > 1.3  # folded
+    (run_dir,) = tmp_path.iterdir()
+    output = capsys.readouterr()
+    return load(run_dir / MODEL), output.err.strip().splitlines()[-1], output.out
+
+
+def test_a_learner_that_dies_costs_one_episode(monkeypatch, tmp_path, capsys):
+    saved, line, _ = end_after(monkeypatch, tmp_path, capsys, lambda run: run.learner.process.kill(), 3)
+    assert len(saved["recorder"]["recent_episodes"]) in (2, 3)
+    assert "the learner's process has ended (exit code -9); resume with --resume" in line
+
+
+def test_a_camera_that_is_lost_costs_one_episode(monkeypatch, tmp_path, capsys):
+    def lose(run):
+        run.loop.robot.pictures_left = 0
+
+    saved, line, _ = end_after(monkeypatch, tmp_path, capsys, lose, 3)
+    assert len(saved["recorder"]["recent_episodes"]) == 3
+    assert "the camera is lost; resume with --resume" in line
+
+
+def test_ctrl_c_in_an_episode_costs_that_episode(monkeypatch, tmp_path, capsys):
+    def press_later(run):
+        move, left = run.loop.move, [5]
+
+        def moving(delta):
+            left[0] -= 1
+            if left[0] == 0:
+                signal.raise_signal(signal.SIGINT)
+            move(delta)
+
+        run.loop.move = moving  # only episodes move by it, resets have a loop of their own
+
+    saved, _, out = end_after(monkeypatch, tmp_path, capsys, press_later, 2, code=128 + signal.SIGINT)
+    assert len(saved["recorder"]["recent_episodes"]) == 2
+    assert "2 episodes in" in out and "go on: " in out
+
+
+def test_a_sheet_that_cannot_be_reset_needs_a_hand_and_shows_a_picture(monkeypatch, tmp_path):
+    """A sheet out of reach is laid anew, and counted."""
+    run = practice.Practice.start
+
+    def start(self):
+        run(self)
+        self.loop.robot.arm.lay_sheet(None)  # out of reach
+
+    monkeypatch.setattr(practice.Practice, "start", start)
+    assert practise(monkeypatch, tmp_path, "--minutes", "0.3") == 0
+    (run_dir,) = tmp_path.iterdir()
+    assert load(run_dir / MODEL)["ranks"][0]["arm"]["hands"] >= 1 and (run_dir / "hand.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["--base-policy", "zero"], "--base-policy zero: an arm needs a policy"),
+        (["--base-policy", "opencv:jacobian"], "drop opencv:"),
+        (["--minutes", "0"], "--minutes"),
+        (["--robot", "arm"], "--robot arm: give sim, or lerobot:PORT"),
+        (["--robot", "lerobot:/nowhere", "--gain", "0.7"], "--gain: only the simulated arm"),
+        (["--robot", "lerobot:/nowhere", "--virtual-time"], "--virtual-time: --robot lerobot:/nowhere runs in real"),
+        (["--gain", "9"], "--gain"),
+        (["--num-envs", "2"], "--num-envs"),
+        (["--gamma", "2"], "--gamma"),
+        (["--alpha", "2"], "--alpha"),
+        (["--resume", "none.pt"], "none.pt: no such file"),
+        (["--resume", "none.pt", "--run-name", "x"], "--run-name"),
+    ],
+)
+def test_flags_that_cannot_be_used(monkeypatch, capsys, flags, reason):
+    monkeypatch.setattr(sys, "argv", ["practice.py", *flags])
+    assert practice.run_script(practice.main) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_what_was_learned_cannot_change(practised, monkeypatch, capsys):
+    for flag, value in (("--gamma", "0.9"), ("--alpha", "0.5"), ("--base-policy", "onnx:assets/arm.onnx")):
+        monkeypatch.setattr(sys, "argv", ["practice.py", "--resume", str(practised / MODEL), flag, value])
+        assert practice.run_script(practice.main) == 2
+        assert f"{flag} " in (line := capsys.readouterr().err) and "was trained with" in line
+
+
+def test_steps_from_aside_and_after_the_view_is_lost_do_not_count():
+    policy = practice.PractisingPolicy(drive.load_policy("jacobian"), TASK, None, True, 1)
+    policy.rows = [(np.full(37, i, np.float32), np.full(6, i, np.float32)) for i in range(5)]  # two from aside
+    obs, actions = policy.steps(moves=2, complete=True)
+    assert obs[:, 0].tolist() == [2, 3, 4] and actions[:, 0].tolist() == [2, 3]
+    obs, actions = policy.steps(moves=3, complete=False)
+    assert obs[:, 0].tolist() == [2, 3, 4] and actions[:, 0].tolist() == [2, 3]
+    obs, actions = policy.steps(moves=0, complete=False)
+    assert len(obs) == 1 and len(actions) == 0
+    assert Judge(SO101ResidualVectorEnv(1, task=TASK), 0.98).rewards(obs, actions, success=False).shape == (0,)
