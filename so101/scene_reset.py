@@ -40,7 +40,7 @@ from so101_sim.scene import CONTROL_HZ
 # the drag
 
 RISE, REACH, LOWER, DRAG, LIFT, DONE = range(6)  # stages
-INSET_M = 0.02  # press the sheet at least this far inside its edges
+INSET_M = 0.03  # press the sheet at least this far inside its edges
 NEAR_M, FAR_M = 0.085, 0.285  # from the shoulder_pan axis: here the gripper reaches the table and points down
 LEAN_M, LEAN_RAD_PER_M = 0.27, 6.3  # farther out it has to lean outwards, by so much more per m
 GRID = np.stack(np.meshgrid(*[np.linspace(-1, 1, 13)] * 2, indexing="ij"), -1).reshape(-1, 2) * (SHEET_HALF_M - INSET_M)
@@ -83,10 +83,11 @@ class DragPolicy(TipPolicy):
     RESTING_M, STUCK_STEPS = 0.0001, 60  # a sheet is stuck if it still moves less than this per control step
     TOLERANCE_M, COAST_STEPS = 0.006, 3  # near enough to the goal, where the sheet will be in so many control steps
     SHARE, AIR_RAD = 0.12, 0.02  # of the remaining way in the air per control step; largest motion of a joint in it
+    SINK_M, LOWER_SHARE = 0.0022, 0.25  # lowered slowly: with backlash the tip drifts meanwhile
     PITCH_GAIN = 0.1  # an arm with latency oscillates with more
     PASSING_M = 0.02  # a sheet this near that slides past the goal is let go
     CENTERED_M = 0.006  # near enough to the point to press at
-    SLACK_M = 0.012  # once down, the tip may be this far nearer to the edge than INSET_M before it is lifted
+    SLACK_M = 0.022  # once down, the tip may be this far nearer to the edge than INSET_M before it is lifted
     # the tip is sent ahead of its way by this much at first in a drag, by this share of its lag more, and at most
     FIRST_LEAD_M, LEAD_SHARE, MAX_LEAD_M = 0.004, 0.25, 0.012
     BRAKE_SHARE = 0.5  # and less, where it is faster than wanted
@@ -134,7 +135,8 @@ class DragPolicy(TipPolicy):
         dragging = stage == DRAG
 
         to_point = sheet + rotate(np.nan_to_num(self.memory["point"]), yaw) - tip[:, :2]
-        motion = np.where(((stage == REACH) | (stage == LOWER))[:, None], self.SHARE * to_point, 0.0)
+        share = np.select([stage == REACH, stage == LOWER], [self.SHARE, self.LOWER_SHARE], 0.0)
+        motion = share[:, None] * to_point
         motion = np.where(dragging[:, None], self.goal[:, :2] - sheet, motion)
         longest = np.where(dragging, self.DRAG_M, self.REACH_M)
         motion *= np.minimum(longest / np.maximum(np.linalg.norm(motion, axis=1), 1e-9), 1.0)[:, None]
