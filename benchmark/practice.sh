@@ -51,7 +51,7 @@ run() { # ROW NAME SEED FLAGS...: the included policy before, or after practice 
 }
 export -f run
 
-for seed in before $SEEDS; do
+for seed in $SEEDS before; do
   while IFS="|" read -r row name flags; do
     case " $ROWS " in *" $row "*) printf '%s\0%s\0%s\0%s\0' "$row" "$name" "$seed" "$flags" ;; esac
   done <<< "$all"
