@@ -4,6 +4,8 @@
 #   bash benchmark/practice.sh                 # five seeds of each row, in virtual time: about five hours on two cores
 #   SEEDS="1" ROWS="gain backlash" bash benchmark/practice.sh
 #
+# MODEL     policy to start from, a checkpoint (default: one that has seen no such arms in training,
+#           unlike the included one; it is trained first)
 # SEEDS     seeds of the practice (1 to 5)
 # ROWS      rows to run: nothing, lift, gain, backlash, finger, table (all of them)
 # MINUTES   arm time of the practice (20)
@@ -18,6 +20,7 @@ cd "$(dirname "$0")/.."
 
 JOBS=${JOBS:-$(env -u OMP_NUM_THREADS nproc)} # nproc reports OMP_NUM_THREADS if it is set
 ROWS=${ROWS:-nothing lift gain backlash finger table} SEEDS=${SEEDS:-1 2 3 4 5} OUT=${OUT-benchmark/results/practice}
+export MODEL=${MODEL:-${RUNS:-logs/benchmark/practice}/naive/run/final_model.pt}
 export MINUTES=${MINUTES:-20} EPISODES=${EPISODES:-40} RUNS=${RUNS:-logs/benchmark/practice} OMP_NUM_THREADS=1
 
 # row | its name in benchmark/reality_gap.py | flags of so101.practice that make the same arm
@@ -33,12 +36,12 @@ run() { # ROW NAME SEED FLAGS...: the included policy before, or after practice 
   shift 3
   mkdir -p "$dir"
   if [ "$seed" = before ]; then
-    [ -e "$dir/before.json" ] || python benchmark/reality_gap.py --rows "$name" --episodes "$EPISODES" \
-      --json "$dir/before.json" > "$dir/before.txt" 2>&1 || { echo "$row: FAILED, see $dir/before.txt" && return 1; }
+    [ -e "$dir/before.json" ] || python benchmark/reality_gap.py --model "$MODEL" --rows "$name" \
+      --episodes "$EPISODES" --json "$dir/before.json" > "$dir/before.txt" 2>&1 || { echo "$row: FAILED, see $dir/before.txt" && return 1; }
   elif [ ! -e "$dir/seed_$seed.json" ]; then
     rm -rf "$dir/seed_$seed"
     if ! {
-      python -m so101.practice --virtual-time "$@" --seed "$seed" --minutes "$MINUTES" --log-dir "$dir" \
+      python -m so101.practice --virtual-time --base-policy "checkpoint:$MODEL" "$@" --seed "$seed" --minutes "$MINUTES" --log-dir "$dir" \
         --run-name "seed_$seed" &&
         python benchmark/reality_gap.py --model "$dir/seed_$seed/practice_model.pt" --rows "$name" \
           --episodes "$EPISODES" --json "$dir/seed_$seed.json"
@@ -51,6 +54,11 @@ run() { # ROW NAME SEED FLAGS...: the included policy before, or after practice 
 }
 export -f run
 
+if [ ! -e "$MODEL" ]; then # three minutes
+  rm -rf "$RUNS/naive"
+  python ppo_residual_so101.py --full-randomization --firmware-p 16 --total-timesteps 300000 --eval-every 0 --seed 1 \
+    --log-dir "$RUNS/naive" --run-name run
+fi
 for seed in $SEEDS before; do
   while IFS="|" read -r row name flags; do
     case " $ROWS " in *" $row "*) printf '%s\0%s\0%s\0%s\0' "$row" "$name" "$seed" "$flags" ;; esac
