@@ -130,7 +130,7 @@ def test_where_the_arm_hides_the_sheet_it_looks_from_aside():
     loop.policy.reset(mask)
     loop.measure()
     with pytest.raises(Blind, match="the sheet cannot be made out"):
-        loop._ask(mask)
+        loop.act(mask)
     assert loop.episode(1, TASK.tape_margin)["ticks"] == 1
     np.testing.assert_allclose(loop.controller.joints_rad, HOME_RAD, atol=0.05)
     np.testing.assert_allclose(loop.policy.estimate[0, :2], loop.robot.arm.truth()["sheet"][:2], atol=0.005)
