@@ -5,6 +5,7 @@ It uses what an arm and its camera measure: joints, and the locator's pose of th
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -220,6 +221,7 @@ class DragPolicy(TipPolicy):
 GOAL_DRAWS = 300
 NEAR_TRIES, MAX_TRIES = 3, 6
 DRAG_STEPS = RISE_STEPS * 2 + sum(PATIENCE_STEPS.values()) + 10  # a drag ends by itself before
+TEXT_COLUMNS = 50  # of text that fit into a picture
 VIEW_PIXELS = 3.0  # a start's corners are at least so far inside the picture
 # the point to press at may be this far out of reach at a start, where the gripper leans a bit, and before a drag
 BEYOND_M, FARTHEST_M = 0.01, 0.05
@@ -391,6 +393,6 @@ class SceneReset:
         if seen and np.isfinite(seen["to_picture"]).all():
             to_picture = scaled(seen["to_picture"][0], self.policy.image_size, image)
         pose = None if self.policy.estimate is None else self.policy.estimate[0]
-        drawn = overlay(image, to_picture, pose, self.tape_margin, text)
+        drawn = overlay(image, to_picture, pose, self.tape_margin, textwrap.fill(text, TEXT_COLUMNS))
         png = cv2.imencode(".png", drawn[..., ::-1])[1].tobytes()
         write_atomic(path, lambda temporary: temporary.write_bytes(png))
