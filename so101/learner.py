@@ -14,7 +14,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ RECENT = 20  # episodes that the success rate averages over
 FILM_EVERY = 3  # control steps per picture of a film
 GIF_WIDTH = 160  # pixels
 NICENESS = 5  # of the learner's process: the arm's comes first
-CLOSE_S = 60.0  # longest wait at the end for the last lesson
+TAKE_S, CLOSE_S = 120.0, 60.0  # longest wait for new weights, and at the end for the last lesson
 
 
 class Episode(NamedTuple):
@@ -276,8 +277,12 @@ class LocalLearner:
         """Hand over an episode; `take` must be called before the next one."""
         self.lesson = lesson
 
-    def take(self) -> dict[str, np.ndarray]:
-        """The weights after the last lesson, by name; at first those that the run starts with."""
+    def take(self, idle: Callable[[], Any] | None = None) -> dict[str, np.ndarray]:
+        """The weights after the last lesson, by name; at first those that the run starts with.
+
+        Args:
+            idle: called at CONTROL_HZ by a learner that is waited for, so that the arm is watched meanwhile.
+        """
         weights = self.worker.learner.weights() if self.lesson is None else self.worker.work(self.lesson)
         self.lesson = None
         return weights
@@ -323,9 +328,15 @@ class LearnerProcess:
         except OSError as error:
             raise self._lost() from error
 
-    def take(self) -> dict[str, np.ndarray]:
-        """See LocalLearner. Waits for the learner."""
+    def take(self, idle: Callable[[], Any] | None = None) -> dict[str, np.ndarray]:
+        """See LocalLearner. Waits for the learner, at most TAKE_S."""
         try:
+            deadline = time.monotonic() + TAKE_S
+            while not self.pipe.poll(1 / CONTROL_HZ):
+                if time.monotonic() > deadline:
+                    raise SO101Error(f"the learner has not answered for {TAKE_S:.0f} s")
+                if idle is not None:
+                    idle()
             answer = self.pipe.recv()
         except (EOFError, OSError) as error:
             raise self._lost() from error

@@ -332,13 +332,13 @@ class Practice:
             hands = self.reset_scene()
             reset_ticks = self.loop.clock.ticks - before
             began = time.perf_counter()
-            set_weights(self.residual.agent, self.learner.take())
+            set_weights(self.residual.agent, self.learner.take(self.loop.robot.watch))
             waited_s = time.perf_counter() - began
             lesson = self.episode({"reset_ticks": reset_ticks, "hands": hands, "waited_s": waited_s})
             self.learner.give(lesson)
             self.records.append(lesson.record)
             yield lesson.record
-        set_weights(self.residual.agent, self.learner.take())
+        set_weights(self.residual.agent, self.learner.take(self.loop.robot.watch))
 
     def reset_scene(self) -> int:
         """Bring the sheet to a new start and the arm home; returns how often a hand had to lay it."""

@@ -142,6 +142,16 @@ def test_a_lesson_that_was_given_is_learned_although_the_run_ends(tmp_path):
     assert load(tmp_path / MODEL)["global_step"] == 20
 
 
+def test_a_learner_that_hangs_is_given_up_and_the_arm_is_watched_meanwhile(tmp_path, monkeypatch):
+    learner, watched = LearnerProcess(Run(SETTINGS, 200, tmp_path, "")), []
+    learner.take()
+    monkeypatch.setattr("so101.learner.TAKE_S", 0.3)
+    with pytest.raises(practice.SO101Error, match="the learner has not answered for 0 s"):
+        learner.take(lambda: watched.append(1))  # it has no lesson, and so never answers
+    assert 1 <= len(watched) <= 12
+    learner.close()
+
+
 def test_a_loss_that_is_not_finite_ends_the_learner_with_a_reason(tmp_path):
     learner = LearnerProcess(Run(SETTINGS, 200, tmp_path, ""))
     learner.take()
