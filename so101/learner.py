@@ -58,7 +58,7 @@ class Lesson(NamedTuple):
     episode: Episode
     record: dict[str, Any]  # the line about it in episodes.jsonl
     arm: dict[str, Any]  # plain values and tensors from which the arm's process can be resumed
-    film: list[Frame]  # of the episode; empty if it was not filmed
+    film: list[Frame]  # of the reset and the episode; empty if they were not filmed
 
 
 def seen_scene(obs: np.ndarray) -> Scene:

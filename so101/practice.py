@@ -56,7 +56,7 @@ from so101_sim.errors import SO101Error
 from so101_sim.scene import ASSETS, CONTROL_HZ
 
 SCRIPT = Path(__file__).name
-FILMED = 10  # one episode of so many is filmed, the first one, too
+FILMED = 10  # one episode of so many is filmed, with the reset before it; the first one, too
 MAX_HANDS = 5  # a sheet that cannot be reset after a person has laid it so often ends the run
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,12 +329,15 @@ class Practice:
         self.start()
         while self.arm_time_s < 60 * self.args.minutes:
             before = self.loop.clock.ticks
+            filmed = len(self.records) % FILMED == 0
+            film = CameraFilm("episode.mp4", self.task.tape_margin, every=FILM_EVERY) if filmed else None
+            self.loop.film = film  # of the reset, too
             hands = self.reset_scene()
             reset_ticks = self.loop.clock.ticks - before
             began = time.perf_counter()
             set_weights(self.residual.agent, self.learner.take(self.loop.robot.watch))
             waited_s = time.perf_counter() - began
-            lesson = self.episode({"reset_ticks": reset_ticks, "hands": hands, "waited_s": waited_s})
+            lesson = self.episode({"reset_ticks": reset_ticks, "hands": hands, "waited_s": waited_s}, film)
             self.learner.give(lesson)
             self.records.append(lesson.record)
             yield lesson.record
@@ -363,12 +366,9 @@ class Practice:
                 self.loop.measure()
         raise AssertionError("the loop returns or raises")
 
-    def episode(self, record: dict[str, Any]) -> Lesson:
-        """One episode; its lesson for the learner, with the record completed."""
-        film = None
-        if len(self.records) % FILMED == 0:
-            film = CameraFilm("episode.mp4", self.task.tape_margin, every=FILM_EVERY)
-        self.loop.film, self.residual.exploring = film, self.steps >= self.args.sac.learning_starts
+    def episode(self, record: dict[str, Any], film: CameraFilm | None) -> Lesson:
+        """One episode; its lesson for the learner, with the record completed, and the film."""
+        self.residual.exploring = self.steps >= self.args.sac.learning_starts
         missed, result, trouble = self.loop.clock.missed, {"seen_inside": False}, ""
         try:
             result = self.loop.episode(self.args.sac.train_episode_steps, self.task.tape_margin)
@@ -376,7 +376,6 @@ class Practice:
             trouble = str(blind)
         obs, actions = self.residual.steps(self.loop.moves, complete=not trouble)
         rewards = self.judge.rewards(obs, actions, result["seen_inside"])
-        self.loop.film = None
         self.steps += len(actions)
         record |= {
             "episode": len(self.records) + 1, "success": result["seen_inside"], "steps": self.loop.moves,

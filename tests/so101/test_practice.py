@@ -1,5 +1,6 @@
 """Practice on an arm: rewards, learner, files, and what ends a run; in virtual time."""
 
+import io
 import json
 import shutil
 import signal
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_equal_training_state, load, run_script
+from PIL import Image
 
 from so101 import drive, practice, sac
 from so101.learner import MODEL, Episode, Judge, Learner, LearnerProcess, Lesson, LocalLearner, Run, Worker
@@ -196,13 +198,14 @@ def test_every_episode_has_a_new_start(practised):
     assert (sheets[1:] - sheets[:-1]).norm(dim=1).min() > 0.01
 
 
-def test_the_film_is_a_gif_for_tensorboard(practised):
+def test_the_film_of_reset_and_episode_is_a_gif_for_tensorboard(practised):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (events,) = (practised / "tensorboard").iterdir()
     accumulator = EventAccumulator(str(events)).Reload()
     (film,) = accumulator.Images("last_episode")[:1]
     assert film.width == 160 and film.height == 120 and film.encoded_image_string.startswith(b"GIF89a")
+    assert Image.open(io.BytesIO(film.encoded_image_string)).n_frames > 20  # an episode alone has at most nine
     assert "Success/practice" in accumulator.Tags()["scalars"]
 
 
