@@ -60,11 +60,9 @@ class SAC:
     base_batch: float = 0.5
     """with a base policy: share of every batch that comes from those first steps, its demonstrations"""
     batch_size: int = 128
-    """samples per gradient step of the critics"""
+    """samples per gradient step"""
     updates_per_step: int = 1
-    """gradient steps of the critics per environment step"""
-    policy_delay: int = 1
-    """gradient steps of the critics per gradient step of the actor"""
+    """gradient steps of critics and actor per environment step"""
     buffer_size: int = 1_000_000
     """newest steps that are kept, over all environments"""
     learning_rate: float = 1e-3
@@ -133,7 +131,7 @@ class Args:
 
 RANGES = {
     "seed": (0, 2**32 - 1), "total_timesteps": (1, 10**10), "num_envs": (1, 4096), "learning_starts": (1, 10**9),
-    "base_batch": (0, 0.9), "batch_size": (1, 2**20), "updates_per_step": (1, 1000), "policy_delay": (1, 1000),
+    "base_batch": (0, 0.9), "batch_size": (1, 2**20), "updates_per_step": (1, 1000),
     "buffer_size": (1000, 10**9), "learning_rate": (1e-9, 10), "gamma": (0, 1), "n_step": (1, 100), "tau": (1e-6, 1),
     "reward_scale": (1e-9, 1e9), "alpha_init": (1e-9, 1e3), "target_entropy": (-100, 100),
     "train_episode_steps": (1, 10**6), "hidden_size": (1, 4096), "num_critics": (1, 100), "log_std_init": (-10, 2),
@@ -356,7 +354,7 @@ def update(
     agent: Agent, optimizers: dict[str, torch.optim.Optimizer], buffer: ReplayBuffer, args: SAC, num_updates: int,
     first_rows: int, generator: torch.Generator,
 ) -> dict[str, float]:  # fmt: skip
-    """Improve the agent by num_updates gradient steps of its critics; returns the metrics averaged over them.
+    """Improve the agent by num_updates gradient steps; returns the metrics averaged over them.
 
     The target critics stay as they are meanwhile, and then follow by as much as they would have in single steps.
     """
@@ -373,17 +371,16 @@ def update(
         targets = args.reward_scale * batch["rewards"] + batch["discounts"] * next_values
 
     history: dict[str, list[torch.Tensor]] = {}
-    for number, mb in enumerate(torch.arange(size).split(args.batch_size)):
+    for mb in torch.arange(size).split(args.batch_size):
         values = q_values(agent.critics, x[mb], actions[mb])
         loss = 0.5 * (values - targets[mb]).square().mean(1).sum()
         step(optimizers["critics"], loss)
         metrics = {"critic_loss": loss, "q_value": values.mean()}
-        if number % args.policy_delay == 0:
-            agent.critics.requires_grad_(False)
-            loss, own = actor_loss(agent, x[mb], noise[1, mb], args.target_entropy)
-            step(optimizers["actor"], loss)
-            agent.critics.requires_grad_(True)
-            metrics |= own
+        agent.critics.requires_grad_(False)
+        loss, own = actor_loss(agent, x[mb], noise[1, mb], args.target_entropy)
+        step(optimizers["actor"], loss)
+        agent.critics.requires_grad_(True)
+        metrics |= own
         for key, value in metrics.items():
             history.setdefault(key, []).append(value.detach())
     with torch.no_grad():

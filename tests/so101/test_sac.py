@@ -18,7 +18,7 @@ from so101_sim.control import ACT_DIM, JOINT_MIRROR
 SCRIPT = "so101.sac"
 TINY = (
     "--total-timesteps 700 --num-envs 2 --learning-starts 100 --batch-size 32 --hidden-size 16 --updates-per-step 2 "
-    "--policy-delay 2 --train-episode-steps 40 --checkpoint-every 256 --eval-every 384 --eval-episodes 2 "
+    "--train-episode-steps 40 --checkpoint-every 256 --eval-every 384 --eval-episodes 2 "
     "--final-eval-episodes 0"
 ).split()
 
@@ -122,7 +122,6 @@ def test_the_base_acts_alone_until_learning_starts(small):
 def test_losses_and_gradients_against_the_formulas(small):
     """One update with a learning rate of zero: its gradients, by torch.distributions and sums over samples."""
     args, agent, buffer = small
-    args.sac.policy_delay = 1
     groups = groups_of(agent)
     optimizers = {name: torch.optim.SGD(group, lr=0.0) for name, group in groups.items()}
     target_critics = copy.deepcopy(agent.target_critics)
