@@ -1,4 +1,4 @@
-"""Success over steps and over wall time, of the sweeps of benchmark/steps_and_time.sh: a table and a picture.
+"""Success over steps and over computing time, of the sweeps of benchmark/steps_and_time.sh: a table and a picture.
 
     python benchmark/steps_and_time.py --runs logs/benchmark/steps_and_time --out benchmark/results/steps_and_time
 
@@ -17,7 +17,6 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from so101.cli import parse, run_script
@@ -41,16 +40,14 @@ class Args:
 
 
 def read_seed(directory: Path) -> dict[int, dict[str, Any]]:
-    """Success, wall time in s, episodes and outcomes of every evaluated model of a seed, by its training steps."""
-    events = EventAccumulator(str(directory / "run" / "tensorboard"), size_guidance={"scalars": 0})
-    events.Reload()
-    speed = np.array([(event.step, event.value) for event in events.Scalars("time/fps")])
+    """Success, CPU time in s, episodes and outcomes of every evaluated model of a seed, by its training steps."""
+    summary = json.loads((directory / "run" / "training_summary.json").read_text())
     results = {}
     for path in [*(directory / "run" / "checkpoints").glob("*.json"), directory / "run" / "final_model.json"]:
         found = json.loads(path.read_text())
         step = found["training_steps"]
         results[step] = {
-            "success": found["success_rate"], "wall_s": step / float(np.interp(step, *speed.T)),
+            "success": found["success_rate"], "cpu_s": summary["cpu_time_s"] * step / summary["total_timesteps"],
             "outcomes": [episode["success"] for episode in found["episode_list"]],
             "commit": found["provenance"]["git"]["commit"],
         }  # fmt: skip
@@ -58,7 +55,7 @@ def read_seed(directory: Path) -> dict[int, dict[str, Any]]:
 
 
 def read_row(directory: Path) -> dict[str, Any]:
-    """All finished seeds of a row: mean success, its interval, worst seed and wall time, for every number of steps."""
+    """All finished seeds of a row: mean success, its interval, worst seed and CPU time, for every number of steps."""
     done = sorted(path.parent for path in directory.glob("seed_*/done"))
     if not done:
         raise SO101Error(f"--runs: {directory} has no finished seed; run benchmark/steps_and_time.sh")
@@ -70,31 +67,31 @@ def read_row(directory: Path) -> dict[str, Any]:
         interval = rate_interval(rates, outcomes.shape[1], outcomes) if len(rates) > 1 else [float("nan")] * 2
         points.append({
             "steps": step, "success": float(rates.mean()), "ci95": interval, "worst": float(rates.min()),
-            "wall_s": float(np.mean([each["wall_s"] for each in at])), "seeds": rates.tolist(),
+            "cpu_s": float(np.mean([each["cpu_s"] for each in at])), "seeds": rates.tolist(),
         })  # fmt: skip
     commits = sorted({each["commit"] for seed in seeds.values() for each in seed.values()})
     return {"seeds": [*seeds], "episodes": outcomes.shape[1], "commits": commits, "points": points}
 
 
 def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """Success over steps, and over wall time: mean over the seeds, its 95 % interval, and the worst seed."""
+    """Success over steps, and over CPU time: mean over the seeds, its 95 % interval, and the worst seed."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     for color, name in zip(("tab:orange", "tab:blue"), PICTURE):
-        points = [{"steps": 0, "wall_s": 0.0, "success": 0.0, "ci95": [0.0, 0.0], "worst": 0.0}, *rows[name]["points"]]
+        points = [{"steps": 0, "cpu_s": 0.0, "success": 0.0, "ci95": [0.0, 0.0], "worst": 0.0}, *rows[name]["points"]]
         mean, low, high, worst = (
             np.array([value(each) for each in points])
             for value in (
                 lambda p: p["success"], lambda p: p["ci95"][0], lambda p: p["ci95"][1], lambda p: p["worst"],
             )
         )  # fmt: skip
-        for axis, key in zip(axes, ("steps", "wall_s")):
+        for axis, key in zip(axes, ("steps", "cpu_s")):
             x = [each[key] for each in points]
             axis.plot(x, mean, color=color, marker="o", markersize=3, label=TITLES[name])
             axis.plot(x, worst, color=color, linewidth=0.8, linestyle="--")
             axis.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
     axes[0].set(xlabel="environment steps", ylabel="success, 200 held-out episodes", ylim=(0, 1))
     axes[0].xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
-    axes[1].set(xlabel="wall time of training on one core, s", xscale="symlog")
+    axes[1].set(xlabel="CPU time of training, one thread, s", xscale="log")
     for axis in axes:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8, loc="lower right")
@@ -106,13 +103,13 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
 
 def markdown(rows: dict[str, dict[str, Any]]) -> str:
     """The table."""
-    lines = ["| run | steps | seeds | success | 95 % | worst seed | wall s |", "|---|---|---|---|---|---|---|"]
+    lines = ["| run | steps | seeds | success | 95 % | worst seed | CPU s |", "|---|---|---|---|---|---|---|"]
     for name, row in rows.items():
         for point in row["points"]:
             low, high = point["ci95"]
             lines.append(
                 f"| {TITLES[name]} | {point['steps']:,} | {len(row['seeds'])} | {point['success']:.3f} | "
-                f"[{low:.3f}, {high:.3f}] | {point['worst']:.2f} | {point['wall_s']:.0f} |"
+                f"[{low:.3f}, {high:.3f}] | {point['worst']:.2f} | {point['cpu_s']:.0f} |"
             )
     commits = sorted({commit[:12] for row in rows.values() for commit in row["commits"]})
     return "\n".join(["# Steps and time", "", *lines, "", f"Commit {', '.join(commits)}.", ""])
