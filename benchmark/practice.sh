@@ -9,7 +9,7 @@
 # SEEDS     seeds of the practice (1 to 5)
 # ROWS      rows to run: nothing, lift, gain, backlash, finger, table (all of them)
 # MINUTES   arm time of the practice (20)
-# EPISODES  episodes of every evaluation (40), whose seeds are not those of the practice
+# EPISODES  episodes of every evaluation (40): the same arm, other starts, no exploration
 # JOBS      number of runs at a time, each with a learner's process (one per core)
 # RUNS      directory of everything that is written (logs/benchmark/practice)
 # OUT       directory of the report (benchmark/results/practice); empty: no report
@@ -23,34 +23,32 @@ ROWS=${ROWS:-nothing lift gain backlash finger table} SEEDS=${SEEDS:-1 2 3 4 5} 
 export MODEL=${MODEL:-${RUNS:-logs/benchmark/practice}/naive/run/final_model.pt}
 export MINUTES=${MINUTES:-20} EPISODES=${EPISODES:-40} RUNS=${RUNS:-logs/benchmark/practice} OMP_NUM_THREADS=1
 
-# row | its name in benchmark/reality_gap.py | flags of so101.practice that make the same arm
-all="nothing|nothing|
-lift|shoulder_lift -3 degrees|--joint-offset-deg 0 -3 0 0 0 0
-gain|servo gain x0.7|--gain 0.7
-backlash|backlash 3 degrees|--backlash-deg 3
-finger|finger friction 0.3|--finger-friction 0.3
-table|finger friction 0.4, table 0.4|--finger-friction 0.4 --table-friction 0.4"
+# row | flags of so101.practice that make the arm
+all="nothing|
+lift|--joint-offset-deg 0 -3 0 0 0 0
+gain|--gain 0.7
+backlash|--backlash-deg 3
+finger|--finger-friction 0.3
+table|--finger-friction 0.4 --table-friction 0.4"
 
-run() { # ROW NAME SEED FLAGS...: the included policy before, or after practice with a seed
-  local row=$1 name=$2 seed=$3 dir=$RUNS/$1
-  shift 3
+run() { # ROW SEED FLAGS...: success on the arm of a seed before practice, and after it
+  local row=$1 seed=$2 dir=$RUNS/$1 check
+  shift 2
   mkdir -p "$dir"
-  if [ "$seed" = before ]; then
-    [ -e "$dir/before.json" ] || python benchmark/reality_gap.py --model "$MODEL" --rows "$name" \
-      --episodes "$EPISODES" --json "$dir/before.json" > "$dir/before.txt" 2>&1 || { echo "$row: FAILED, see $dir/before.txt" && return 1; }
-  elif [ ! -e "$dir/seed_$seed.json" ]; then
+  check=(python benchmark/practised_arm.py --seed "$seed" --episodes "$EPISODES" "$@")
+  if [ ! -e "$dir/seed_$seed.json" ]; then # the last file to be written
     rm -rf "$dir/seed_$seed"
     if ! {
-      python -m so101.practice --virtual-time --base-policy "checkpoint:$MODEL" "$@" --seed "$seed" --minutes "$MINUTES" --log-dir "$dir" \
-        --run-name "seed_$seed" &&
-        python benchmark/reality_gap.py --model "$dir/seed_$seed/practice_model.pt" --rows "$name" \
-          --episodes "$EPISODES" --json "$dir/seed_$seed.json"
+      "${check[@]}" --model "$MODEL" --json "$dir/seed_${seed}_before.json" &&
+        python -m so101.practice --virtual-time --base-policy "checkpoint:$MODEL" "$@" --seed "$seed" \
+          --minutes "$MINUTES" --log-dir "$dir" --run-name "seed_$seed" &&
+        "${check[@]}" --model "$dir/seed_$seed/practice_model.pt" --json "$dir/seed_$seed.json"
     } > "$dir/seed_$seed.txt" 2>&1; then
       echo "$row: seed $seed FAILED, see $dir/seed_$seed.txt"
       return 1
     fi
   fi
-  echo "$row: $seed done"
+  echo "$row: seed $seed done"
 }
 export -f run
 
@@ -59,9 +57,9 @@ if [ ! -e "$MODEL" ]; then # three minutes
   python ppo_residual_so101.py --full-randomization --firmware-p 16 --total-timesteps 300000 --eval-every 0 --seed 1 \
     --log-dir "$RUNS/naive" --run-name run
 fi
-for seed in $SEEDS before; do
-  while IFS="|" read -r row name flags; do
-    case " $ROWS " in *" $row "*) printf '%s\0%s\0%s\0%s\0' "$row" "$name" "$seed" "$flags" ;; esac
+for seed in $SEEDS; do
+  while IFS="|" read -r row flags; do
+    case " $ROWS " in *" $row "*) printf '%s\0%s\0%s\0' "$row" "$seed" "$flags" ;; esac
   done <<< "$all"
-done | xargs -0 -n 4 -P "$JOBS" bash -c 'read -ra flags <<< "$4"; run "$1" "$2" "$3" "${flags[@]}"' _
+done | xargs -0 -n 3 -P "$JOBS" bash -c 'read -ra flags <<< "$3"; run "$1" "$2" "${flags[@]}"' _
 [ -z "$OUT" ] || python benchmark/practice_report.py --runs "$RUNS" --out "$OUT"

@@ -32,15 +32,14 @@ LAST_S, REACHED = 300.0, 0.9  # the last five minutes; the success that counts a
 @dataclasses.dataclass
 class Args:
     runs: str
-    """directory of the runs, with ROW/before.json, ROW/seed_N/ and ROW/seed_N.json"""
+    """directory of the runs, with ROW/seed_N/, ROW/seed_N.json and ROW/seed_N_before.json"""
     out: str
     """directory to write results.json, results.md and curves.png into"""
 
 
 def outcomes_of(path: Path) -> list[bool]:
-    """The successes of the only row in a file of benchmark/reality_gap.py."""
-    (row,) = json.loads(path.read_text())["rows"].values()
-    return [episode["success"] for episode in row["episode_list"]]
+    """The successes in a file of benchmark/practised_arm.py."""
+    return [episode["success"] for episode in json.loads(path.read_text())["episode_list"]]
 
 
 def read_seed(result: Path) -> dict[str, Any]:
@@ -52,7 +51,8 @@ def read_seed(result: Path) -> dict[str, Any]:
     recent = np.array([success[max(0, i + 1 - RECENT) : i + 1].mean() for i in range(len(success))])
     enough = (np.arange(len(recent)) >= RECENT - 1) & (recent >= REACHED)
     return {
-        "outcomes": outcomes_of(result), "time_s": time_s.tolist(), "recent": recent.tolist(),
+        "outcomes": outcomes_of(result), "before": outcomes_of(result.with_name(f"{result.stem}_before.json")),
+        "time_s": time_s.tolist(), "recent": recent.tolist(),
         "episodes": len(episodes), "hands": int(sum(each["hands"] for each in episodes)),
         "last": float(success[time_s > time_s[-1] - LAST_S].mean()),
         "reached_min": float(time_s[enough][0] / 60) if enough.any() else None,
@@ -62,15 +62,15 @@ def read_seed(result: Path) -> dict[str, Any]:
 
 def read_row(directory: Path) -> dict[str, Any]:
     """A row: before, and after each practice."""
-    results = sorted(directory.glob("seed_*.json"))
-    if not results or not (directory / "before.json").is_file():
-        raise SO101Error(f"--runs: {directory} is not finished; run benchmark/practice.sh")
-    seeds, before = [read_seed(each) for each in results], outcomes_of(directory / "before.json")
+    results = [path for path in sorted(directory.glob("seed_*.json")) if not path.stem.endswith("_before")]
+    if not results:
+        raise SO101Error(f"--runs: {directory} has no finished seed; run benchmark/practice.sh")
+    seeds = [read_seed(each) for each in results]
     outcomes = np.array([seed["outcomes"] for seed in seeds])
     rates = outcomes.mean(1)
     return {
-        "before": float(np.mean(before)), "after": float(rates.mean()), "worst": float(rates.min()),
-        "after_ci95": rate_interval(rates, outcomes.shape[1], outcomes), "seeds": seeds,
+        "before": float(np.mean([seed["before"] for seed in seeds])), "after": float(rates.mean()),
+        "worst": float(rates.min()), "after_ci95": rate_interval(rates, outcomes.shape[1], outcomes), "seeds": seeds,
         "hands_per_100": 100 * sum(seed["hands"] for seed in seeds) / sum(seed["episodes"] for seed in seeds),
     }  # fmt: skip
 

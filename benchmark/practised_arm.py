@@ -1,0 +1,105 @@
+"""Success of a policy on the simulated arm on which another one has practised: the same arm, other starts.
+
+    python benchmark/practised_arm.py --model logs/RUN/practice_model.pt --seed 1 --gain 0.7 --json after.json
+
+`python -m so101.practice --virtual-time --seed 1 --gain 0.7` practises on this arm. Here the policy acts without
+exploration, the arm resets the scene by itself to starts that are drawn by another generator, and success is the true
+one. benchmark/reality_gap.py draws another arm in every episode instead.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from so101.cli import check_flags, check_output, parse, run_script
+from so101.drive import Args as DriveArgs
+from so101.drive import make_policy
+from so101.files import write_json
+from so101.loop import RAISED_RAD, Blind, Loop
+from so101.scene_reset import HandNeeded, SceneReset
+from so101.simulated_arm import Flaws
+from so101.stats import wilson
+from so101.virtual_time import VirtualClock, VirtualRobot
+from so101_env import Task, load_model
+from so101_sim.control import BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Controller
+
+START_SEED = 1_700_000_000  # of the starts; used nowhere else
+
+
+@dataclasses.dataclass
+class Args:
+    model: str
+    """policy to run: a checkpoint or an ONNX file"""
+    seed: int = 1
+    """the arm, as in so101.practice --seed"""
+    episodes: int = 40
+    """number of episodes"""
+    episode_steps: int = 150
+    """control steps until an episode ends without success"""
+    json: str | None = None
+    """write the results to this file"""
+    flaws: Flaws = dataclasses.field(default_factory=Flaws)
+
+
+def run_episode(loop: Loop, reset: SceneReset, task: Task, rng: np.random.Generator, args: Args) -> dict[str, Any]:
+    """A reset and an episode: success, steps, and how often a hand had to lay the sheet."""
+    hands = 0
+    while True:
+        try:
+            reset.run(rng, fresh=True)
+            break
+        except (HandNeeded, Blind):
+            hands += 1
+            loop.lift()
+            loop.go(RAISED_RAD)
+            loop.robot.lay_sheet(int(rng.integers(2**31)))
+            loop.measure()
+    trouble = ""
+    try:
+        loop.episode(args.episode_steps, task.tape_margin)
+    except Blind as blind:
+        trouble = str(blind)
+    inside = loop.robot.truth()["inside"]
+    return {"success": inside, "steps": loop.moves, "hands": hands, "trouble": trouble}
+
+
+def main() -> int:
+    """Run the episodes; returns the exit code."""
+    args = parse(Args, __doc__)
+    check_flags(args, {"seed": (0, 2**31), "episodes": (1, 100_000), "episode_steps": (1, 10**6)})
+    check_flags(args.flaws, Flaws.RANGES)
+    check_output("--json", args.json, (".json",), args.model)
+    torch.set_num_threads(1)
+    policy, task = make_policy(DriveArgs(model=args.model))
+    robot = VirtualRobot(task, args.flaws)
+    controller = Controller(
+        load_model(task.tape_margin), task.firmware_p, BACKLASH_RAD, LATENCY_S, gain_floor=GAIN_FLOOR
+    )
+    loop = Loop(robot, policy, controller, VirtualClock(robot))
+    robot.reset(args.seed)
+    controller.reset()
+    loop.measure()
+    reset, rng = SceneReset(loop, task, policy.locator), np.random.default_rng(START_SEED + args.seed)
+    episodes = [run_episode(loop, reset, task, rng, args) for _ in tqdm(range(args.episodes), disable=None)]
+    rate = float(np.mean([episode["success"] for episode in episodes]))
+    result = {
+        "model": args.model, "seed": args.seed, "flaws": dataclasses.asdict(args.flaws), "success_rate": rate,
+        "success_ci95": wilson(rate, len(episodes)), "episode_list": episodes,
+    }  # fmt: skip
+    if args.json:
+        write_json(Path(args.json), result)
+    print(f"success {rate:.2f} [{result['success_ci95'][0]:.2f}, {result['success_ci95'][1]:.2f}]")
+    robot.close()
+    policy.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
