@@ -34,7 +34,7 @@ class Args:
     runs: str
     """directory of the runs, with ROW/seed_N/, ROW/seed_N.json and ROW/seed_N_before.json"""
     out: str
-    """directory to write results.json, results.md and curves.png into"""
+    """directory to write rows.json, results.md and curves.png into"""
 
 
 def outcomes_of(path: Path) -> list[bool]:
@@ -125,7 +125,7 @@ def main() -> int:
     if not rows:
         raise SO101Error(f"--runs {args.runs}: has no practice; run benchmark/practice.sh")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "results.json", rows)
+    write_json(out / "rows.json", rows)
     (out / "results.md").write_text(markdown(rows))
     plot(rows, out / "curves.png")
     print(markdown(rows))

@@ -36,7 +36,7 @@ class Args:
     runs: str
     """directory of the sweeps, with ROW/seed_N/run/"""
     out: str
-    """directory to write results.json, results.md and curves.png into"""
+    """directory to write rows.json, results.md and curves.png into"""
 
 
 def read_seed(directory: Path) -> dict[int, dict[str, Any]]:
@@ -123,7 +123,7 @@ def main() -> int:
     if not rows:
         raise SO101Error(f"--runs {args.runs}: has no sweep; run benchmark/steps_and_time.sh")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "results.json", rows)
+    write_json(out / "rows.json", rows)
     (out / "results.md").write_text(markdown(rows))
     if all(name in rows for name in PICTURE):
         plot(rows, out / "curves.png")

@@ -131,7 +131,7 @@ def test_the_simulated_arm_of_drive_answers_between_its_steps(monkeypatch):
     monkeypatch.setattr(simulated_arm.SimulatedArm, "step", slow_step)
     monkeypatch.setattr(simulated_arm, "film", lambda *arguments: None)
     ours, theirs = multiprocessing.Pipe()
-    process = threading.Thread(target=simulated_arm._run_arm, args=(theirs, Task(), False, (24, 32)), daemon=True)
+    process = threading.Thread(target=simulated_arm._run_arm, args=(theirs, Task(), False, (24, 32), None), daemon=True)
     process.start()
     for _ in range(10):
         ours.send(("read", None))
