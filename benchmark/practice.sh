@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What practice on an arm mends: the simulated arm with one thing wrong, before and after 20 minutes of arm time.
+# What practice on an arm improves: the simulated arm with one thing wrong, before and after 20 minutes of arm time.
 #
 #   bash benchmark/practice.sh                 # five seeds of each row, in virtual time: about five hours on two cores
 #   SEEDS="1" ROWS="gain backlash" bash benchmark/practice.sh
