@@ -315,14 +315,14 @@ class Practice:
             self.steps = saved["global_step"]
 
     def start(self) -> None:
-        """Before the first episode: a sheet on the table, and torque."""
+        """Before the first episode: a sheet on the table, torque, and the arm, which may be folded, at home."""
         self.loop.controller.reset()
         if self.args.robot == "sim":
             self.loop.robot.reset(self.args.seed)
         else:
             ask("lay the sheet beside the tape, keep clear of the arm, and press Enter (Ctrl+C stops at any time) ")
             self.loop.enable()
-        self.loop.measure()
+        self.loop.home()
 
     def run(self) -> Iterator[dict[str, Any]]:
         """Practise until the time is over; the record of every episode, once the learner has it."""

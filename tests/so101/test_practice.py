@@ -14,11 +14,11 @@ from PIL import Image
 
 from so101 import drive, practice, sac
 from so101.learner import MODEL, Episode, Judge, Learner, LearnerProcess, Lesson, LocalLearner, Run, Worker
-from so101.loop import Loop
+from so101.loop import REST_RAD, Loop
 from so101.robot import RobotError
 from so101.simulated_arm import SimulatedArm
 from so101.virtual_time import VirtualClock, VirtualRobot
-from so101_env import SO101ResidualVectorEnv, Task
+from so101_env import HOME_RAD, SO101ResidualVectorEnv, Task
 
 pytest.importorskip("cv2")
 pytest.importorskip("onnxruntime")
@@ -197,6 +197,14 @@ def test_every_episode_has_a_new_start(practised):
     sheets = 0.1 * buffer["x"][begins, 0, 12:14]  # m, from the tape's centre
     assert not all(record["success"] for record in saved["recorder"]["recent_episodes"])
     assert (sheets[1:] - sheets[:-1]).norm(dim=1).min() > 0.01
+
+
+def test_a_folded_arm_goes_home_before_it_does_anything_else(monkeypatch, tmp_path):
+    seen, act = [], Loop.act
+    monkeypatch.setattr(VirtualRobot, "reset", lambda robot, seed: robot.arm.reset(seed, REST_RAD))
+    monkeypatch.setattr(Loop, "act", lambda loop, mask: seen.append(loop.controller.joints_rad) or act(loop, mask))
+    assert practise(monkeypatch, tmp_path, "--minutes", "0.1") == 0
+    np.testing.assert_allclose(seen[0], HOME_RAD, atol=0.05)
 
 
 def test_the_film_of_reset_and_episode_is_a_gif_for_tensorboard(practised):
