@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from so101_env import COMMAND, ENVIRONMENT, MEASURED, OBS, RESIDUAL, STATE, load_model, make_observation
+from so101_env import COMMAND, ENVIRONMENT, LOADS, MEASURED, OBS, RESIDUAL, STATE, load_model, make_observation
 from so101_sim.control import ACT_DIM, FIRMWARE_P
 from so101_sim.scene import camera_names as names_of_cameras
 from so101_sim.vector import BaseObservation
@@ -123,6 +123,22 @@ class StackedPolicy(BasePolicy):
 def flat_observation(obs: Mapping[str, np.ndarray]) -> np.ndarray:
     """Inverse of base_observation: observations (N, 25)."""
     return np.concatenate([obs[STATE], obs[ENVIRONMENT]], axis=1)
+
+
+def extend_observation(
+    flat: np.ndarray, obs: Mapping[str, np.ndarray], observe_load: bool, base_delta: np.ndarray | None
+) -> np.ndarray:
+    """Observations (N, D) with what a residual may observe beside them, as so101_env.extra_parts orders it.
+
+    Args:
+        flat: (N, D).
+        obs: as in BasePolicy.act.
+        observe_load: append the load on the joints (N, 6), rad.
+        base_delta: joint deltas (N, 6), rad, of its base policy, to append; None: it does not observe them.
+    """
+    parts = [flat, *([obs[LOADS]] if observe_load else [])]
+    parts += [] if base_delta is None else [base_delta.astype(np.float32)]
+    return np.concatenate(parts, axis=1)
 
 
 def with_sheet(obs: BaseObservation, pose: np.ndarray) -> BaseObservation:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from so101.base import StackedPolicy, flat_observation
+from so101.base import StackedPolicy, extend_observation, flat_observation
 from so101.checkpoints import CHECKPOINT, MAX_COUNT, check_base, load_checkpoint, load_file, restore_settings
 from so101.extras import import_extra
 from so101.files import CHECKSUM_BYTES, checksum, has_checksum, is_file, write_atomic
@@ -37,7 +37,6 @@ from so101.server import Server
 from so101.trust import Trust
 from so101_env import (
     ACT_DIM,
-    LOADS,
     OBS,
     OBSERVATION,
     BaseObservation,
@@ -106,11 +105,9 @@ class OnnxPolicy(StackedPolicy):
 
     def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
         """Joint deltas in rad (N, 6): those of its own base policy plus its residual."""
-        base, flat = self.base_delta(obs, mask), flat_observation(obs)
-        if self.task.observe_load:
-            flat = np.concatenate([flat, obs[LOADS]], axis=1)
-        if self.observe_base:
-            flat = np.concatenate([flat, base.astype(np.float32)], axis=1)
+        base = self.base_delta(obs, mask)
+        seen_base = base if self.observe_base else None
+        flat = extend_observation(flat_observation(obs), obs, self.task.observe_load, seen_base)
         residual = np.zeros((len(mask), ACT_DIM))
         residual[mask] = self.scale_rad * self.residuals(flat[mask]).astype(np.float64)
         self.residual[mask] = residual[mask]

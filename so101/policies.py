@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from so101.base import BasePolicy, StackedPolicy, flat_observation
+from so101.base import BasePolicy, StackedPolicy, extend_observation, flat_observation
 from so101.checkpoints import (
     CHECKPOINT,
     CLONE,
@@ -24,7 +24,7 @@ from so101.checkpoints import (
 from so101.pusher import JacobianPolicy
 from so101.server import LeRobotBase, Server, ServerPolicy
 from so101.trust import Trust
-from so101_env import LOADS, MEASURED, OBS, BaseObservation, BasePolicyError
+from so101_env import MEASURED, OBS, BaseObservation, BasePolicyError
 from so101_sim.control import ACT_DIM
 from so101_sim.vector import IMAGES
 
@@ -53,13 +53,11 @@ class CheckpointPolicy(StackedPolicy):
 
     def agent_residual(self, obs: BaseObservation, base_delta: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """The agent's residual (N, 6) in [-1, 1] for its base's deltas (N, 6), rad; zero outside mask."""
-        flat, residual = flat_observation(obs)[mask], np.zeros((len(mask), ACT_DIM), np.float32)
+        flat, residual = flat_observation(obs), np.zeros((len(mask), ACT_DIM), np.float32)
         if self.own_cameras:
             flat = np.concatenate([flat[:, OBS[name]] for name in MEASURED], axis=1)
-        if getattr(self.task, "observe_load", False):  # the task of another script may have no such setting
-            flat = np.concatenate([flat, obs[LOADS][mask]], axis=1)
-        if self.observe_base:
-            flat = np.concatenate([flat, base_delta[mask].astype(np.float32)], axis=1)
+        load = getattr(self.task, "observe_load", False)  # the task of another script may have no such setting
+        flat = extend_observation(flat, obs, load, base_delta if self.observe_base else None)[mask]
         seen = obs.rows(mask).sized(self.image_size)
         pixels = {f"pixels_{camera}": seen[IMAGES + camera] for camera in self.own_cameras}
         residual[mask] = self.agent.act(pixels | {"state": flat} if pixels else flat)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from so101 import drive
 from so101 import sac as trainer
 from so101.arm_film import CameraFilm
-from so101.base import BaseObservation, BasePolicy, StackedPolicy, flat_observation
+from so101.base import BaseObservation, BasePolicy, StackedPolicy, extend_observation, flat_observation
 from so101.camera import CAMERA
 from so101.checkpoints import CHECKPOINT, check_base, load_file, restore_args, restoring
 from so101.cli import check_flags, check_memory, command_of, flag_of, parse, run_script
@@ -50,7 +50,7 @@ from so101.server import Server
 from so101.simulated_arm import Flaws, SimulatedRobot
 from so101.trust import allow_flags, trust_of
 from so101.virtual_time import VirtualClock, VirtualRobot
-from so101_env import LOADS, SO101ResidualVectorEnv, Task
+from so101_env import SO101ResidualVectorEnv, Task
 from so101_sim.control import ACT_DIM
 from so101_sim.errors import SO101Error
 from so101_sim.scene import ASSETS, CONTROL_HZ
@@ -213,11 +213,9 @@ class PractisingPolicy(StackedPolicy):
 
     def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
         """Joint deltas in rad (1, 6): those of its base policy plus its residual."""
-        base, flat = self.base_delta(obs, mask), flat_observation(obs)
-        if self.task.observe_load:
-            flat = np.concatenate([flat, obs[LOADS]], axis=1)
-        if self.observe_base:
-            flat = np.concatenate([flat, base.astype(np.float32)], axis=1)
+        base = self.base_delta(obs, mask)
+        seen_base = base if self.observe_base else None
+        flat = extend_observation(flat_observation(obs), obs, self.task.observe_load, seen_base)
         residual = np.zeros((len(mask), ACT_DIM), np.float32)
         if self.exploring:
             residual = self.agent.explore(flat, torch.randn(len(mask), ACT_DIM, generator=self.generator))
