@@ -73,6 +73,8 @@ class SAC:
     """rewards that are summed before the critics' own estimate follows"""
     tau: float = 0.005
     """share by which the target critics follow the critics in each gradient step"""
+    actor_tau: float = 0.01
+    """share by which the mean actor, which acts without exploration, follows the actor in each gradient step"""
     reward_scale: float = 0.1
     """factor on the rewards that the critics learn"""
     alpha_init: float = 0.005
@@ -132,7 +134,7 @@ class Args:
 RANGES = {
     "seed": (0, 2**32 - 1), "total_timesteps": (1, 10**10), "num_envs": (1, 4096), "learning_starts": (1, 10**9),
     "base_batch": (0, 0.9), "batch_size": (1, 2**20), "updates_per_step": (1, 1000),
-    "buffer_size": (1000, 10**9), "learning_rate": (1e-9, 10), "gamma": (0, 1), "n_step": (1, 100), "tau": (1e-6, 1),
+    "buffer_size": (1000, 10**9), "learning_rate": (1e-9, 10), "gamma": (0, 1), "n_step": (1, 100), "tau": (1e-6, 1), "actor_tau": (1e-6, 1),
     "reward_scale": (1e-9, 1e9), "alpha_init": (1e-9, 1e3), "target_entropy": (-100, 100),
     "train_episode_steps": (1, 10**6), "hidden_size": (1, 4096), "num_critics": (1, 100), "log_std_init": (-10, 2),
     **Task.RANGES, **Server.RANGES, **Run.RANGES,
@@ -174,7 +176,7 @@ def layer_init(layer: nn.Linear, std: float = np.sqrt(2)) -> nn.Linear:
 
 
 class Agent(nn.Module):
-    """Squashed Gaussian actor, critics, and target critics. They see views x (B, F) of the features of observations."""
+    """Squashed Gaussian actor and critics, and their slower copies. They see views x (B, F) of observations' features."""
 
     def __init__(self, args: Args):
         super().__init__()
@@ -195,6 +197,7 @@ class Agent(nn.Module):
 
         # with a base policy to start from, the residual starts at exactly zero
         self.actor = mlp(self.features.dim, 2 * ACT_DIM, out_std=0.01 if args.base.base_policy == "zero" else 0.0)
+        self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)  # average of the actor's latest weights
         self.log_std_init = args.networks.log_std_init
         self.critics = nn.ModuleList(
             mlp(self.features.dim + ACT_DIM, 1, out_std=1.0) for _ in range(args.networks.num_critics)
@@ -202,19 +205,19 @@ class Agent(nn.Module):
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.sac.alpha_init)))
 
-    def get_gaussian(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean (B, 6) and log standard deviation (B, 6) of the action before it is squashed, for x (B, F)."""
-        mean, logstd = self.actor(x).chunk(2, dim=-1)
+    def get_gaussian(self, actor: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean (B, 6) and log standard deviation (B, 6) of an actor's action before it is squashed, for x (B, F)."""
+        mean, logstd = actor(x).chunk(2, dim=-1)
         return mean, (logstd + self.log_std_init).clamp(-5.0, 1.0)
 
-    def get_views(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def get_views(self, actor: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """get_gaussian of the average over the views of x (B, views, F)."""
-        mean, logstd = (each.view(*x.shape[:2], ACT_DIM) for each in self.get_gaussian(x.flatten(0, 1)))
+        mean, logstd = (each.view(*x.shape[:2], ACT_DIM) for each in self.get_gaussian(actor, x.flatten(0, 1)))
         return (mean * self.features.action_signs).mean(1), logstd.mean(1)
 
     def sample(self, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Actions (B, 6) in (-1, 1) for x (B, F) and standard normal noise (B, 6), and their log-densities (B,)."""
-        mean, logstd = self.get_gaussian(x)
+        mean, logstd = self.get_gaussian(self.actor, x)
         raw = mean + noise * logstd.exp()
         squashing = 2.0 * (math.log(2.0) - raw - F.softplus(-2.0 * raw))  # log of the derivative of tanh
         return torch.tanh(raw), (-0.5 * noise.square() - logstd - 0.5 * LOG_2PI - squashing).sum(-1)
@@ -222,12 +225,12 @@ class Agent(nn.Module):
     def explore(self, obs: np.ndarray, noise: torch.Tensor) -> np.ndarray:
         """Residuals (N, 6) with exploration, for observations (N, 25 to 37) and standard normal noise (N, 6)."""
         with torch.inference_mode():
-            mean, logstd = self.get_views(self.features(obs))
+            mean, logstd = self.get_views(self.actor, self.features(obs))
             return torch.tanh(mean + noise * logstd.exp()).numpy()
 
     def get_action(self, x: torch.Tensor) -> torch.Tensor:
-        """Actions (B, 6) in [-1, 1] without exploration, for x (B, views, F)."""
-        return torch.tanh(self.get_views(x)[0])
+        """Actions (B, 6) in [-1, 1] without exploration, those of the mean actor, for x (B, views, F)."""
+        return torch.tanh(self.get_views(self.mean_actor, x)[0])
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray) -> np.ndarray:
@@ -356,7 +359,8 @@ def update(
 ) -> dict[str, float]:  # fmt: skip
     """Improve the agent by num_updates gradient steps; returns the metrics averaged over them.
 
-    The target critics stay as they are meanwhile, and then follow by as much as they would have in single steps.
+    Target critics and mean actor stay as they are meanwhile, and then follow by as much as a still target would have
+    drawn them in single steps.
     """
     size, signs = num_updates * args.batch_size, agent.features.signs
     batch = buffer.sample(size, args.n_step, args.gamma, generator, first_rows, args.base_batch)
@@ -384,8 +388,10 @@ def update(
         for key, value in metrics.items():
             history.setdefault(key, []).append(value.detach())
     with torch.no_grad():
-        share = 1.0 - (1.0 - args.tau) ** num_updates
-        torch._foreach_lerp_(list(agent.target_critics.parameters()), list(agent.critics.parameters()), share)
+        followers = ((agent.target_critics, agent.critics, args.tau), (agent.mean_actor, agent.actor, args.actor_tau))
+        for follower, leader, tau in followers:
+            share = 1.0 - (1.0 - tau) ** num_updates
+            torch._foreach_lerp_(list(follower.parameters()), list(leader.parameters()), share)
     return {key: float(torch.stack(values).mean()) for key, values in history.items()}
 
 

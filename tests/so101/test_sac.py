@@ -138,7 +138,7 @@ def test_losses_and_gradients_against_the_formulas(small):
     x, next_x, actions = batch["x"] * signs, batch["next_x"] * signs, batch["actions"] * mirror
 
     def draw(x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, logstd = agent.get_gaussian(x)
+        mean, logstd = agent.get_gaussian(agent.actor, x)
         raw = (mean + noise * logstd.exp()).double()
         logprob = torch.distributions.Normal(mean.double(), logstd.exp().double()).log_prob(raw)
         logprob = (logprob - torch.log(1 - torch.tanh(raw) ** 2)).sum(-1)  # change of variables
@@ -165,15 +165,31 @@ def test_losses_and_gradients_against_the_formulas(small):
     assert metrics["entropy"] == pytest.approx(-float(logprob.detach().mean()), rel=1e-4)
 
 
-def test_target_critics_follow_as_in_single_steps(small):
+def test_target_critics_and_mean_actor_follow_as_in_single_steps(small):
     args, agent, buffer = small
-    before = [parameter.clone() for parameter in agent.target_critics.parameters()]
     optimizers = {name: torch.optim.SGD(group, lr=0.0) for name, group in groups_of(agent).items()}
-    sac.update(agent, optimizers, buffer, args.sac, 3, 0, torch.Generator().manual_seed(0))
-    for old, new, critic in zip(before, agent.target_critics.parameters(), agent.critics.parameters()):
-        for _ in range(3):
-            old = old + args.sac.tau * (critic - old)
-        torch.testing.assert_close(new, old, atol=1e-6, rtol=1e-4)
+    for follower, leader, tau in (("target_critics", "critics", args.sac.tau), ("mean_actor", "actor", 0.01)):
+        follower, leader = getattr(agent, follower), getattr(agent, leader)
+        for parameter in leader.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        before = [parameter.clone() for parameter in follower.parameters()]
+        sac.update(agent, optimizers, buffer, args.sac, 3, 0, torch.Generator().manual_seed(0))
+        for old, new, followed in zip(before, follower.parameters(), leader.parameters()):
+            for _ in range(3):
+                old = old + tau * (followed - old)
+            torch.testing.assert_close(new, old, atol=1e-6, rtol=1e-4)
+
+
+def test_the_mean_actor_acts_and_the_actor_explores(small):
+    _, agent, _ = small
+    obs = np.random.default_rng(0).uniform(-0.3, 0.3, (3, len(agent.features.obs_mean))).astype(np.float32)
+    acts, explores = agent.act(obs), agent.explore(obs, torch.zeros(3, ACT_DIM))
+    for parameter in agent.actor.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    np.testing.assert_array_equal(agent.act(obs), acts)
+    assert np.abs(agent.explore(obs, torch.zeros(3, ACT_DIM)) - explores).min() > 0
+    agent.mean_actor.load_state_dict(agent.actor.state_dict())
+    np.testing.assert_allclose(agent.act(obs), agent.explore(obs, torch.zeros(3, ACT_DIM)), atol=1e-6)
 
 
 def test_the_mirror_image_of_a_scene_gets_the_mirror_image_of_the_action():
