@@ -107,7 +107,23 @@ class Learner:
         self.agent = sac.Agent(args)
         self.optimizers = sac.make_optimizers(self.agent, args.sac)
         self.buffer = sac.ReplayBuffer(min(capacity, args.sac.buffer_size), 1, self.agent.features.dim)
-        self.first_rows = 0  # steps of the base alone, the demonstrations; they are the first
+        self.first_rows = 0  # steps of the prior, or else of the base alone, the demonstrations; they are the first
+
+    def load_prior(self, saved: Mapping[str, Any], path: str | Path) -> None:
+        """Begin with the networks of the checkpoint at path, whose content is `saved`, and with its steps as the first.
+
+        It is one of so101/sac.py with the same settings. Raises SO101Error if it does not fit.
+        """
+        load_weights(self.agent, saved["agent"], path)
+        with restoring(path):
+            (own,) = saved["ranks"]
+            for name, optimizer in self.optimizers.items():
+                restore_optimizer(optimizer, saved["optimizer"][name])
+            rows = {name: array.clone() for name, array in own["buffer"].items()}
+            rows["dones"][-1] = True  # what follows is another environment
+            rows = {name: array.transpose(0, 1).flatten(0, 1).unsqueeze(1) for name, array in rows.items()}
+            self.first_rows = len(rows["x"])
+            self.buffer.load_state_dict(rows, self.first_rows)
 
     def learn(self, episode: Episode) -> dict[str, float]:
         """Keep an episode, and do the gradient steps it is worth; returns their mean metrics.
@@ -174,7 +190,8 @@ class Run:
     capacity: int  # steps that the buffer keeps at most
     run_dir: Path
     base_fingerprint: str  # of the base policy
-    resume: Path | None = None  # checkpoint to continue
+    resume: str | None = None  # checkpoint to continue
+    prior: str | None = None  # checkpoint to begin with
 
 
 class Worker:
@@ -189,6 +206,8 @@ class Worker:
             saved = load_file(run.resume, CHECKPOINT)
             self.learner.load_state_dict(saved, run.resume)
             self.records = saved["recorder"]["recent_episodes"]
+        elif run.prior is not None:
+            self.learner.load_prior(load_file(run.prior, CHECKPOINT), run.prior)
         self.writer = SummaryWriter(str(run.run_dir / "tensorboard"))
 
     def work(self, lesson: Lesson) -> dict[str, np.ndarray]:

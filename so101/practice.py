@@ -32,7 +32,7 @@ from so101 import sac as trainer
 from so101.arm_film import CameraFilm
 from so101.base import BaseObservation, BasePolicy, StackedPolicy, extend_observation, flat_observation
 from so101.camera import CAMERA
-from so101.checkpoints import CHECKPOINT, check_base, load_file, restore_args, restoring
+from so101.checkpoints import CHECKPOINT, check_base, load_file, restore_args, restore_settings, restoring
 from so101.cli import check_flags, check_memory, command_of, flag_of, parse, run_script
 from so101.extras import import_extra
 from so101.files import to_numpy, to_plain, write_json
@@ -100,6 +100,9 @@ class Args:
     """directory that gets one directory per run"""
     run_name: str | None = None
     """name of that directory (default: practice, the time and the seed)"""
+    prior: str | None = None
+    """checkpoint of so101.sac on the same base policy, in simulation: its networks are where learning starts, and its
+    steps are --base-batch of every batch"""
     resume: str | None = None
     """practice_model.pt of a run to go on with, with its buffer; --minutes counts from its beginning"""
     sac: trainer.SAC = dataclasses.field(default_factory=lambda: trainer.SAC(num_envs=1))
@@ -109,8 +112,11 @@ class Args:
 
 
 RANGES = {**trainer.RANGES, "minutes": (0.1, 10_000), "num_envs": (1, 1)}
-# flags that a resumed run may not change, beside those of sac and networks
+# flags that a resumed run may not change, beside those of sac and networks, and that must be those of the prior
 LEARNED = ("base_policy", "firmware_p", "tape_margin", "alpha", "observe_base", "seed")
+FROM_PRIOR = {"": LEARNED[:-1], "sac": ("gamma", "reward_scale", "shaping")}
+# settings of the task that must be those of the prior: what networks see, what residuals do, and how they are rewarded
+SAME_TASK = ("observe_load", "arrival_yaw_weight", "act_scale", "residual_penalty")
 
 
 def check_args(args: Args) -> None:
@@ -132,6 +138,8 @@ def check_args(args: Args) -> None:
                 raise SO101Error(f"{flag_of(field.name)}: only the simulated arm, --robot sim, can be given flaws")
     if args.resume is not None and args.run_name is not None:
         raise SO101Error("--run-name: a resumed run goes on in its own directory; drop the flag")
+    if args.resume is not None and args.prior is not None:
+        raise SO101Error("--prior: a resumed run has begun already; drop the flag")
 
 
 def drive_args(args: Args) -> drive.Args:
@@ -141,32 +149,46 @@ def drive_args(args: Args) -> drive.Args:
 
 
 def parse_args() -> tuple[Args, dict[str, Any] | None]:
-    """The command line; with --resume also the checkpoint, whose settings are then the defaults."""
+    """The command line; with --resume or --prior also that checkpoint, whose settings are then the defaults."""
     args = parse(Args, __doc__)
     check_args(args)
-    if args.resume is None:
+    path = args.resume or args.prior
+    if path is None:
         return args, None
-    saved = load_file(args.resume, CHECKPOINT)
+    saved = load_file(path, CHECKPOINT)
     own = saved["ranks"][0] if saved["ranks"] else None
-    if saved["script"] != trainer.SCRIPT or not isinstance(own, dict) or "arm" not in own:
-        raise SO101Error(f"--resume {args.resume}: not of so101.practice; resume it with the script that wrote it")
+    if args.resume and (saved["script"] != trainer.SCRIPT or not isinstance(own, dict) or "arm" not in own):
+        raise SO101Error(f"--resume {path}: not of so101.practice; resume it with the script that wrote it")
+    if saved["script"] != trainer.SCRIPT:
+        raise SO101Error(f"--prior {path}: not of so101.sac, but of {saved['script']:.50}")
     trust = trust_of(args).also(args.base_policy)
-    then = restore_args(trainer.Args, trainer.check_args, saved["args"], args.resume, trust)
+    then = restore_args(trainer.Args, trainer.check_args, saved["args"], path, trust)
+    if args.prior:
+        then.sac.num_envs = 1
     task = {name: getattr(then.task, name) for name in ("firmware_p", "tape_margin", "alpha")}
     before = dataclasses.replace(
-        Args(), seed=then.seed, sac=then.sac, networks=then.networks, server=then.base.server,
-        base_policy=then.base.base_policy, observe_base=then.base.observe_base, **task,
+        Args(), seed=then.seed if args.resume else Args.seed, sac=then.sac, networks=then.networks,
+        server=then.base.server, base_policy=then.base.base_policy,
+        observe_base=then.base.observe_base, **task,
     )  # fmt: skip
     args = parse(Args, __doc__, default=before)
-    groups = [(args, before, LEARNED)]
-    groups += [(getattr(args, k), getattr(before, k), vars(getattr(before, k))) for k in ("sac", "networks")]
-    for now, old, names in groups:
+    fixed = {"": LEARNED, "sac": vars(args.sac), "networks": vars(args.networks)}
+    for part, names in (fixed | ({} if args.resume else FROM_PRIOR)).items():
+        now, old = (getattr(each, part) if part else each for each in (args, before))
         for name in names:
             if (new := getattr(now, name)) != getattr(old, name):
                 was = getattr(old, name)
-                raise SO101Error(f"{flag_of(name)} {new}: {args.resume} was trained with {was}; drop the flag")
+                raise SO101Error(f"{flag_of(name)} {new}: {path} was trained with {was}; drop the flag")
     check_args(args)
     return args, saved
+
+
+def check_prior(saved: dict[str, Any], args: Args, task: Task) -> None:
+    """Raise SO101Error unless the prior was trained on the task that the arm practises."""
+    then = restore_settings(trainer.Args, saved["args"], args.prior).task
+    for name in SAME_TASK:
+        if (old := getattr(then, name)) != (new := getattr(task, name)):
+            raise SO101Error(f"--prior {args.prior}: was trained with {flag_of(name)} {old}; practice needs {new}")
 
 
 def check_time(saved: dict[str, Any], args: Args) -> None:
@@ -289,6 +311,7 @@ class Practice:
         self.rng = np.random.default_rng((args.seed, 1))  # of starts; the simulated arm draws its own by the seed alone
         self.records: list[dict[str, Any]] = []
         self.steps, self.hands, self.earlier_s = 0, 0, 0.0  # steps learned from; arm time of earlier runs
+        self.demonstrations = 0 if args.prior else args.sac.learning_starts  # steps of the base alone
 
     @property
     def arm_time_s(self) -> float:
@@ -299,7 +322,8 @@ class Practice:
         """What a resumed run needs of this process."""
         return {
             "generator": self.residual.generator.get_state(), "rng": to_plain(self.rng.bit_generator.state),
-            "arm_time_s": self.arm_time_s, "hands": self.hands,
+            "arm_time_s": self.arm_time_s, "hands": self.hands, "steps": self.steps,
+            "demonstrations": self.demonstrations,
         }  # fmt: skip
 
     def set_state(self, saved: dict[str, Any], path: str) -> None:
@@ -310,7 +334,7 @@ class Practice:
             self.rng.bit_generator.state = to_numpy(own["rng"])
             self.earlier_s, self.hands = float(own["arm_time_s"]), int(own["hands"])
             self.records = [dict(record) for record in saved["recorder"]["recent_episodes"]]
-            self.steps = saved["global_step"]
+            self.steps, self.demonstrations = int(own["steps"]), int(own["demonstrations"])
 
     def start(self) -> None:
         """Before the first episode: a sheet on the table, torque, and the arm, which may be folded, at home."""
@@ -366,7 +390,7 @@ class Practice:
 
     def episode(self, record: dict[str, Any], film: CameraFilm | None) -> Lesson:
         """One episode; its lesson for the learner, with the record completed, and the film."""
-        self.residual.exploring = self.steps >= self.args.sac.learning_starts
+        self.residual.exploring = self.steps >= self.demonstrations
         missed, result, trouble = self.loop.clock.missed, {"seen_inside": False}, ""
         try:
             result = self.loop.episode(self.args.sac.train_episode_steps, self.task.tape_margin)
@@ -413,20 +437,26 @@ def main() -> int:
     args.base_policy = args.base_policy or f"onnx:{os.path.relpath(ASSETS / 'arm.onnx')}"
     base, task = load_base(args)
     capacity = round(60 * args.minutes * CONTROL_HZ) + args.sac.train_episode_steps
+    if saved:
+        with restoring(args.resume or args.prior):
+            capacity += int(saved["global_step"])  # steps that the buffer begins with
     settings = learner_args(args, task, capacity)
     trainer.check_args(settings)
     agent = trainer.Agent(settings)
     check_memory("--minutes", 8 * capacity * (agent.features.dim + ACT_DIM))
     if saved:
-        check_base(saved, args.base_policy, base, args.resume)
+        check_base(saved, args.base_policy, base, args.resume or args.prior)
+    if args.resume:
         check_time(saved, args)
         run_dir = Path(args.resume).parent
     else:
+        if args.prior:
+            check_prior(saved, args, task)
         name = args.run_name or f"practice_{time.strftime('%Y%m%d-%H%M%S')}_s{args.seed}"
         run_dir = new_run_dir(Path(args.log_dir), name, "tensorboard")
         write_json(run_dir / "config.json", describe_run(SCRIPT, args))
     say(f"everything goes to {run_dir}; to watch: tensorboard --logdir {run_dir}")
-    run = LearnerRun(settings, capacity, run_dir, base.fingerprint, Path(args.resume) if saved else None)
+    run = LearnerRun(settings, capacity, run_dir, base.fingerprint, args.resume, args.prior)
     learner = (LearnerProcess if args.learner_process else LocalLearner)(run)
     policy, practice = make_policy(args, agent, base, task), None
     try:
@@ -435,7 +465,7 @@ def main() -> int:
             drive.arm_loop(drive_args(args), policy, task, lambda _, task: open_arm(args, task)) as loop,
         ):  # fmt: skip
             practice = Practice(args, loop, task, learner, run_dir)
-            if saved:
+            if args.resume:
                 practice.set_state(saved, args.resume)
             follow(practice)
     except SO101Error as error:

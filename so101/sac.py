@@ -134,8 +134,8 @@ class Args:
 RANGES = {
     "seed": (0, 2**32 - 1), "total_timesteps": (1, 10**10), "num_envs": (1, 4096), "learning_starts": (1, 10**9),
     "base_batch": (0, 0.9), "batch_size": (1, 2**20), "updates_per_step": (1, 1000),
-    "buffer_size": (1000, 10**9), "learning_rate": (1e-9, 10), "gamma": (0, 1), "n_step": (1, 100), "tau": (1e-6, 1), "actor_tau": (1e-6, 1),
-    "reward_scale": (1e-9, 1e9), "alpha_init": (1e-9, 1e3), "target_entropy": (-100, 100),
+    "buffer_size": (1000, 10**9), "learning_rate": (1e-9, 10), "gamma": (0, 1), "n_step": (1, 100), "tau": (1e-6, 1),
+    "actor_tau": (1e-6, 1), "reward_scale": (1e-9, 1e9), "alpha_init": (1e-9, 1e3), "target_entropy": (-100, 100),
     "train_episode_steps": (1, 10**6), "hidden_size": (1, 4096), "num_critics": (1, 100), "log_std_init": (-10, 2),
     **Task.RANGES, **Server.RANGES, **Run.RANGES,
 }  # fmt: skip
@@ -176,7 +176,7 @@ def layer_init(layer: nn.Linear, std: float = np.sqrt(2)) -> nn.Linear:
 
 
 class Agent(nn.Module):
-    """Squashed Gaussian actor and critics, and their slower copies. They see views x (B, F) of observations' features."""
+    """Squashed Gaussian actor and critics, and slower copies of both. They see views x (B, F) of the features."""
 
     def __init__(self, args: Args):
         super().__init__()

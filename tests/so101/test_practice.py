@@ -189,6 +189,77 @@ def test_a_run_leaves_a_checkpoint_for_all_commands(practised, tmp_path):
     assert loop.episode(3, task.tape_margin)["ticks"] == 3 and np.abs(policy.base.residual).max() > 0
 
 
+PRIOR = (
+    "--total-timesteps 302 --num-envs 2 --learning-starts 30 --batch-size 32 --hidden-size 16 --train-episode-steps 25 "
+    "--base-policy jacobian --observe-base --eval-every 0 --final-eval-episodes 0 --firmware-p 16"
+).split()
+
+
+@pytest.fixture(scope="module")
+def prior(tmp_path_factory):
+    """A checkpoint of the learning in simulation with which practice can begin."""
+    log_dir = tmp_path_factory.mktemp("prior")
+    done = run_script("so101.sac", "--log-dir", str(log_dir), "--observe-load", *PRIOR)
+    assert done.returncode == 0, done.stderr
+    return next(log_dir.iterdir()) / "final_model.pt"
+
+
+def test_practice_begins_with_networks_and_steps_of_a_prior(prior, monkeypatch, tmp_path):
+    then = load(prior)
+    first = LocalLearner(Run(restored(prior), 1000, tmp_path, "", prior=str(prior))).take()
+    assert first.keys() == then["agent"].keys()
+    assert all(np.array_equal(first[name], then["agent"][name].numpy()) for name in first)
+    flags = ["--virtual-time", "--minutes", "0.3", "--log-dir", str(tmp_path / "logs"), "--run-name", "begun"]
+    monkeypatch.setattr(sys, "argv", ["practice.py", *flags, "--prior", str(prior)])
+    assert practice.run_script(practice.main) == 0
+    own = (saved := load(tmp_path / "logs" / "begun" / MODEL))["ranks"][0]
+    old = then["ranks"][0]["buffer"]
+    assert own["first_rows"] == 302 and saved["global_step"] == 302 + own["arm"]["steps"] > 302
+    for column in (0, 1):  # one environment after the other
+        rows = own["buffer"]["x"][151 * column : 151 * (column + 1), 0]
+        assert torch.equal(rows, old["x"][:, column])
+        assert own["buffer"]["dones"][151 * (column + 1) - 1]
+    assert torch.equal(own["buffer"]["terminations"][151:302, 0], old["terminations"][:, 1])
+    records = saved["recorder"]["recent_episodes"]
+    assert records[0]["exploring"]  # demonstrations are there
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["practice.py", "--virtual-time", "--minutes", "0.5", "--resume", str(tmp_path / "logs" / "begun" / MODEL)],
+    )
+    assert practice.run_script(practice.main) == 0
+    again = load(tmp_path / "logs" / "begun" / MODEL)
+    assert again["global_step"] > saved["global_step"] and again["ranks"][0]["first_rows"] == 302
+    assert again["recorder"]["recent_episodes"][len(records)]["exploring"]
+
+
+def restored(path) -> sac.Args:
+    args = practice.restore_settings(sac.Args, load(path)["args"], path)
+    args.sac.num_envs = 1
+    return args
+
+
+def test_a_prior_of_something_else_is_refused(prior, practised, monkeypatch, tmp_path, capsys):
+    done = run_script("so101.sac", "--log-dir", str(tmp_path), "--run-name", "blind", *PRIOR)
+    assert done.returncode == 0, done.stderr
+    blind = str(tmp_path / "blind" / "final_model.pt")
+    prior = str(prior)
+    for flags, reason in (
+        (["--prior", blind], f"--prior {blind}: was trained with --observe-load False; practice needs True"),
+        (["--prior", prior, "--base-policy", "onnx:assets/arm.onnx"], f"{prior} was trained with jacobian"),
+        (["--prior", prior, "--alpha", "0.5"], "--alpha 0.5"),
+        (["--prior", prior, "--gamma", "0.9"], "--gamma 0.9"),
+        (["--prior", prior, "--hidden-size", "32"], "--hidden-size 32"),
+        (["--prior", prior, "--resume", str(practised / MODEL)], "--prior: a resumed run has begun already"),
+        (["--prior", "assets/pretrained.pt"], "--prior assets/pretrained.pt: not of so101.sac"),
+        (["--prior", "none.pt"], "none.pt: no such file"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["practice.py", "--log-dir", str(tmp_path / "logs"), *flags])
+        assert practice.run_script(practice.main) == 2
+        assert reason in capsys.readouterr().err, flags
+    assert not (tmp_path / "logs").exists()
+
+
 def test_every_episode_has_a_new_start(practised):
     """Also after a failure, when the sheet lies at a fair start already."""
     saved = load(practised / MODEL)
