@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # What practice on an arm improves: the simulated arm with one thing wrong, before and after 20 minutes of arm time.
 #
-#   bash benchmark/practice.sh                 # five seeds of each row, in virtual time: about five hours on two cores
+#   bash benchmark/practice.sh                 # five seeds of each row, in virtual time: about six hours on two cores
 #   SEEDS="1" ROWS="gain backlash" bash benchmark/practice.sh
 #
 # MODEL     policy to start from, a checkpoint (default: one that has seen no such arms in training,
 #           unlike the included one; it is trained first)
+# PRIOR     checkpoint of so101.sac on that policy, in simulation, with which practice begins (it is trained, too);
+#           none: a fresh residual
 # SEEDS     seeds of the practice (1 to 5)
 # ROWS      rows to run: nothing, lift, gain, backlash, finger, table (all of them)
 # MINUTES   arm time of the practice (20)
@@ -20,8 +22,8 @@ cd "$(dirname "$0")/.."
 
 JOBS=${JOBS:-$(env -u OMP_NUM_THREADS nproc)} # nproc reports OMP_NUM_THREADS if it is set
 ROWS=${ROWS:-nothing lift gain backlash finger table} SEEDS=${SEEDS:-1 2 3 4 5} OUT=${OUT-benchmark/results/practice}
-export MODEL=${MODEL:-${RUNS:-logs/benchmark/practice}/naive/run/final_model.pt}
 export MINUTES=${MINUTES:-20} EPISODES=${EPISODES:-40} RUNS=${RUNS:-logs/benchmark/practice} OMP_NUM_THREADS=1
+export MODEL=${MODEL:-$RUNS/naive/run/final_model.pt} PRIOR=${PRIOR:-$RUNS/prior/run/final_model.pt}
 
 # row | flags of so101.practice that make the arm
 all="nothing|
@@ -31,8 +33,8 @@ backlash|--backlash-deg 3
 finger|--finger-friction 0.3
 table|--finger-friction 0.4 --table-friction 0.4"
 
-run() { # ROW SEED FLAGS...: success on the arm of a seed before practice, and after it
-  local row=$1 seed=$2 dir=$RUNS/$1 check
+run() { # ROW SEED FLAGS...: success on the arm of a seed before practice, also with the prior, and after it
+  local row=$1 seed=$2 dir=$RUNS/$1 check begin=(--base-policy "checkpoint:$MODEL")
   shift 2
   mkdir -p "$dir"
   check=(python benchmark/practised_arm.py --seed "$seed" --episodes "$EPISODES" "$@")
@@ -40,7 +42,10 @@ run() { # ROW SEED FLAGS...: success on the arm of a seed before practice, and a
     rm -rf "$dir/seed_$seed"
     if ! {
       "${check[@]}" --model "$MODEL" --json "$dir/seed_${seed}_before.json" &&
-        python -m so101.practice --virtual-time --base-policy "checkpoint:$MODEL" "$@" --seed "$seed" \
+        if [ "$PRIOR" != none ]; then
+          "${check[@]}" --model "$PRIOR" --json "$dir/seed_${seed}_prior.json" && begin+=(--prior "$PRIOR")
+        fi &&
+        python -m so101.practice --virtual-time "${begin[@]}" "$@" --seed "$seed" \
           --minutes "$MINUTES" --log-dir "$dir" --run-name "seed_$seed" &&
         "${check[@]}" --model "$dir/seed_$seed/practice_model.pt" --json "$dir/seed_$seed.json"
     } > "$dir/seed_$seed.txt" 2>&1; then
@@ -56,6 +61,11 @@ if [ ! -e "$MODEL" ]; then # three minutes
   rm -rf "$RUNS/naive"
   python ppo_residual_so101.py --full-randomization --firmware-p 16 --total-timesteps 300000 --eval-every 0 --seed 1 \
     --log-dir "$RUNS/naive" --run-name run
+fi
+if [ "$PRIOR" != none ] && [ ! -e "$PRIOR" ]; then # three minutes
+  rm -rf "$RUNS/prior"
+  python -m so101.sac --base-policy "checkpoint:$MODEL" --full-randomization --firmware-p 16 --observe-load \
+    --observe-base --total-timesteps 20000 --eval-every 0 --seed 1 --log-dir "$RUNS/prior" --run-name run
 fi
 for seed in $SEEDS; do
   while IFS="|" read -r row flags; do

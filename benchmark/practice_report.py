@@ -32,7 +32,7 @@ LAST_S, REACHED = 300.0, 0.9  # the last five minutes; the success that counts a
 @dataclasses.dataclass
 class Args:
     runs: str
-    """directory of the runs, with ROW/seed_N/, ROW/seed_N.json and ROW/seed_N_before.json"""
+    """directory of the runs, with ROW/seed_N/, ROW/seed_N.json, ROW/seed_N_before.json and ROW/seed_N_prior.json"""
     out: str
     """directory to write rows.json, results.md and curves.png into"""
 
@@ -49,9 +49,11 @@ def read_seed(result: Path) -> dict[str, Any]:
     time_s = np.array([each["arm_time_s"] for each in episodes])
     success = np.array([each["success"] for each in episodes], float)
     recent = np.array([success[max(0, i + 1 - RECENT) : i + 1].mean() for i in range(len(success))])
+    prior = result.with_name(f"{result.stem}_prior.json")
     enough = (np.arange(len(recent)) >= RECENT - 1) & (recent >= REACHED)
     return {
         "outcomes": outcomes_of(result), "before": outcomes_of(result.with_name(f"{result.stem}_before.json")),
+        "prior": outcomes_of(prior) if prior.exists() else None,
         "time_s": time_s.tolist(), "recent": recent.tolist(),
         "episodes": len(episodes), "hands": int(sum(each["hands"] for each in episodes)),
         "last": float(success[time_s > time_s[-1] - LAST_S].mean()),
@@ -62,13 +64,14 @@ def read_seed(result: Path) -> dict[str, Any]:
 
 def read_row(directory: Path) -> dict[str, Any]:
     """A row: before, and after each practice."""
-    results = [path for path in sorted(directory.glob("seed_*.json")) if not path.stem.endswith("_before")]
+    results = [path for path in sorted(directory.glob("seed_*.json")) if path.stem.count("_") == 1]
     if not results:
         raise SO101Error(f"--runs: {directory} has no finished seed; run benchmark/practice.sh")
     seeds = [read_seed(each) for each in results]
     outcomes = np.array([seed["outcomes"] for seed in seeds])
-    rates = outcomes.mean(1)
+    rates, priors = outcomes.mean(1), [seed["prior"] for seed in seeds]
     return {
+        "prior": None if None in priors else float(np.mean(priors)),
         "before": float(np.mean([seed["before"] for seed in seeds])), "after": float(rates.mean()),
         "worst": float(rates.min()), "after_ci95": rate_interval(rates, outcomes.shape[1], outcomes), "seeds": seeds,
         "hands_per_100": 100 * sum(seed["hands"] for seed in seeds) / sum(seed["episodes"] for seed in seeds),
@@ -78,8 +81,8 @@ def read_row(directory: Path) -> dict[str, Any]:
 def markdown(rows: dict[str, dict[str, Any]]) -> str:
     """The table."""
     columns = [
-        "wrong with the arm", "before", "after", "95 %", "worst", "seeds", "in the last 5 minutes, exploring",
-        "minutes until 0.9", "hands per 100 episodes", "s per reset",
+        "wrong with the arm", "policy", "with the prior", "after practice", "95 %", "worst", "seeds",
+        "in the last 5 minutes, exploring", "minutes until 0.9", "hands per 100 episodes", "s per reset",
     ]  # fmt: skip
     lines = ["# Practice", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for name, row in rows.items():
@@ -89,8 +92,9 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
             f"{np.median(reached):.0f}" if None not in reached else f"not in {reached.count(None)} of {len(seeds)}"
         )
         low, high = row["after_ci95"]
+        prior = "-" if row["prior"] is None else f"{row['prior']:.2f}"
         lines.append(
-            f"| {TITLES[name]} | {row['before']:.2f} | {row['after']:.2f} | [{low:.2f}, {high:.2f}] | "
+            f"| {TITLES[name]} | {row['before']:.2f} | {prior} | {row['after']:.2f} | [{low:.2f}, {high:.2f}] | "
             f"{row['worst']:.2f} | {len(seeds)} | {np.mean([seed['last'] for seed in seeds]):.2f} | {minutes} | "
             f"{row['hands_per_100']:.1f} | {np.mean([seed['reset_s'] for seed in seeds]):.1f} |"
         )
