@@ -64,7 +64,7 @@ if [ ! -e "$MODEL" ]; then # three minutes
 fi
 if [ "$PRIOR" != none ] && [ ! -e "$PRIOR" ]; then # three minutes
   rm -rf "$RUNS/prior"
-  python -m so101.sac --base-policy "checkpoint:$MODEL" --full-randomization --firmware-p 16 --observe-load \
+  python -m so101.sac --base-policy "checkpoint:$MODEL" --full-randomization --firmware-p 16 \
     --observe-base --total-timesteps 20000 --eval-every 0 --seed 1 --log-dir "$RUNS/prior" --run-name run
 fi
 for seed in $SEEDS; do

@@ -47,7 +47,7 @@ row() { # NAME COUNT COMMAND...: the first COUNT of the seeds
   tr -s ' ' '\n' <<< "$SEEDS" | head -n "$count" | xargs -P "$JOBS" -I{} bash -c 'run_seed "$@"' _ "$name" {} "$@"
 }
 
-PRECISE="--tape-margin 0.02 --arrival-yaw-weight 1.5 --train-episode-steps 300"
+PRECISE="--tape-margin 0.02"
 row standard 20 python -m so101.sac --total-timesteps 20000
 row standard_ppo 20 python ppo_residual_so101.py --total-timesteps 50000
 row precise 20 python -m so101.sac $PRECISE --total-timesteps 50000

@@ -105,7 +105,7 @@ class Args:
     steps are --base-batch of every batch"""
     resume: str | None = None
     """practice_model.pt of a run to go on with, with its buffer; --minutes counts from its beginning"""
-    sac: trainer.SAC = dataclasses.field(default_factory=lambda: trainer.SAC(num_envs=1))
+    sac: trainer.SAC = dataclasses.field(default_factory=lambda: trainer.SAC(num_envs=1, train_episode_steps=150))
     networks: trainer.Networks = dataclasses.field(default_factory=trainer.Networks)
     server: Server = dataclasses.field(default_factory=Server)
     flaws: Flaws = dataclasses.field(default_factory=Flaws)
@@ -164,7 +164,7 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
     trust = trust_of(args).also(args.base_policy)
     then = restore_args(trainer.Args, trainer.check_args, saved["args"], path, trust)
     if args.prior:
-        then.sac.num_envs = 1
+        then.sac.num_envs, then.sac.train_episode_steps = 1, args.sac.train_episode_steps
     task = {name: getattr(then.task, name) for name in ("firmware_p", "tape_margin", "alpha")}
     before = dataclasses.replace(
         Args(), seed=then.seed if args.resume else Args.seed, sac=then.sac, networks=then.networks,

@@ -83,7 +83,7 @@ class SAC:
     """entropy, in nats, that the weight is adjusted to"""
     shaping: bool = True
     """add the potential-based shaping term to the rewards that SAC learns from; logged returns are unshaped"""
-    train_episode_steps: int = 150
+    train_episode_steps: int = 100
     """time-out of training episodes in control steps: a new start teaches more than a stuck arm; evaluation has 400"""
 
 
@@ -127,7 +127,7 @@ class Args:
     sac: SAC = dataclasses.field(default_factory=SAC)
     networks: Networks = dataclasses.field(default_factory=Networks)
     base: Base = dataclasses.field(default_factory=Base)
-    task: Task = dataclasses.field(default_factory=Task)
+    task: Task = dataclasses.field(default_factory=lambda: Task(observe_load=True))  # without it a press is not seen
     run: Run = dataclasses.field(default_factory=lambda: Run(checkpoint_every=5000, eval_every=2000))
 
 

@@ -199,7 +199,7 @@ PRIOR = (
 def prior(tmp_path_factory):
     """A checkpoint of the learning in simulation with which practice can begin."""
     log_dir = tmp_path_factory.mktemp("prior")
-    done = run_script("so101.sac", "--log-dir", str(log_dir), "--observe-load", *PRIOR)
+    done = run_script("so101.sac", "--log-dir", str(log_dir), *PRIOR)
     assert done.returncode == 0, done.stderr
     return next(log_dir.iterdir()) / "final_model.pt"
 
@@ -240,7 +240,7 @@ def restored(path) -> sac.Args:
 
 
 def test_a_prior_of_something_else_is_refused(prior, practised, monkeypatch, tmp_path, capsys):
-    done = run_script("so101.sac", "--log-dir", str(tmp_path), "--run-name", "blind", *PRIOR)
+    done = run_script("so101.sac", "--log-dir", str(tmp_path), "--run-name", "blind", "--no-observe-load", *PRIOR)
     assert done.returncode == 0, done.stderr
     blind = str(tmp_path / "blind" / "final_model.pt")
     prior = str(prior)
