@@ -86,12 +86,12 @@ class Evening:
 
         self.time.on_sleep = act
 
-    def run(self, *flags):
+    def run(self, *flags, main=drive.main):
         """Run the script; returns its exit code, and what it wrote to stderr."""
         words = ["so101.drive", "--robot", "lerobot:PORT", "--robot-id", "mine", *flags]
-        words += [] if "--check" in flags else ["--json", str(self.json)]
+        words += ["--json", str(self.json)] if main is drive.main and "--check" not in flags else []
         self.monkeypatch.setattr(sys, "argv", words)
-        code = run_script(drive.main)
+        code = run_script(main)
         self.out, err = self.capsys.readouterr()
         self.time.on_sleep = lambda: None
         self.time.sleep(2.0)  # without torque the arm falls to its stops
