@@ -84,19 +84,19 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
                 lambda p: p["success"], lambda p: p["ci95"][0], lambda p: p["ci95"][1], lambda p: p["worst"],
             )
         )  # fmt: skip
-        for axis, key in zip(axes, ("steps", "cpu_s")):
-            x = [each[key] for each in points]
-            axis.plot(x, mean, color=color, marker="o", markersize=3, label=TITLES[name])
-            axis.plot(x, worst, color=color, linewidth=0.8, linestyle="--")
-            axis.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
+        label = f"{TITLES[name]} ({len(rows[name]['seeds'])} seeds)"
+        for axis, key, first in zip(axes, ("steps", "cpu_s"), (0, 1)):  # a logarithmic axis has no 0
+            x = [each[key] for each in points][first:]
+            axis.plot(x, mean[first:], color=color, marker="o", markersize=3, label=label)
+            axis.plot(x, worst[first:], color=color, linewidth=0.8, linestyle="--")
+            axis.fill_between(x, low[first:], high[first:], color=color, alpha=0.25, linewidth=0)
     axes[0].set(xlabel="environment steps", ylabel="success, 200 held-out episodes", ylim=(0, 1))
     axes[0].xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
     axes[1].set(xlabel="CPU time of training, one thread, s", xscale="log")
     for axis in axes:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8, loc="lower right")
-    counts = " and ".join(str(count) for count in sorted({len(rows[name]["seeds"]) for name in PICTURE}))
-    figure.suptitle(f"mean of {counts} seeds with its 95 % interval; dashed: the worst seed", fontsize=10)
+    figure.suptitle("mean over the seeds with its 95 % interval; dashed: the worst seed", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -208,7 +208,7 @@ def use_profile(args: Args, arm: LeRobotArm, policy: BasePolicy, profile: ArmPro
     arm.gain_known = bool(args.servo_gain or profile_gain)
     say(f"servos at {arm.voltage:.1f} V, P = {arm.firmware_p}, gain {arm.servo_gain:.2f} of the 12 V STS3215's")
     if (missing := [step for step in STEPS if step not in done]) and not args.check:
-        say(f"this arm was not checked: {', '.join(missing)}; add --check once")
+        say(f"this arm was not checked: {', '.join(missing)}; check it once with so101.drive --check")
     if profile is None:
         return np.zeros(ACT_DIM)
     lift, elbow = np.rad2deg(profile.offset_rad[1:3])
