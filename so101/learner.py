@@ -109,16 +109,21 @@ class Learner:
         self.buffer = sac.ReplayBuffer(min(capacity, args.sac.buffer_size), 1, self.agent.features.dim)
         self.first_rows = 0  # steps of the prior, or else of the base alone, the demonstrations; they are the first
 
+    def _load_networks(self, saved: Mapping[str, Any], path: str | Path) -> None:
+        """Take over weights and optimisers of a checkpoint. Raises SO101Error if they do not fit."""
+        load_weights(self.agent, saved["agent"], path)
+        with restoring(path):
+            for name, optimizer in self.optimizers.items():
+                restore_optimizer(optimizer, saved["optimizer"][name])
+
     def load_prior(self, saved: Mapping[str, Any], path: str | Path) -> None:
         """Begin with the networks of the checkpoint at path, whose content is `saved`, and with its steps as the first.
 
         It is one of so101/sac.py with the same settings. Raises SO101Error if it does not fit.
         """
-        load_weights(self.agent, saved["agent"], path)
+        self._load_networks(saved, path)
         with restoring(path):
             (own,) = saved["ranks"]
-            for name, optimizer in self.optimizers.items():
-                restore_optimizer(optimizer, saved["optimizer"][name])
             rows = {name: array.clone() for name, array in own["buffer"].items()}
             rows["dones"][-1] = True  # what follows is another environment
             rows = {name: array.transpose(0, 1).flatten(0, 1).unsqueeze(1) for name, array in rows.items()}
@@ -172,11 +177,9 @@ class Learner:
 
     def load_state_dict(self, saved: Mapping[str, Any], path: str | Path) -> None:
         """Continue from the checkpoint at path, whose content is `saved`. Raises SO101Error if it does not fit."""
-        load_weights(self.agent, saved["agent"], path)
+        self._load_networks(saved, path)
         with restoring(path):
             (own,) = saved["ranks"]
-            for name, optimizer in self.optimizers.items():
-                restore_optimizer(optimizer, saved["optimizer"][name])
             self.generator.set_state(own["generator"])
             self.buffer.load_state_dict(own["buffer"], saved["global_step"])
             self.first_rows = own["first_rows"]

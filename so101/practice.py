@@ -32,7 +32,7 @@ from so101 import sac as trainer
 from so101.arm_film import CameraFilm
 from so101.base import BaseObservation, BasePolicy, StackedPolicy, extend_observation, flat_observation
 from so101.camera import CAMERA
-from so101.checkpoints import CHECKPOINT, check_base, load_file, restore_args, restore_settings, restoring
+from so101.checkpoints import CHECKPOINT, check_base, load_file, restore_args, restoring
 from so101.cli import check_flags, check_memory, command_of, flag_of, parse, run_script
 from so101.extras import import_extra
 from so101.files import to_numpy, to_plain, write_json
@@ -185,9 +185,8 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
 
 def check_prior(saved: dict[str, Any], args: Args, task: Task) -> None:
     """Raise SO101Error unless the prior was trained on the task that the arm practises."""
-    then = restore_settings(trainer.Args, saved["args"], args.prior).task
     for name in SAME_TASK:
-        if (old := getattr(then, name)) != (new := getattr(task, name)):
+        if (old := saved["args"]["task"][name]) != (new := getattr(task, name)):
             raise SO101Error(f"--prior {args.prior}: was trained with {flag_of(name)} {old}; practice needs {new}")
 
 
@@ -436,16 +435,17 @@ def main() -> int:
     torch.set_num_threads(1)  # leaves the other cores to the learner, the simulation or the camera
     args.base_policy = args.base_policy or f"onnx:{os.path.relpath(ASSETS / 'arm.onnx')}"
     base, task = load_base(args)
+    begun_with = args.resume or args.prior
     capacity = round(60 * args.minutes * CONTROL_HZ) + args.sac.train_episode_steps
     if saved:
-        with restoring(args.resume or args.prior):
+        with restoring(begun_with):
             capacity += int(saved["global_step"])  # steps that the buffer begins with
     settings = learner_args(args, task, capacity)
     trainer.check_args(settings)
     agent = trainer.Agent(settings)
     check_memory("--minutes", 8 * capacity * (agent.features.dim + ACT_DIM))
     if saved:
-        check_base(saved, args.base_policy, base, args.resume or args.prior)
+        check_base(saved, args.base_policy, base, begun_with)
     if args.resume:
         check_time(saved, args)
         run_dir = Path(args.resume).parent

@@ -99,7 +99,8 @@ def test_a_joint_that_turns_the_wrong_way_ends_the_check(make_evening):
 
     # a run knows what the check has not measured
     code, err = evening.run("--dry-run", "--episode-steps", "1")
-    assert "this arm was not checked: directions, zero and gain, camera, fingertip; check it once with " in err
+    missing = "directions, zero and gain, camera, fingertip"
+    assert f"this arm was not checked: {missing}; check it once with so101.drive --check" in err
     arm, profile = (
         SimpleNamespace(servo_gain=0.55, voltage=7.4, firmware_p=16),
         ArmProfile.load(evening.profile, "mine"),

@@ -13,6 +13,7 @@ from conftest import assert_equal_training_state, load, run_script
 from PIL import Image
 
 from so101 import drive, practice, sac
+from so101.checkpoints import restore_settings
 from so101.learner import MODEL, Episode, Judge, Learner, LearnerProcess, Lesson, LocalLearner, Run, Worker
 from so101.loop import REST_RAD, Loop
 from so101.robot import RobotError
@@ -222,19 +223,16 @@ def test_practice_begins_with_networks_and_steps_of_a_prior(prior, monkeypatch, 
     assert torch.equal(own["buffer"]["terminations"][151:302, 0], old["terminations"][:, 1])
     records = saved["recorder"]["recent_episodes"]
     assert records[0]["exploring"]  # demonstrations are there
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["practice.py", "--virtual-time", "--minutes", "0.5", "--resume", str(tmp_path / "logs" / "begun" / MODEL)],
-    )
+    model = tmp_path / "logs" / "begun" / MODEL
+    monkeypatch.setattr(sys, "argv", ["practice.py", "--virtual-time", "--minutes", "0.5", "--resume", str(model)])
     assert practice.run_script(practice.main) == 0
-    again = load(tmp_path / "logs" / "begun" / MODEL)
+    again = load(model)
     assert again["global_step"] > saved["global_step"] and again["ranks"][0]["first_rows"] == 302
     assert again["recorder"]["recent_episodes"][len(records)]["exploring"]
 
 
 def restored(path) -> sac.Args:
-    args = practice.restore_settings(sac.Args, load(path)["args"], path)
+    args = restore_settings(sac.Args, load(path)["args"], path)
     args.sac.num_envs = 1
     return args
 
