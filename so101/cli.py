@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ from so101_sim.errors import SO101Error, check_ranges
 
 ROOT = Path(__file__).resolve().parent.parent
 Settings = TypeVar("Settings")
+RANK_0_S = 10.0  # how much later rank 0 may report an error that all ranks have
 
 # what other projects call a flag, and what it is called here
 USUAL_NAMES = {
@@ -81,6 +83,8 @@ def run_script(main: Callable[[], int]) -> int:
         return 128 + signal.SIGINT
     except Stop as stop:
         return 128 + stop.signum
+    if not is_main() and not isinstance(message, RankError):
+        time.sleep(RANK_0_S)  # if rank 0 has the same error, torchrun ends this process after rank 0 has reported it
     if is_main() or isinstance(message, RankError):
         text = "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(message))  # one line, as it is
         with contextlib.suppress(OSError):  # nobody can read it

@@ -148,7 +148,8 @@ class Recorder:
         self.finalists: list[dict[str, Any]] = []  # steps and scores of the best models, best first
         self.metrics: dict[str, float] = {}
         self.result: dict[str, Any] | None = None  # of the last evaluation
-        self.signum = 0  # signal that requested a stop
+        self.signum = 0  # signal that requests a stop, on this rank
+        self.stop_signum = 0  # the one that all ranks have agreed on
         self.evaluation_due = False  # whether this iteration's evaluation is still to be done
         self.before: dict[str, Any] | None = None  # checkpoint from which to resume if the base policy fails
         self.weights: dict[int, dict[str, torch.Tensor]] = {}  # of the finalists, by step
@@ -243,8 +244,8 @@ class Recorder:
 
     def stopped(self) -> bool:
         """Whether a signal requested a stop on any rank: the same answer on all of them."""
-        self.signum = max(self.signum, *self.world.gather(self.signum))
-        return bool(self.signum)
+        self.stop_signum = max(self.world.gather(self.signum))  # one that comes meanwhile stays for the next call
+        return bool(self.stop_signum)
 
     def record(self, global_step: int, metrics: dict[str, float], episodes: list[dict[str, float]]) -> None:
         """Log an iteration; evaluate and save a checkpoint when it is time.
@@ -322,7 +323,7 @@ class Recorder:
             self.evaluate()
         stop, content = self.stopped(), self._content()
         if not self.world.is_main:
-            return 128 + self.signum if stop else 0
+            return 128 + self.stop_signum if stop else 0
         best = {**self.finalists[0], "episodes": self.run.eval_episodes} if self.finalists else None
         if best and not stop:
             self._show("choosing the best model")
@@ -340,7 +341,7 @@ class Recorder:
         write_json(self.run_dir / "training_summary.json", summary)
         self.bar.close()
         self._print_end(summary, best, model)
-        return 128 + self.signum if stop else 0
+        return 128 + self.stop_signum if stop else 0
 
     # -- signals and printing
 
@@ -376,7 +377,7 @@ class Recorder:
         if summary["base_time_s"]:
             speed += f", {summary['base_time_s'] / summary['wall_time_s']:.0%} of the time for the base policy"
         self._say(f"{self.global_step} steps in {summary['wall_time_s']:.1f} s ({speed}), saved in {self.run_dir}")
-        if self.signum:
+        if self.stop_signum:
             self._say(f"resume:   {self._own_command()} --resume {model}{self._allow_flags()}")
             return
         if best:
@@ -584,7 +585,7 @@ class Recorder:
             "eval_time_s": self.eval_time_s,
             "ranks": self.world.size,
             "base_time_s": base_time,
-            "interrupted": bool(self.signum),
+            "interrupted": bool(self.stop_signum),
             "success_rate_100": means.get("success"),
             "mean_return_100": means.get("return"),
             "mean_length_100": means.get("length"),

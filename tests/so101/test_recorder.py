@@ -37,6 +37,7 @@ from conftest import (
 from ppo_residual_so101 import Agent, Args, make_envs
 from so101.checkpoints import CHECKPOINT, load_checkpoint
 from so101.cli import flat_settings
+from so101.distributed import World
 from so101.evaluation import VALIDATION_SEED, episode_mean, evaluate
 from so101.recorder import Recorder
 
@@ -222,6 +223,34 @@ def test_interrupted_run_resumes_exactly(tmp_path, signum):
     resumed, straight = train(tmp_path / "b", "--resume", str(model)), train(tmp_path / "c", *flags)
     assert_equal_training_state(resumed / "final_model.pt", straight / "final_model.pt")
     assert_equal_best_models(resumed, straight)
+
+
+def test_a_signal_that_comes_while_the_ranks_ask_each_other_is_not_lost(tmp_path):
+    """It is not in the answers that they exchange this time, but in those of the next time."""
+
+    class SlowWorld(World):
+        during_the_exchange = None
+
+        def gather(self, value):
+            values = super().gather(value)
+            if self.during_the_exchange:
+                signal.raise_signal(self.during_the_exchange)
+                self.during_the_exchange = None
+            return values
+
+    args, world = Args(), SlowWorld()
+    args.run.log_dir, args.run.eval_every = str(tmp_path), 0
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    envs = [make_envs(args, 1), make_envs(args, 1, evaluation=True)]
+    try:
+        with Recorder("ppo_residual_so101.py", CHECKPOINT, args, Agent(args), *envs, dict, world=world) as recorder:
+            world.during_the_exchange = signal.SIGINT
+            assert [recorder.stopped() for _ in range(3)] == [False, True, True]
+            assert recorder.finish() == 128 + signal.SIGINT
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    assert list(tmp_path.glob("*/interrupted_model.pt"))
 
 
 @pytest.mark.slow
