@@ -57,6 +57,7 @@ from so101_sim.scene import ASSETS, CONTROL_HZ
 
 SCRIPT = Path(__file__).name
 FILMED = 10  # one episode of so many is filmed, with the reset before it; the first one, too
+PRIOR_BATCH = 0.1  # --base-batch with a prior: simulation and arm differ, and more of the one delays learning the other
 MAX_HANDS = 5  # a sheet that cannot be reset after a person has laid it so often ends the run
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ class Args:
     """name of that directory (default: practice, the time and the seed)"""
     prior: str | None = None
     """checkpoint of so101.sac on the same base policy, in simulation: its networks are where learning starts, and its
-    steps are --base-batch of every batch"""
+    steps are --base-batch of every batch, by default a tenth"""
     resume: str | None = None
     """practice_model.pt of a run to go on with, with its buffer; --minutes counts from its beginning"""
     sac: trainer.SAC = dataclasses.field(default_factory=lambda: trainer.SAC(num_envs=1, train_episode_steps=150))
@@ -165,6 +166,7 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
     then = restore_args(trainer.Args, trainer.check_args, saved["args"], path, trust)
     if args.prior:
         then.sac.num_envs, then.sac.train_episode_steps = 1, args.sac.train_episode_steps
+        then.sac.base_batch = PRIOR_BATCH
     task = {name: getattr(then.task, name) for name in ("firmware_p", "tape_margin", "alpha")}
     before = dataclasses.replace(
         Args(), seed=then.seed if args.resume else Args.seed, sac=then.sac, networks=then.networks,

@@ -215,6 +215,7 @@ def test_practice_begins_with_networks_and_steps_of_a_prior(prior, monkeypatch, 
     assert practice.run_script(practice.main) == 0
     own = (saved := load(tmp_path / "logs" / "begun" / MODEL))["ranks"][0]
     old = then["ranks"][0]["buffer"]
+    assert saved["args"]["sac"]["base_batch"] == practice.PRIOR_BATCH != then["args"]["sac"]["base_batch"]
     assert own["first_rows"] == 302 and saved["global_step"] == 302 + own["arm"]["steps"] > 302
     for column in (0, 1):  # one environment after the other
         rows = own["buffer"]["x"][151 * column : 151 * (column + 1), 0]
