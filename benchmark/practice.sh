@@ -33,6 +33,10 @@ backlash|--backlash-deg 3
 finger|--finger-friction 0.3
 table|--finger-friction 0.4 --table-friction 0.4"
 
+check_once() { # FILE MODEL: evaluate a model on the arm of `run`, unless that has been done
+  [ -e "$1" ] || [ "$2" = none ] || "${check[@]}" --model "$2" --json "$1"
+}
+
 run() { # ROW SEED FLAGS...: success on the arm of a seed before practice, also with the prior, and after it
   local row=$1 seed=$2 dir=$RUNS/$1 check begin=(--base-policy "checkpoint:$MODEL")
   shift 2
@@ -40,14 +44,12 @@ run() { # ROW SEED FLAGS...: success on the arm of a seed before practice, also 
   check=(python benchmark/practised_arm.py --seed "$seed" --episodes "$EPISODES" "$@")
   if [ ! -e "$dir/seed_$seed.json" ]; then # the last file to be written
     rm -rf "$dir/seed_$seed"
+    [ "$PRIOR" = none ] || begin+=(--prior "$PRIOR")
     if ! {
-      "${check[@]}" --model "$MODEL" --json "$dir/seed_${seed}_before.json" &&
-        if [ "$PRIOR" != none ]; then
-          "${check[@]}" --model "$PRIOR" --json "$dir/seed_${seed}_prior.json" && begin+=(--prior "$PRIOR")
-        fi &&
+      check_once "$dir/seed_${seed}_before.json" "$MODEL" && check_once "$dir/seed_${seed}_prior.json" "$PRIOR" &&
         python -m so101.practice --virtual-time "${begin[@]}" "$@" --seed "$seed" \
           --minutes "$MINUTES" --log-dir "$dir" --run-name "seed_$seed" &&
-        "${check[@]}" --model "$dir/seed_$seed/practice_model.pt" --json "$dir/seed_$seed.json"
+        check_once "$dir/seed_$seed.json" "$dir/seed_$seed/practice_model.pt"
     } > "$dir/seed_$seed.txt" 2>&1; then
       echo "$row: seed $seed FAILED, see $dir/seed_$seed.txt"
       return 1
@@ -55,7 +57,7 @@ run() { # ROW SEED FLAGS...: success on the arm of a seed before practice, also 
   fi
   echo "$row: seed $seed done"
 }
-export -f run
+export -f check_once run
 
 if [ ! -e "$MODEL" ]; then # three minutes
   rm -rf "$RUNS/naive"

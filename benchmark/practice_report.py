@@ -14,6 +14,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from scipy.stats import t
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from so101.cli import parse, run_script
@@ -70,7 +71,11 @@ def read_row(directory: Path) -> dict[str, Any]:
     seeds = [read_seed(each) for each in results]
     outcomes = np.array([seed["outcomes"] for seed in seeds])
     rates, priors = outcomes.mean(1), [seed["prior"] for seed in seeds]
+    start = np.mean([seed["prior"] or seed["before"] for seed in seeds], axis=1)  # with what practice began
+    difference = rates - start
+    half = t.ppf(0.975, len(seeds) - 1) * difference.std(ddof=1) / np.sqrt(len(seeds)) if len(seeds) > 1 else np.nan
     return {
+        "gained": float(difference.mean()), "gained_ci95": [float(difference.mean() + sign * half) for sign in (-1, 1)],
         "prior": None if None in priors else float(np.mean(priors)),
         "before": float(np.mean([seed["before"] for seed in seeds])), "after": float(rates.mean()),
         "worst": float(rates.min()), "after_ci95": rate_interval(rates, outcomes.shape[1], outcomes), "seeds": seeds,
@@ -82,6 +87,7 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
     """The table."""
     columns = [
         "wrong with the arm", "policy", "with the prior", "after practice", "95 %", "worst", "seeds",
+        "gained by practice, 95 % over the seeds",
         "in the last 5 minutes, exploring", "minutes until 0.9", "hands per 100 episodes", "s per reset",
     ]  # fmt: skip
     lines = ["# Practice", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
@@ -95,7 +101,9 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
         prior = "-" if row["prior"] is None else f"{row['prior']:.2f}"
         lines.append(
             f"| {TITLES[name]} | {row['before']:.2f} | {prior} | {row['after']:.2f} | [{low:.2f}, {high:.2f}] | "
-            f"{row['worst']:.2f} | {len(seeds)} | {np.mean([seed['last'] for seed in seeds]):.2f} | {minutes} | "
+            f"{row['worst']:.2f} | {len(seeds)} | "
+            f"{row['gained']:+.2f} [{row['gained_ci95'][0]:+.2f}, {row['gained_ci95'][1]:+.2f}] | "
+            f"{np.mean([seed['last'] for seed in seeds]):.2f} | {minutes} | "
             f"{row['hands_per_100']:.1f} | {np.mean([seed['reset_s'] for seed in seeds]):.1f} |"
         )
     return "\n".join([*lines, ""])
@@ -103,19 +111,17 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
 
 def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
     """Success of the last RECENT episodes, exploration included, over arm time; a line per practice."""
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained", sharex=True, sharey=True)
-    for axis, (name, title) in zip(axes.flat, TITLES.items()):
-        axis.set_title(title, fontsize=9)
+    figure, axes = plt.subplots(
+        1, len(rows), figsize=(3.7 * len(rows), 3.6), layout="constrained", sharey=True, squeeze=False
+    )  # fmt: skip
+    for axis, (name, row) in zip(axes[0], rows.items()):
+        axis.set_title(TITLES[name], fontsize=9)
         axis.grid(alpha=0.3)
-        if name not in rows:
-            continue
-        axis.axhline(rows[name]["before"], color="tab:gray", linestyle="--", linewidth=1)
-        for seed in rows[name]["seeds"]:
+        axis.axhline(row["before"], color="tab:gray", linestyle="--", linewidth=1)
+        for seed in row["seeds"]:
             axis.plot(np.array(seed["time_s"]) / 60, seed["recent"], color="tab:orange", linewidth=1)
-    for axis in axes[-1]:
         axis.set_xlabel("arm time, minutes")
-    for axis in axes[:, 0]:
-        axis.set(ylabel=f"success of the last {RECENT} episodes", ylim=(0, 1))
+    axes[0, 0].set(ylabel=f"success of the last {RECENT} episodes", ylim=(0, 1))
     figure.suptitle("practice on a simulated arm with one thing wrong; dashed: the policy before", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)

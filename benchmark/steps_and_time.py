@@ -27,6 +27,7 @@ from so101_env import SO101Error
 TITLES = {
     "standard": "standard, from scratch: SAC", "standard_ppo": "standard, from scratch: PPO, 50,000 steps",
     "precise": "precise, from scratch: SAC", "precise_jacobian": "precise, on the pusher: SAC",
+    "act": "standard, on a camera ACT: SAC",
 }  # fmt: skip
 PICTURE = ("standard", "standard_ppo")
 
@@ -36,7 +37,7 @@ class Args:
     runs: str
     """directory of the sweeps, with ROW/seed_N/run/"""
     out: str
-    """directory to write rows.json, results.md and curves.png into"""
+    """directory to write rows.json, results.md and curves.png into; its rows stay if --runs does not have them"""
 
 
 def read_seed(directory: Path) -> dict[int, dict[str, Any]]:
@@ -118,10 +119,13 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
 def main() -> int:
     """Read the sweeps and write the report; returns the exit code."""
     args = parse(Args, __doc__)
-    out = Path(args.out)
-    rows = {name: read_row(Path(args.runs) / name) for name in TITLES if (Path(args.runs) / name).is_dir()}
-    if not rows:
+    out, kept = Path(args.out), {}
+    if not (found := {name for name in TITLES if (Path(args.runs) / name).is_dir()}):
         raise SO101Error(f"--runs {args.runs}: has no sweep; run benchmark/steps_and_time.sh")
+    if (out / "rows.json").is_file():
+        kept = json.loads((out / "rows.json").read_text())
+    rows = {name: read_row(Path(args.runs) / name) if name in found else kept.get(name) for name in TITLES}
+    rows = {name: row for name, row in rows.items() if row}
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "rows.json", rows)
     (out / "results.md").write_text(markdown(rows))

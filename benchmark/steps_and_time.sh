@@ -4,8 +4,10 @@
 #   bash benchmark/steps_and_time.sh              # every row, about two hours on two cores
 #   ROWS="standard" SEEDS="1 2 3" bash benchmark/steps_and_time.sh
 #
-# ROWS   rows to run: standard, standard_ppo, precise, precise_jacobian (all of them)
+# ROWS   rows to run: standard, standard_ppo, precise, precise_jacobian, act (all of them)
 # SEEDS  seeds to train (4001 to 4020; each row has its own number of them at most, see below)
+# ACT    camera policy of the row act, which is skipped without it: the directory pretrained_model that
+#        benchmark/lerobot_base.sh has trained. LeRobot must be installed in this environment.
 # JOBS   number of processes at a time, one thread each (one per core)
 # RUNS   directory of everything that is written (logs/benchmark/steps_and_time)
 # OUT    directory of the report (benchmark/results/steps_and_time); empty: no report
@@ -15,8 +17,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 JOBS=${JOBS:-$(env -u OMP_NUM_THREADS nproc)} # nproc reports OMP_NUM_THREADS if it is set
-ROWS=${ROWS:-standard standard_ppo precise precise_jacobian} SEEDS=${SEEDS:-$(seq -s " " 4001 4020)}
-export RUNS=${RUNS:-logs/benchmark/steps_and_time} OMP_NUM_THREADS=1
+ROWS=${ROWS:-standard standard_ppo precise precise_jacobian act} SEEDS=${SEEDS:-$(seq -s " " 4001 4020)}
+export RUNS=${RUNS:-logs/benchmark/steps_and_time} ACT=${ACT:-} OMP_NUM_THREADS=1
 OUT=${OUT-benchmark/results/steps_and_time}
 
 run_seed() { # ROW SEED COMMAND...: train without evaluations, then evaluate every checkpoint on the held-out episodes
@@ -28,7 +30,8 @@ run_seed() { # ROW SEED COMMAND...: train without evaluations, then evaluate eve
     if ! {
       "$@" --seed "$seed" --log-dir "$dir" --run-name run --num-threads 1 --eval-every 0 &&
         for model in "$dir"/run/checkpoints/*.pt "$dir/run/final_model.pt"; do
-          python eval_so101.py --model "$model" --episodes 200 --no-base --num-threads 1 --json "${model%.pt}.json" || exit 1
+          python eval_so101.py --model "$model" --episodes 200 --no-base --num-threads 1 --json "${model%.pt}.json" \
+            ${ACT:+--allow "lerobot:$ACT"} || exit 1
         done && touch "$dir/done"
     } > "$dir/log.txt" 2>&1; then
       echo "$row: seed $seed FAILED, see $dir/log.txt"
@@ -50,6 +53,9 @@ row() { # NAME COUNT COMMAND...: the first COUNT of the seeds
 PRECISE="--tape-margin 0.02"
 row standard 20 python -m so101.sac --total-timesteps 20000
 row standard_ppo 20 python ppo_residual_so101.py --total-timesteps 50000
-row precise 20 python -m so101.sac $PRECISE --total-timesteps 50000
-row precise_jacobian 20 python -m so101.sac $PRECISE --base-policy jacobian --observe-base --total-timesteps 20000
+row precise 5 python -m so101.sac $PRECISE --total-timesteps 50000
+row precise_jacobian 10 python -m so101.sac $PRECISE --base-policy jacobian --observe-base --total-timesteps 20000 \
+  --train-episode-steps 150 --gamma 0.99 --arrival-yaw-weight 0.5
+[ -z "$ACT" ] || row act 10 python -m so101.sac --base-policy "lerobot:$ACT" --units deg --chunk-steps 16 --observe-base \
+  --train-episode-steps 300 --total-timesteps 20000
 [ -z "$OUT" ] || python benchmark/steps_and_time.py --runs "$RUNS" --out "$OUT"
