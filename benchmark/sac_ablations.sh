@@ -6,6 +6,7 @@
 #
 # ROWS   rows to run (all of them)
 # SEEDS  seeds to train (5101 to 5110, on which no setting was chosen before)
+# STEPS, EPISODES  of every training (5000) and evaluation (200)
 # JOBS   number of processes at a time, one thread each (one per core)
 # RUNS   directory of everything that is written (logs/benchmark/sac_ablations)
 # OUT    directory of the report (benchmark/results/sac_ablations); empty: no report
@@ -16,7 +17,7 @@ cd "$(dirname "$0")/.."
 
 JOBS=${JOBS:-$(env -u OMP_NUM_THREADS nproc)} # nproc reports OMP_NUM_THREADS if it is set
 SEEDS=${SEEDS:-$(seq -s " " 5101 5110)}
-export RUNS=${RUNS:-logs/benchmark/sac_ablations} OMP_NUM_THREADS=1
+export RUNS=${RUNS:-logs/benchmark/sac_ablations} STEPS=${STEPS:-5000} EPISODES=${EPISODES:-200} OMP_NUM_THREADS=1
 OUT=${OUT-benchmark/results/sac_ablations}
 
 # row | command | flags
@@ -45,9 +46,9 @@ run_seed() { # ROW SEED COMMAND FLAGS
     rm -rf "$dir"
     mkdir -p "$dir"
     if ! {
-      python "${command[@]}" --total-timesteps 5000 --seed "$seed" --log-dir "$dir" --run-name run --num-threads 1 \
+      python "${command[@]}" --total-timesteps "$STEPS" --seed "$seed" --log-dir "$dir" --run-name run --num-threads 1 \
         --eval-every 0 "${flags[@]}" &&
-        python eval_so101.py --model "$dir/run/final_model.pt" --episodes 200 --seed 7 --no-base --num-threads 1 \
+        python eval_so101.py --model "$dir/run/final_model.pt" --episodes "$EPISODES" --seed 7 --no-base --num-threads 1 \
           --json "$dir/final_model.json"
     } > "$dir/log.txt" 2>&1; then
       echo "$row: seed $seed FAILED, see $dir/log.txt"

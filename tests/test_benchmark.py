@@ -13,8 +13,10 @@ from conftest import PYTHON_PATH, ROOT, SMALL, environment, run_script, train
 sys.path.insert(0, str(ROOT / "benchmark"))
 import check
 import report
+import sac_ablations
+import sparse_sac
 
-from so101_env import SO101Error
+from so101_env import ACT_DIM, SO101Error
 
 SHORT = SMALL.replace("--total-timesteps 3000", "--total-timesteps 1200").replace(
     "--eval-every 1500", "--eval-every 600"
@@ -236,3 +238,44 @@ def test_stable_baselines3_is_measured(tmp_path):
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "results.json").read_text())
     assert row["setting"] == "ppo_ours" and row["steps"] >= 256 and 0 <= row["success"] <= 1
+
+
+def test_changes_of_sac_are_paired_by_seed():
+    """A gain of 0.1 in every seed is significant however much seeds differ; a seed that one row lacks is left out."""
+    rng = np.random.default_rng(0)
+    unchanged = {"seeds": {str(seed): rate for seed, rate in enumerate(rng.uniform(0.2, 0.8, 10))}}
+    noise = dict(zip(unchanged["seeds"], rng.normal(0, 0.01, 10)))
+    row = {"seeds": {seed: rate + 0.1 + noise[seed] for seed, rate in unchanged["seeds"].items()} | {"77": 0.0}}
+    result = sac_ablations.compare(row, unchanged)
+    low, high = result["difference_ci95"]
+    assert result["difference"] == pytest.approx(0.1 + np.mean([*noise.values()])) and result["p"] < 1e-6
+    assert 0.08 < low < result["difference"] < high < 0.12
+    shuffled = {"seeds": dict(zip(unchanged["seeds"], rng.permutation([*row["seeds"].values()][:10])))}
+    assert sac_ablations.compare(shuffled, unchanged)["p"] > 0.05
+
+
+def test_a_sparse_reward_is_success_and_time_alone():
+    envs = sparse_sac.SparseEnv(2)
+    envs.reset(seed=1)
+    assert envs.step(np.ones((2, ACT_DIM)))[1] == pytest.approx(-0.01)
+    state = envs.get_state()
+    envs.arms.qpos[1, 6:8] = 0.28, 0.01  # lays the sheet of one of them inside the tape
+    envs.arms.qpos[1, 9] = 0.0
+    state["arms"]["batch"] = envs.arms.batch.state.copy()
+    envs.set_state(state)
+    steps = [envs.step(np.zeros((2, ACT_DIM))) for _ in range(5)]
+    assert steps[-1][2].tolist() == [False, True] and steps[-1][1] == pytest.approx([-0.01, 9.99])
+
+
+@pytest.mark.slow
+def test_changes_of_sac_are_measured(tmp_path):
+    """One seed of two rows, by the script that trains and evaluates them; a finished seed is not trained again."""
+    variables = {"SEEDS": "3", "ROWS": "n_step_1 sparse", "PATH": PYTHON_PATH, "STEPS": "600"}
+    variables |= {"RUNS": str(tmp_path / "runs"), "OUT": str(tmp_path / "out"), "EPISODES": "2"}
+    words = ["bash", str(ROOT / "benchmark" / "sac_ablations.sh")]
+    for _ in range(2):
+        done = subprocess.run(words, capture_output=True, text=True, env=environment(**variables), timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "out" / "rows.json").read_text())
+    assert {name: [*row["seeds"]] for name, row in rows.items()} == {"n_step_1": ["3"], "sparse": ["3"]}
+    assert len(list(tmp_path.glob("runs/*/seed_3/run/final_model.pt"))) == 2
