@@ -99,10 +99,12 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
         )
         low, high = row["after_ci95"]
         prior = "-" if row["prior"] is None else f"{row['prior']:.2f}"
+        gained = f"{row['gained']:+.2f}"
+        if len(seeds) > 1:
+            gained += " [{:+.2f}, {:+.2f}]".format(*row["gained_ci95"])
         lines.append(
             f"| {TITLES[name]} | {row['before']:.2f} | {prior} | {row['after']:.2f} | [{low:.2f}, {high:.2f}] | "
-            f"{row['worst']:.2f} | {len(seeds)} | "
-            f"{row['gained']:+.2f} [{row['gained_ci95'][0]:+.2f}, {row['gained_ci95'][1]:+.2f}] | "
+            f"{row['worst']:.2f} | {len(seeds)} | {gained} | "
             f"{np.mean([seed['last'] for seed in seeds]):.2f} | {minutes} | "
             f"{row['hands_per_100']:.1f} | {np.mean([seed['reset_s'] for seed in seeds]):.1f} |"
         )
@@ -119,7 +121,8 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.axhline(row["before"], color="tab:gray", linestyle="--", linewidth=1)
         for seed in row["seeds"]:
-            axis.plot(np.array(seed["time_s"]) / 60, seed["recent"], color="tab:orange", linewidth=1)
+            first = RECENT - 1
+            axis.plot(np.array(seed["time_s"][first:]) / 60, seed["recent"][first:], color="tab:orange", linewidth=1)
         axis.set_xlabel("arm time, minutes")
     axes[0, 0].set(ylabel=f"success of the last {RECENT} episodes", ylim=(0, 1))
     figure.suptitle("practice on a simulated arm with one thing wrong; dashed: the policy before", fontsize=10)

@@ -91,6 +91,8 @@ def main() -> int:
     if not done:
         raise SO101Error(f"--runs {args.runs}: has no finished run; run benchmark/sac_ablations.sh")
     rows = {directory.name: read_row(directory) for directory in done}
+    order = sorted(rows, key=lambda name: (name.startswith("pusher"), name not in UNCHANGED.values(), name))
+    rows = {name: rows[name] for name in order}
     for name, row in rows.items():
         prefix = max((each for each in UNCHANGED if name.startswith(each)), key=len)
         if name != (unchanged := UNCHANGED[prefix]) and name not in UNCHANGED.values() and unchanged in rows:

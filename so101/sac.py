@@ -3,8 +3,8 @@
     python -m so101.sac --total-timesteps 10000
 
 Every step is kept and learned from many times, so that few are needed: for an arm, where steps cost time, see
-so101.practice. Soft actor-critic (Haarnoja et al. 2018) with layer-normed critics, several updates per step, n-step
-returns, and mirror images of the samples. Top to bottom: Args, Agent, replay buffer, update, main.
+so101.practice. Soft actor-critic (Haarnoja et al. 2018) with n-step returns, layer-normed networks, an update for every
+step, and mirror images of the samples. Top to bottom: Args, Agent, replay buffer, update, main.
 Where this file and ppo_residual_so101.py agree, they agree line by line. A copy works like the original:
 `cp so101/sac.py my_sac.py`.
 """
@@ -96,7 +96,7 @@ class Networks:
     num_critics: int = 2
     """critics, of which the most pessimistic counts"""
     layer_norm: bool = True
-    """normalise the hidden layers, without which critics that learn so often diverge"""
+    """normalise the hidden layers of actor and critics"""
     log_std_init: float = -0.3
     """initial log standard deviation of the exploration noise, before it is squashed into [-1, 1]"""
     symmetry: bool = True
