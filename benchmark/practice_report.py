@@ -14,12 +14,11 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from scipy.stats import t
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from so101.cli import parse, run_script
 from so101.files import write_json
-from so101.stats import rate_interval
+from so101.stats import paired_difference, rate_interval
 from so101_env import SO101Error
 
 TITLES = {
@@ -72,10 +71,11 @@ def read_row(directory: Path) -> dict[str, Any]:
     outcomes = np.array([seed["outcomes"] for seed in seeds])
     rates, priors = outcomes.mean(1), [seed["prior"] for seed in seeds]
     start = np.mean([seed["prior"] or seed["before"] for seed in seeds], axis=1)  # with what practice began
-    difference = rates - start
-    half = t.ppf(0.975, len(seeds) - 1) * difference.std(ddof=1) / np.sqrt(len(seeds)) if len(seeds) > 1 else np.nan
+    gained, gained_ci95 = float((rates - start).mean()), None
+    if len(seeds) > 1:
+        gained, gained_ci95, _ = paired_difference(start, rates)
     return {
-        "gained": float(difference.mean()), "gained_ci95": [float(difference.mean() + sign * half) for sign in (-1, 1)],
+        "gained": gained, "gained_ci95": gained_ci95,
         "prior": None if None in priors else float(np.mean(priors)),
         "before": float(np.mean([seed["before"] for seed in seeds])), "after": float(rates.mean()),
         "worst": float(rates.min()), "after_ci95": rate_interval(rates, outcomes.shape[1], outcomes), "seeds": seeds,
@@ -100,7 +100,7 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
         low, high = row["after_ci95"]
         prior = "-" if row["prior"] is None else f"{row['prior']:.2f}"
         gained = f"{row['gained']:+.2f}"
-        if len(seeds) > 1:
+        if row["gained_ci95"]:
             gained += " [{:+.2f}, {:+.2f}]".format(*row["gained_ci95"])
         lines.append(
             f"| {TITLES[name]} | {row['before']:.2f} | {prior} | {row['after']:.2f} | [{low:.2f}, {high:.2f}] | "

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t, ttest_rel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from so101.cli import parse, run_script
 from so101.files import write_json
-from so101.stats import holm, rate_interval
+from so101.stats import holm, paired_difference, rate_interval
 from so101_env import SO101Error
 
 UNCHANGED = {"": "default", "pusher_": "pusher"}  # prefix of a row, and what it changes: the longest prefix counts
@@ -52,15 +51,8 @@ def compare(row: dict[str, Any], unchanged: dict[str, Any]) -> dict[str, Any]:
     seeds = sorted(row["seeds"].keys() & unchanged["seeds"].keys())
     if len(seeds) < 2:
         return {}
-    ours, theirs = (np.array([each["seeds"][seed] for seed in seeds]) for each in (row, unchanged))
-    difference = ours - theirs
-    half = t.ppf(0.975, len(seeds) - 1) * difference.std(ddof=1) / np.sqrt(len(seeds))
-    mean = float(difference.mean())
-    return {
-        "difference": mean,
-        "difference_ci95": [mean - half, mean + half],
-        "p": float(ttest_rel(ours, theirs).pvalue),
-    }
+    theirs, ours = (np.array([each["seeds"][seed] for seed in seeds]) for each in (unchanged, row))
+    return dict(zip(("difference", "difference_ci95", "p"), paired_difference(theirs, ours)))
 
 
 def markdown(rows: dict[str, dict[str, Any]]) -> str:

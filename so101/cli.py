@@ -83,12 +83,12 @@ def run_script(main: Callable[[], int]) -> int:
         return 128 + signal.SIGINT
     except Stop as stop:
         return 128 + stop.signum
-    if not is_main() and not isinstance(message, RankError):
-        time.sleep(RANK_0_S)  # if rank 0 has the same error, torchrun ends this process after rank 0 has reported it
-    if is_main() or isinstance(message, RankError):
-        text = "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(message))  # one line, as it is
-        with contextlib.suppress(OSError):  # nobody can read it
-            print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr, flush=True)
+    if not (is_main() or isinstance(message, RankError)):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        time.sleep(RANK_0_S)  # if rank 0 has the same error, it reports it, and torchrun ends this process
+    text = "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(message))  # one line, as it is
+    with contextlib.suppress(OSError):  # nobody can read it
+        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr, flush=True)
     return 2
 
 

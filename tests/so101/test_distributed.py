@@ -22,6 +22,7 @@ from conftest import (
 )
 
 import ppo_residual_so101 as ppo
+from so101 import cli
 from so101.distributed import World, is_launched, is_main
 from so101_env import ACT_DIM, SO101Error
 
@@ -158,6 +159,22 @@ def test_an_error_of_all_ranks_is_printed_once(tmp_path, script, flags, words):
     stdout, stderr = started.communicate(timeout=100)
     assert started.returncode != 0 and stderr.count("error:") == stderr.count(words) == 1, stderr
     assert not (tmp_path / "logs").exists()
+
+
+def test_an_error_that_rank_0_does_not_report_is_printed_later(monkeypatch, capsys):
+    waits = []
+    monkeypatch.setattr(cli, "is_main", lambda: False)
+    monkeypatch.setattr(cli.time, "sleep", waits.append)
+    handler = signal.getsignal(signal.SIGINT)
+
+    def main():
+        raise SO101Error("only this machine lacks the file")
+
+    try:
+        assert cli.run_script(main) == 2
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert waits == [cli.RANK_0_S] and "error: only this machine lacks the file" in capsys.readouterr().err
 
 
 @pytest.mark.slow
