@@ -30,6 +30,7 @@ from so101.distributed import World
 from so101.evaluation import training_seeds
 from so101.files import to_numpy, to_plain
 from so101.networks import CONTACT, EXPECTED_YAW, SHEET_TO_TIP, Features
+from so101.optimizer import Adam
 from so101.policies import load_policy
 from so101.recorder import Recorder, Run
 from so101.server import Server
@@ -335,7 +336,10 @@ def update(
     with torch.no_grad():
         b_x = agent.features(buffers["obs"].flatten(0, 1).numpy())  # (num_steps * num_envs, views, F)
         b_logprobs, _ = agent.get_logprob(b_x, b_actions)
-        b_real_next_x = agent.features(buffers["real_next_obs"].flatten(0, 1).numpy())
+        # the next observation is that of the next row, but where an episode or the rollout ends
+        ends = buffers["dones"].bool()
+        ends[-1] = True
+        end_x = agent.features(buffers["real_next_obs"][ends].numpy())
 
     # minibatches of equal size, at most minibatch_size: a shortened rollout leaves no tiny rest
     num_minibatches = -(-len(b_x) // (args.minibatch_size // world.size))
@@ -343,12 +347,14 @@ def update(
     for epoch in range(args.update_epochs):
         if epoch == 0 or args.recompute_adv:
             with torch.no_grad():
-                b_values = agent.get_value(b_x)
+                values = agent.get_value(b_x).view(num_steps, n)
+                real_next_values = values.roll(-1, 0)
+                real_next_values[ends] = agent.get_value(end_x)
                 b_advantages = compute_gae(
-                    buffers["rewards"], b_values.view(num_steps, n), agent.get_value(b_real_next_x).view(num_steps, n),
-                    buffers["terminations"], buffers["dones"], args.gamma, args.gae_lambda,
+                    buffers["rewards"], values, real_next_values, buffers["terminations"], buffers["dones"],
+                    args.gamma, args.gae_lambda,
                 ).flatten()  # fmt: skip
-            b_returns = b_advantages + b_values
+            b_returns = b_advantages + values.flatten()
         if epoch == 0:
             explained = 1 - b_advantages.var(correction=0) / b_returns.var(correction=0)
         for mb in torch.randperm(len(b_x), generator=generator).tensor_split(num_minibatches):
@@ -386,7 +392,7 @@ def main() -> int:
     generator = world.seed(args.seed)  # of exploration and minibatches
 
     agent = Agent(args)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.ppo.learning_rate, eps=1e-5, fused=True)
+    optimizer = Adam(agent.parameters(), lr=args.ppo.learning_rate, eps=1e-5, fused=True)
     envs = make_envs(args, own_envs, num_threads=args.run.num_threads or world.num_threads)
     eval_envs = make_envs(args, args.run.eval_envs, evaluation=True)
     if saved:

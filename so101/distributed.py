@@ -81,7 +81,7 @@ class World:
     def seed(self, seed: int) -> torch.Generator:
         """Seed torch, make it deterministic, and return this rank's own random generator."""
         torch.set_num_threads(1)  # these networks are too small for more, and one thread adds up in one order
-        torch.use_deterministic_algorithms(True)
+        torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms also imports PyTorch's compiler
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs 3 % of an update
         torch.manual_seed(seed)  # the same weights on all ranks
         return torch.Generator().manual_seed(seed + self.rank)

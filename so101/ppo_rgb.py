@@ -31,6 +31,7 @@ from so101.distributed import World
 from so101.evaluation import training_seeds
 from so101.files import to_numpy, to_plain
 from so101.networks import MEASURED_DIM, Features, SheetFinder, scaled_pose
+from so101.optimizer import Adam
 from so101.policies import load_policy
 from so101.recorder import Recorder, Run
 from so101.server import Server
@@ -435,7 +436,7 @@ def main() -> int:
     actor = [parameter for parameter in agent.parameters() if all(parameter is not other for other in critic)]
     rates = [args.ppo.learning_rate, args.ppo.critic_learning_rate]
     groups = [{"params": part, "lr": rate} for part, rate in zip((actor, critic), rates)]
-    optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
+    optimizer = Adam(groups, eps=1e-5, fused=True)
     envs, eval_envs = make_envs(args, num_envs), make_envs(args, args.run.eval_envs, evaluation=True)
     if saved:
         check_base(saved, args.base.base_policy, envs.base_policy, args.run.resume)

@@ -43,7 +43,7 @@ ROLLOUT_TAGS = {
 }
 EVAL_TAGS = {"mean_return": "mean_reward", "mean_length": "mean_ep_length"}
 BEST_BY = ("success_rate", "mean_return")  # the best model has the highest; the second breaks ties in the first
-FINALISTS = 3  # number of best models that are evaluated on more episodes at the end,
+FINALISTS = 2  # number of best models that are evaluated on more episodes at the end,
 RIVAL_EPISODES = 2  # if they succeeded in at most this many episodes fewer than the best
 
 
@@ -183,7 +183,8 @@ class Recorder:
             disable=not self.world.is_main,
         )  # fmt: skip
         try:
-            due = self.evaluation_due or not self.finalists
+            # an untrained policy on an arm that rests needs no evaluation
+            due = self.evaluation_due or (not self.first_step and self.reference_success is None)
             self.evaluation_due = bool(self.run.eval_every) and self.world.gather(due)[0]
             self._keep_resumable()
             if self.evaluation_due:

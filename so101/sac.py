@@ -33,6 +33,7 @@ from so101.distributed import World
 from so101.evaluation import training_seeds
 from so101.files import to_numpy, to_plain
 from so101.networks import CONTACT, EXPECTED_YAW, SHEET_TO_TIP, Features
+from so101.optimizer import Adam
 from so101.policies import load_policy
 from so101.recorder import Recorder, Run
 from so101.server import Server
@@ -407,7 +408,7 @@ def step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
 def make_optimizers(agent: Agent, args: SAC) -> dict[str, torch.optim.Optimizer]:
     """Adam for the critics, and for the actor and the weight of the entropy."""
     groups = {"critics": [*agent.critics.parameters()], "actor": [*agent.actor.parameters(), agent.log_alpha]}
-    return {name: torch.optim.Adam(group, lr=args.learning_rate, fused=True) for name, group in groups.items()}
+    return {name: Adam(group, lr=args.learning_rate, fused=True) for name, group in groups.items()}
 
 
 def act_and_add(

@@ -36,8 +36,8 @@ FROZEN_AND_TWO_OPTIMISERS: Patch = [
         "        self.critic = mlp(1, out_std=1.0)\n        self.critic[0].requires_grad_(False)\n",
     ),
     (
-        "torch.optim.Adam(agent.parameters(), lr=args.ppo.learning_rate, eps=1e-5, fused=True)",
-        'torch.optim.Adam([{"params": agent.critic.parameters(), "weight_decay": 0.1}, {"params": [*agent.actor_mean.'
+        "Adam(agent.parameters(), lr=args.ppo.learning_rate, eps=1e-5, fused=True)",
+        'Adam([{"params": agent.critic.parameters(), "weight_decay": 0.1}, {"params": [*agent.actor_mean.'
         "parameters(), agent.actor_logstd]}], lr=args.ppo.learning_rate, eps=1e-5)",
     ),
 ]
