@@ -236,6 +236,7 @@ def main() -> int:
             "model": args.subject.model,
             "model_sha256": args.subject.model and sha256(args.subject.model),
             "training_steps": loaded.steps,
+            "training_seed": loaded.training_seed,
             "base_policy": loaded.base_policy,
             "task": dataclasses.asdict(task),
             "seed": args.seed,

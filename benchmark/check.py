@@ -26,7 +26,7 @@ from scipy.stats import t
 
 from so101.checkpoints import load_script
 from so101.cli import flat_settings, parse, run_script
-from so101.stats import bootstrap_interval
+from so101.stats import rate_interval
 from so101.trust import Trust
 from so101_env import SO101Error
 
@@ -177,8 +177,8 @@ def main() -> int:
         raise SO101Error(f"--first-seed {args.first_seed}: {args.row} was published with seed {used[0]}; take 301")
 
     values = np.array([*success.values()])
-    low, high = bootstrap_interval(values, np.mean)
-    print(f"published: mean {values.mean():.3f} [{low:.3f}, {high:.3f}] (bootstrap 95 %), {len(values)} seeds from "
+    low, high = rate_interval(values, episodes)
+    print(f"published: mean {values.mean():.3f} [{low:.3f}, {high:.3f}] (95 %, over seeds), {len(values)} seeds from "
           f"{min(success)} to {max(success)}, each {values.min():.3f} to {values.max():.3f}")  # fmt: skip
     print(f"training: {command}, about {minutes * args.seeds:.1f} minutes on one core, and {2 * episodes} episodes per "
           f"seed to evaluate; finished seeds stay in {args.runs}")  # fmt: skip

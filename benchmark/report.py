@@ -24,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from so101.checkpoints import load_script
 from so101.cli import flag_of, flat_settings, parse, run_script
 from so101.files import write_json
-from so101.stats import bootstrap_interval, interquartile_mean
+from so101.stats import bootstrap_interval, interquartile_mean, rate_interval
 from so101.trust import Trust
 from so101_env import SO101Error
 
 ROOT = Path(__file__).resolve().parent.parent
+MANY = 10  # seeds from which a bootstrap over seeds is not too narrow
 HOLD = 10_000  # environment steps for which a success rate must be kept to count as reached
 DISTANCES_MM = (40, 80, 100, 120)  # bins of the initial distance from the sheet to the tape
 TRAINING_SUCCESS = "rollout/success_rate_100"
@@ -127,24 +128,36 @@ def read_sweep(directory: str) -> list[dict[str, Any]]:
 
 
 def plot(sweeps: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Plot success and return over steps: seeds as thin lines, the interquartile mean thick, its 95 % band shaded."""
-    figure, axes = plt.subplots(1, len(CURVES), figsize=(11, 4), layout="constrained")
+    """Plot success and return over steps, and the performance profile of the final models.
+
+    Seeds are thin lines, their interquartile mean is thick; from MANY seeds on, its bootstrap 95 % band is shaded.
+    """
+    figure, axes = plt.subplots(1, len(CURVES) + 1, figsize=(14, 4), layout="constrained")
+    colors = "tab:blue", "tab:orange", "tab:green", "tab:purple"
     for axis, (tag, label) in zip(axes, CURVES.items()):
-        for color, (name, seeds) in zip(("tab:blue", "tab:orange", "tab:green", "tab:purple"), sweeps.items()):
+        for color, (name, seeds) in zip(colors, sweeps.items()):
             steps = seeds[0][tag][:, 0]
             values = np.array([np.interp(steps, *seed[tag].T) for seed in seeds])
             axis.plot(steps, values.T, color=color, linewidth=0.6, alpha=0.4)
-            axis.fill_between(steps, *bootstrap_interval(values), color=color, alpha=0.25, linewidth=0)
+            if len(seeds) >= MANY:
+                axis.fill_between(steps, *bootstrap_interval(values), color=color, alpha=0.25, linewidth=0)
             axis.plot(steps, interquartile_mean(values, axis=0), color=color, linewidth=2, label=name)
         axis.set(xlabel="environment steps", ylabel=f"{label}, evaluations of the mean action")
         axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
         axis.grid(alpha=0.3)
     axes[0].set_ylim(0, 1)
+    for color, (name, seeds) in zip(colors, sweeps.items()):
+        rates = np.sort([seed["final"]["success_rate"] for seed in seeds])
+        axes[-1].step([0, *rates, 1], [1, *np.linspace(1, 0, len(rates) + 1)[:-1], 0], color=color, label=name)
+    lowest = min(seed["final"]["success_rate"] for seeds in sweeps.values() for seed in seeds)
+    axes[-1].set(xlim=(max(0, lowest - 0.1), 1), ylim=(0, 1.02), xlabel="success of the final model")
+    axes[-1].set_ylabel("share of seeds with at least this success")
+    axes[-1].grid(alpha=0.3)
     counts = " and ".join(str(count) for count in sorted({len(seeds) for seeds in sweeps.values()}))
     if len(sweeps) > 1:
         axes[0].legend(fontsize=8)
     figure.suptitle(
-        f"{' against '.join(sweeps)}: interquartile mean of {counts} seeds, bootstrap 95 % band", fontsize=10
+        f"{' against '.join(sweeps)}: {counts} seeds, their interquartile mean, and performance profile", fontsize=10
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -173,6 +186,7 @@ def summarize(seeds: list[dict[str, Any]], name: str, trust: Trust) -> dict[str,
         row = {"seed": seed["config"]["args"]["seed"]}
         for model in ("final", "best"):
             row |= {f"{model}_success": seed[model]["success_rate"], f"{model}_return": seed[model]["mean_return"]}
+        row["final_outcomes"] = "".join(str(int(each["success"])) for each in seed["final"]["episode_list"])
         row["final_length"] = seed["final"]["mean_length"]
         if base := seed["final"]["base"]:
             row |= {"base_success": base["success_rate"], "base_length": base["mean_length"]}
@@ -182,19 +196,21 @@ def summarize(seeds: list[dict[str, Any]], name: str, trust: Trust) -> dict[str,
         row |= {"wall_time_s": seed["summary"]["wall_time_s"], "cpu_time_s": seed["summary"]["cpu_time_s"]}
         rows.append(row)
     final = np.array([row["final_success"] for row in rows])
+    outcomes = np.array([[int(digit) for digit in row["final_outcomes"]] for row in rows])
     config = seeds[0]["config"]
     command = describe(load_script(config["script"], "config.json", trust), settings(seeds[0]))
     commits = sorted({f"{s['config']['git']['commit']}{'+' * bool(s['config']['git']['dirty'])}" for s in seeds})
     return {
         "name": name,
         "command": command,
+        "version": ", ".join(sorted({seed["config"]["version"] for seed in seeds})),
         "commits": commits,
         "episodes": seeds[0]["final"]["episodes"],
         "final_success_mean": float(final.mean()),
-        "final_success_mean_ci95": [float(bound) for bound in bootstrap_interval(final, np.mean)],
+        "final_success_mean_ci95": rate_interval(final, outcomes.shape[1], outcomes),
         "final_success_min": float(final.min()),
         "final_success_iqm": float(interquartile_mean(final)),
-        "final_success_iqm_ci95": [float(bound) for bound in bootstrap_interval(final)],
+        "final_success_iqm_ci95": [*map(float, bootstrap_interval(final))] if len(final) >= MANY else None,
         "best_success_mean": float(np.mean([row["best_success"] for row in rows])),
         "final_success_by_distance": success_by_distance(seeds),
         "seeds": rows,
@@ -204,14 +220,13 @@ def summarize(seeds: list[dict[str, Any]], name: str, trust: Trust) -> dict[str,
 def sentence(results: dict[str, Any]) -> str:
     """The result of the sweep in one line."""
 
-    def bounds(key: str) -> str:
-        return "[{:.3f}, {:.3f}]".format(*results[f"final_success_{key}_ci95"])
-
-    return (
-        f"Final success: mean {results['final_success_mean']:.3f} {bounds('mean')}, "
-        f"worst seed {results['final_success_min']:.2f}, "
-        f"interquartile mean {results['final_success_iqm']:.3f} {bounds('iqm')} (bootstrap 95 %)."
-    )
+    low, high = results["final_success_mean_ci95"]
+    text = f"Final success: mean {results['final_success_mean']:.3f} [{low:.3f}, {high:.3f}] (95 %, over seeds and "
+    text += f"episodes), worst seed {results['final_success_min']:.2f}, interquartile mean "
+    text += f"{results['final_success_iqm']:.3f}"
+    if bounds := results["final_success_iqm_ci95"]:
+        text += f" [{bounds[0]:.3f}, {bounds[1]:.3f}] (bootstrap 95 %, over seeds)"
+    return f"{text}."
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -245,7 +260,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         f"# {results['name']}",
         "",
-        f"`{results['command']}`, seeds {seeds}, commit {commits}",
+        f"`{results['command']}`, seeds {seeds}, version {results['version']}, commit {commits}",
         f"(a + marks local changes). {results['episodes']} held-out episodes per model, mean action. Steps to 50 and",
         "85 %: when this share of the last 100 training episodes, with exploration noise, succeeded, and still did for",
         f"the next {HOLD:,} steps.",

@@ -101,13 +101,28 @@ def describe(policy: Policy) -> dict[str, Any]:
     }
 
 
+def common_seeds(one: Policy, other: Policy) -> list[int]:
+    """The training seeds by which two policies can be paired: all of the one with fewer runs; else none."""
+    mine, theirs = one.training_seeds or [], other.training_seeds or []
+    common = [seed for seed in mine if seed in theirs]
+    if len(common) < 2 or len(common) < min(len(mine), len(theirs)):
+        return []
+    return sorted(common)
+
+
 def compare(one: Policy, other: Policy) -> dict[str, Any]:
     """The numbers of a comparison, for report.json; differences are other - one."""
     rates = [float(policy.rates.mean()) for policy in (one, other)]
     runs, reason = (len(one.rates), len(other.rates)), episodes_differ(one, other)
     result: dict[str, Any] = {"first": one.name, "second": other.name, "paired": not reason, "not_paired": reason}
     correlation, table = 0.0, None
-    if max(runs) > 1:
+    result["training_seeds"] = seeds = common_seeds(one, other)
+    if seeds:
+        pairs = [each.rates[[each.training_seeds.index(seed) for seed in seeds]] for each in (one, other)]
+        rates = [float(each.mean()) for each in pairs]
+        _, bounds, p_value = stats.paired_difference(*pairs)
+        test = "paired t test"
+    elif max(runs) > 1:
         variances = [stats.rate_variance(each.rates, each.episodes, each.outcomes) for each in (one, other)]
         p_value, bounds = stats.welch(rates[1] - rates[0], (variances[0], variances[1]), runs)
         test = "Welch's t test"
@@ -207,6 +222,9 @@ def how_compared(each: dict[str, Any], policies: dict[str, dict[str, Any]]) -> l
             f"| {one} succeeds | {a} | {b} |", f"| {one} fails | {c} | {d} |", "",
             f"McNemar's test only looks at the {b + c} episodes in which one of the two succeeds.",
         ]  # fmt: skip
+    elif each["test"] == "paired t test":
+        seeds = " ".join(map(str, each["training_seeds"]))
+        lines += [f"Compared on the training seeds that both have, {seeds}: the mean of their differences."]
     elif runs > 1:
         lines += ["The test looks at the means of the training runs, and at how much the runs of a policy differ."]
     else:

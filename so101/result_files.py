@@ -31,6 +31,7 @@ class Policy:
     seeds: list[Any] | None  # of the episodes, if known
     starts: list[Any] | None  # of the episodes, if known
     settings: dict[str, Any] | None  # of the task, if known
+    training_seeds: list[int] | None  # of the runs, if known
     sources: list[dict[str, str]]  # of each file: what is known about it
 
 
@@ -106,6 +107,7 @@ def read_ours(content: dict[str, Any], base: bool) -> dict[str, Any]:
         "rates": np.array([success.mean()]), "episodes": len(success), "outcomes": success[None],
         "seeds": seeds, "starts": starts,
         "settings": get(content.get("task", {}), dict, "task"), "sources": sources,
+        "training_seeds": None if base else seeds_of_training([content.get("training_seed")]),
     }  # fmt: skip
 
 
@@ -138,12 +140,17 @@ def read_lerobot(content: dict[str, Any], seed: int | None) -> dict[str, Any]:
     }  # fmt: skip
     return {
         "rates": np.array([success.mean()]), "episodes": len(success), "outcomes": success[None], "seeds": seeds,
-        "starts": None, "settings": None, "sources": sources,
+        "starts": None, "settings": None, "training_seeds": None, "sources": sources,
     }  # fmt: skip
 
 
+def seeds_of_training(given: list[Any]) -> list[int] | None:
+    """The training seeds of runs; None if one is not recorded. Raises ValueError for what is not a seed."""
+    return None if None in given else [get(seed, int, "a training seed") for seed in given]
+
+
 def read_sweep(content: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a Policy in a results.json of benchmark/report.py, which has the rate of each run only."""
+    """The fields of a Policy in a results.json of benchmark/report.py; before 0.13.0 it had no list of episodes."""
     rows = [get(each, dict, "a seed") for each in get(content["seeds"], list, "seeds")]
     rates = np.array([get(row.get("final_success"), (int, float), "final_success") for row in rows])
     if not len(rates) or not ((rates >= 0) & (rates <= 1)).all():
@@ -151,14 +158,21 @@ def read_sweep(content: dict[str, Any]) -> dict[str, Any]:
     episodes = get(content.get("episodes"), int, "episodes")
     if not 1 <= episodes <= 10**9:
         raise ValueError(f"states {episodes} episodes")
+    texts, outcomes = [row.get("final_outcomes") for row in rows], None
+    if None not in texts:
+        if any(not isinstance(text, str) or len(text) != episodes or {*text} - {*"01"} for text in texts):
+            raise ValueError(f"final_outcomes must have {episodes} digits, 0 or 1, for each seed")
+        outcomes = np.array([[digit == "1" for digit in text] for text in texts])
+        for rate, row in zip(rates, outcomes):
+            check_rate(float(rate), row, 1)
     commits = ", ".join(map(str, get(content.get("commits", []), list, "commits")))
     sources = {
         "written by": "benchmark/report.py", "command": content.get("command"), "commit": commits, "versions": None,
         "training seeds": " ".join(str(row.get("seed")) for row in rows),
     }  # fmt: skip
     return {
-        "rates": rates, "episodes": episodes, "outcomes": None, "seeds": None, "starts": None, "settings": None,
-        "sources": sources,
+        "rates": rates, "episodes": episodes, "outcomes": outcomes, "seeds": None, "starts": None, "settings": None,
+        "training_seeds": seeds_of_training([row.get("seed") for row in rows]), "sources": sources,
     }  # fmt: skip
 
 
@@ -193,7 +207,7 @@ def read_policy(name: str, pattern: str, base: bool, seed: int | None) -> Policy
     runs = [read_file(path, base, seed) for path in paths]
     first = runs[0]
     for path, run in zip(paths[1:], runs[1:]):
-        if run["outcomes"] is None or first["outcomes"] is None:
+        if len(run["rates"]) > 1 or len(first["rates"]) > 1 or run["outcomes"] is None or first["outcomes"] is None:
             raise SO101Error(f"--results: {path}: is a whole sweep; give it a NAME of its own")
         if reason := episodes_differ(Policy(name, **first), Policy(name, **run)):
             raise SO101Error(
@@ -201,7 +215,9 @@ def read_policy(name: str, pattern: str, base: bool, seed: int | None) -> Policy
             )
     outcomes = None if first["outcomes"] is None else np.concatenate([run["outcomes"] for run in runs])
     rates = first["rates"] if outcomes is None else outcomes.mean(1)
+    trained = [seed for run in runs for seed in run["training_seeds"] or [None]]
     fields = {"rates": rates, "outcomes": outcomes, "sources": [run["sources"] for run in runs]}
+    fields["training_seeds"] = None if None in trained or len({*trained}) < len(trained) else trained
     return Policy(**{"name": name, **first, **fields})
 
 

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from so101 import __version__
 from so101.checkpoints import SCHEMAS, load_file
 from so101_sim.errors import SO101Error
 
@@ -67,10 +68,7 @@ def stem_of(script: str) -> str:
 
 
 def describe_run(script: str, args: Any) -> dict[str, Any]:
-    """The content of config.json: script, arguments, commit, versions, machine.
-
-    The project's own version is None if it is not installed: the commit then identifies it.
-    """
+    """The content of config.json: script, arguments, commit, versions, machine."""
 
     def git(*words: str) -> str | None:
         try:
@@ -79,9 +77,7 @@ def describe_run(script: str, args: Any) -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    commit = status = version = None
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        version = metadata.version("ppo-residual-so101")
+    commit = status = None
     if git("ls-files", "--error-unmatch", "so101_env.py"):  # else it is installed, perhaps within another repository
         # reports of sweeps are not changes of the code
         status = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmark/results")
@@ -90,7 +86,7 @@ def describe_run(script: str, args: Any) -> dict[str, Any]:
         "script": script,
         "args": dataclasses.asdict(args),
         "git": {"commit": commit, "dirty": None if status is None else bool(status)},
-        "version": version,
+        "version": __version__,
         "versions": {name: metadata.version(name) for name in ("torch", "mujoco", "gymnasium", "numpy")},
         "machine": {"platform": platform.platform(), "python": sys.version.split()[0], "cpus": os.cpu_count()},
     }

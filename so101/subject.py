@@ -67,6 +67,7 @@ class Loaded:
     # the environments of what it is compared with, and its title; None: the same environments without a residual
     make_others: Callable[[int, Any], ArmVectorEnv] | None = None
     other: str = "base alone"
+    training_seed: int | None = None
 
 
 def parse_subject(
@@ -150,7 +151,8 @@ def _load_checkpoint(saved: dict[str, Any], subject: Subject) -> Loaded:
         return envs
 
     act = checkpoint.agent(subject.model).act
-    return Loaded("agent", args.base.base_policy, saved["global_step"], args.task, act, make_envs)
+    seed = getattr(args, "seed", None)  # a script of your own may have none
+    return Loaded("agent", args.base.base_policy, saved["global_step"], args.task, act, make_envs, training_seed=seed)
 
 
 def _load_student(saved: dict[str, Any], subject: Subject) -> Loaded:
@@ -165,7 +167,9 @@ def _load_student(saved: dict[str, Any], subject: Subject) -> Loaded:
         teacher = script.load_teacher(saved, subject.model, trust)
         return _base_loaded("teacher", spec, teacher, task, None, subject).make_envs(num_envs, task)
 
-    return dataclasses.replace(loaded, make_others=make_others, other="teacher")
+    return dataclasses.replace(
+        loaded, make_others=make_others, other="teacher", training_seed=saved["args"].get("seed")
+    )
 
 
 def base_envs(

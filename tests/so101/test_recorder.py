@@ -293,7 +293,9 @@ def test_a_lone_checkpoint_can_be_resumed(small_run, tmp_path):
 @pytest.mark.parametrize("file, step", [("config.json", 0), ("eval_results/evaluations.jsonl", 6400)])
 def test_a_run_interrupted_in_its_first_evaluation_or_last_rollout(tmp_path, file, step):
     """The evaluation of a base policy at step 0, and the only rollout with the evaluation after it."""
-    flags = "--total-timesteps 6400 --num-steps 200 --eval-every 10000 --eval-episodes 60 --base-policy jacobian".split()
+    flags = (
+        "--total-timesteps 6400 --num-steps 200 --eval-every 10000 --eval-episodes 60 --base-policy jacobian".split()
+    )
 
     def started(run: Path) -> bool:
         time.sleep(0.2)
