@@ -137,6 +137,16 @@ POSE_SCALE = np.array([0.1, 0.1, 0.3], np.float32)  # m, m, rad
 MEASURED_DIM = sum(len(OBSERVATION[name].names) for name in MEASURED)
 
 
+def scaled_measurements(state: np.ndarray) -> torch.Tensor:
+    """Normalised measurements (N, 15) of what a camera policy observes besides pictures, (N, 15 or more)."""
+    parts = [OBSERVATION[name] for name in MEASURED]
+    mean, scale = (
+        np.concatenate([np.broadcast_to(getattr(part, key), len(part.names)) for part in parts]).astype(np.float32)
+        for key in ("mean", "scale")
+    )
+    return torch.from_numpy(clamp((state[:, :MEASURED_DIM] - mean) / scale, -10.0, 10.0).astype(np.float32))
+
+
 def scaled_pose(obs: np.ndarray) -> np.ndarray:
     """The sheet's true pose (N, 3) float32 in observations (N, 25): from the tape's centre, in units of POSE_SCALE."""
     xy, yaw = sheet_pose(obs)
@@ -152,12 +162,13 @@ class SheetFinder(nn.Module):
         num_cameras, image_size: number and side, in pixels, of the square pictures.
         measured_dim: number of measurements, of which the first are the normalised parts of MEASURED.
         width: number of features and of hidden units.
+        latent: size of the latent vector; 0: none.
     """
 
     LATENT = 32
     DIM = 3 + 2 + LATENT  # size of the result
 
-    def __init__(self, num_cameras: int, image_size: int, measured_dim: int, width: int):
+    def __init__(self, num_cameras: int, image_size: int, measured_dim: int, width: int, latent: int = LATENT):
         super().__init__()
         size = -(-image_size // 8)  # side of the last feature map
 
@@ -170,7 +181,7 @@ class SheetFinder(nn.Module):
         self.trunks = nn.ModuleList([trunk() for _ in range(num_cameras)])
         self.features = nn.Sequential(nn.Linear(32 * size**2 * num_cameras, width), nn.LayerNorm(width), nn.ReLU())
         self.pose = nn.Sequential(nn.Linear(width + measured_dim, width), nn.ReLU(), nn.Linear(width, 3))
-        self.latent = nn.Linear(width, self.LATENT)
+        self.latent = nn.Linear(width, latent) if latent else None
         inner = SHEET_HALF_M - SHAPING_INSET_M
         buffers = {"tip_scale_m": OBSERVATION["tip_pos"].scale[:2], "pose_scale": POSE_SCALE, "inner_half_m": inner}
         for name, array in buffers.items():
@@ -186,7 +197,8 @@ class SheetFinder(nn.Module):
         maps = [trunk((image.permute(0, 3, 1, 2).float() - 128) / 64) for trunk, image in zip(self.trunks, images)]
         features = self.features(torch.cat(maps, dim=1))
         pose = self.pose(torch.cat([features, measured], dim=1))
-        return torch.cat([pose, self.sheet_to_tip(pose, measured), self.latent(features)], dim=1), pose
+        found = [pose, self.sheet_to_tip(pose, measured), *([self.latent(features)] if self.latent else [])]
+        return torch.cat(found, dim=1), pose
 
     def sheet_to_tip(self, pose: torch.Tensor, measured: torch.Tensor) -> torch.Tensor:
         """`sheet_to_tip` (B, 2) for an estimated pose; differentiable."""

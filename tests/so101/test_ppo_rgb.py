@@ -15,7 +15,7 @@ from test_distill import assert_same, load
 import ppo_residual_so101 as state_trainer
 from so101 import ppo_rgb as rgb
 from so101.evaluation import evaluate, no_residual
-from so101.networks import POSE_SCALE, sheet_to_tip
+from so101.networks import POSE_SCALE, scaled_measurements
 from so101.policies import load_policy
 from so101_env import TAPE_CENTER_M, SO101ResidualVectorEnv, sheet_pose
 from so101_sim.control import ACT_DIM
@@ -24,7 +24,7 @@ SCRIPT = "so101.ppo_rgb"
 TINY = (
     "--base-policy jacobian --total-timesteps 1000 --num-envs 8 --num-steps 32 --minibatch-size 65 --update-epochs 2 "
     "--train-episode-steps 60 --checkpoint-every 256 --eval-every 512 --eval-episodes 2 --final-eval-episodes 0 "
-    "--actor-image-size 32 --hidden-size 32 --visual-randomization"
+    "--actor-image-size 32 --hidden-size 32 --finder-size 32 --finder-epochs 2 --visual-randomization"
 ).split()
 
 
@@ -43,51 +43,68 @@ def small():
     torch.manual_seed(0)
     args = rgb.Args()
     args.ppo.num_envs, args.ppo.train_episode_steps, args.ppo.minibatch_size = 4, 10, 48
-    args.networks.actor_image_size = args.networks.hidden_size = 32
+    args.networks.actor_image_size = args.networks.finder_size = args.networks.hidden_size = 32
     agent, envs = rgb.Agent(args), rgb.make_envs(args, 4)
-    obs, info = envs.reset(seed=0)
-    full = info["full_observation"]
-    buffers, next_obs, next_full, _ = rgb.rollout(agent, envs, obs, full, 24, torch.Generator().manual_seed(0))
-    yield args, agent, envs, buffers, next_obs, next_full
+    obs, _ = envs.reset(seed=0)
+    noise = torch.randn(24, 4, ACT_DIM, generator=torch.Generator().manual_seed(0)).numpy()
+    buffers, next_obs, _ = rgb.rollout(agent, envs, obs, noise)
+    yield args, agent, envs, buffers, next_obs, noise
     envs.close()
 
 
 def test_rollout_keeps_what_each_side_sees(small):
-    _, agent, envs, buffers, next_obs, next_full = small
-    full, after = buffers["full"].numpy(), buffers["real_next_full"].numpy()
-    np.testing.assert_array_equal(buffers["state"].numpy(), full[..., [*range(12), 22, 23, 24]])
+    _, agent, envs, buffers, next_obs, noise = small
+    true, after, seen = (buffers[name].numpy() for name in ("obs", "real_next_obs", "seen"))
+    measured = [*range(12), 22, 23, 24]
+    np.testing.assert_array_equal(buffers["state"].numpy(), true[..., measured])
+    np.testing.assert_array_equal(seen[..., measured], true[..., measured])
     done = buffers["dones"].numpy().astype(bool)
     assert done.sum() == 8 and done[9].all() and not buffers["terminations"].any()  # time-outs after 10 steps
-    np.testing.assert_array_equal(after[:-1][~done[:-1]], full[1:][~done[:-1]])
-    assert np.abs(after[:-1][done[:-1]] - full[1:][done[:-1]]).max() > 0.01  # the final one, not the next episode's
-    np.testing.assert_array_equal(next_full, envs.full_observation)
+    np.testing.assert_array_equal(after[:-1][~done[:-1]], true[1:][~done[:-1]])
+    assert np.abs(after[:-1][done[:-1]] - true[1:][done[:-1]]).max() > 0.01  # the final one, not the next episode's
+    np.testing.assert_array_equal(after[-1], envs.full_observation)
     np.testing.assert_array_equal(next_obs["pixels_top"], envs.observation["pixels_top"])
-    image, state = buffers["pixels_top"].flatten(0, 1), agent.normalize(buffers["state"].flatten(0, 1))
+    # the actor's sheet is where the finder has found it in the picture of the step
+    flat = {name: buffers[name].flatten(0, 1) for name in ("pixels_top", "state", "seen", "actions")}
     with torch.no_grad():
-        mean, logstd, pose = agent.get_gaussian([image], state)
-        again = rgb.log_density(mean, logstd, buffers["actions"].flatten(0, 1))
-        normal = torch.distributions.Normal(mean, logstd.exp()).log_prob(buffers["actions"].flatten(0, 1)).sum(1)
-        flat = full.reshape(-1, 25)
-        xy, yaw = sheet_pose(flat)
-        true = np.column_stack([xy - TAPE_CENTER_M, yaw]) / POSE_SCALE
-        gap = agent.finder.sheet_to_tip(torch.tensor(true, dtype=torch.float32), state)
-    torch.testing.assert_close(again, buffers["logprobs"].flatten(), atol=1e-4, rtol=1e-4)  # so the first ratio is 1
-    torch.testing.assert_close(again, normal, atol=1e-4, rtol=1e-4)
-    np.testing.assert_allclose(gap, sheet_to_tip(flat), atol=1e-4)
+        _, pose = agent.finder([flat["pixels_top"]], scaled_measurements(flat["state"].numpy()))
+        mean, logstd = agent.get_gaussian(agent.features(flat["seen"].numpy()))
+        logprob, _ = agent.get_logprob(agent.features(flat["seen"].numpy()), flat["actions"])
+    xy, yaw = sheet_pose(flat["seen"].numpy())
+    found = pose.numpy() * POSE_SCALE
+    np.testing.assert_allclose(xy, found[:, :2] + TAPE_CENTER_M, atol=1e-5)
+    np.testing.assert_allclose(yaw, found[:, 2], atol=1e-5)
+    torch.testing.assert_close(
+        flat["actions"], mean + torch.from_numpy(noise).flatten(0, 1) * logstd.exp(), atol=1e-4, rtol=1e-4
+    )
+    normal = torch.distributions.Normal(mean, logstd.exp()).log_prob(flat["actions"]).sum(1)
+    torch.testing.assert_close(logprob, normal, atol=1e-4, rtol=1e-4)
+
+
+def test_the_policy_is_that_of_the_sibling(small):
+    """With the sheet where it truly is, and the same weights, actor and critic are those of ppo_residual_so101.py."""
+    _, agent, _, buffers, *_ = small
+    args = state_trainer.Args()
+    args.networks.hidden_size = 32
+    sibling = state_trainer.Agent(args)
+    sibling.load_state_dict({name: value for name, value in agent.state_dict().items() if "finder" not in name})
+    obs = buffers["obs"].flatten(0, 1).numpy()
+    with torch.no_grad():
+        x, theirs = agent.features(obs), sibling.features(obs)
+        assert torch.equal(agent.get_gaussian(x)[0], sibling.get_gaussian(theirs)[0])
+        assert torch.equal(agent.get_value(x), sibling.get_value(theirs))
 
 
 def test_first_update_against_the_formulas(small):
     """One minibatch of everything, where every ratio is 1: gradients by hand, and the sibling's own advantages."""
-    args, agent, envs, buffers, *_ = small
+    args, agent, _, buffers, *_ = small
     args.ppo.update_epochs, args.ppo.minibatch_size, args.ppo.max_grad_norm = 1, 96, 1e9
-    critic = list(agent.critic.parameters())
-    actor = [each for each in agent.parameters() if all(each is not other for other in critic)]
-    optimizer = torch.optim.SGD([{"params": actor}, {"params": critic}], lr=0.0)
-    with ThreadPoolExecutor(2) as pool:
-        metrics = rgb.update(agent, optimizer, buffers, args.ppo, torch.Generator().manual_seed(0), pool)
-    got = [parameter.grad.clone() for parameter in actor + critic]
-    full = buffers["full"].flatten(0, 1).numpy()
-    x, next_x = (agent.features(buffers[name].flatten(0, 1).numpy()) for name in ("full", "real_next_full"))
+    parameters = [*agent.actor_mean.parameters(), agent.actor_logstd, *agent.critic.parameters()]
+    metrics = rgb.update(
+        agent, torch.optim.SGD(parameters, lr=0.0), buffers, args.ppo, torch.Generator().manual_seed(0)
+    )
+    got = [parameter.grad.clone() for parameter in parameters]
+    seen, x, next_x = (agent.features(buffers[name].flatten(0, 1).numpy()) for name in ("seen", "obs", "real_next_obs"))
     with torch.no_grad():
         values, next_values = (agent.get_value(each).view(24, 4) for each in (x, next_x))
     advantages = state_trainer.compute_gae(
@@ -96,20 +113,36 @@ def test_first_update_against_the_formulas(small):
     ).flatten()  # fmt: skip
     returns = advantages + values.flatten()
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    mean, logstd, pose = agent.get_gaussian(
-        [buffers["pixels_top"].flatten(0, 1)], agent.normalize(buffers["state"].flatten(0, 1))
-    )
-    logprob = rgb.log_density(mean, logstd, buffers["actions"].flatten(0, 1))
-    xy, yaw = sheet_pose(full)
-    true = torch.tensor(np.column_stack([xy - TAPE_CENTER_M, yaw]) / POSE_SCALE, dtype=torch.float32)
+    logprob, _ = agent.get_logprob(seen, buffers["actions"].flatten(0, 1))
     loss = -(advantages * logprob).mean()  # at a ratio of 1 the gradient of PPO's loss is the policy gradient
     loss = loss + 0.5 * args.ppo.vf_coef * (agent.get_value(x[:, :1]) - returns).square().mean()
-    loss = loss + args.ppo.pose_coef * (pose - true).abs().mean()
-    for ours, expected in zip(got, torch.autograd.grad(loss, actor + critic)):
+    for ours, expected in zip(got, torch.autograd.grad(loss, parameters)):
         torch.testing.assert_close(ours, expected, rtol=2e-3, atol=2e-5)
     assert metrics["approx_kl"] == pytest.approx(0, abs=1e-6) and metrics["clip_fraction"] == 0
+
+
+def test_the_finder_learns_the_true_pose(small):
+    """The gradient of both halves together is that of the whole minibatch; and it gets better."""
+    args, agent, _, buffers, *_ = small
+    args.ppo.finder_epochs, args.ppo.minibatch_size, args.ppo.max_grad_norm = 1, 96, 1e9
+    xy, yaw = sheet_pose(buffers["obs"].flatten(0, 1).numpy())
+    true = torch.tensor(np.column_stack([xy - TAPE_CENTER_M, yaw]) / POSE_SCALE, dtype=torch.float32)
+    measured = scaled_measurements(buffers["state"].flatten(0, 1).numpy())
+    parameters = list(agent.finder.parameters())
+    _, pose = agent.finder([buffers["pixels_top"].flatten(0, 1)], measured)
+    expected = torch.autograd.grad((pose - true).abs().mean(), parameters)
+    generator = torch.Generator().manual_seed(0)
+    with ThreadPoolExecutor(2) as pool:
+        learn = [agent, torch.optim.SGD(parameters, lr=0.0), buffers, args.ppo, generator, pool]
+        first = rgb.learn_to_see(*learn)
+        for parameter, by_hand in zip(parameters, expected):
+            torch.testing.assert_close(parameter.grad, by_hand, rtol=2e-3, atol=2e-5)
+        learn[1] = torch.optim.Adam(parameters, lr=3e-3)
+        last = [rgb.learn_to_see(*learn) for _ in range(30)][-1]
     off = (pose - true).detach().numpy() * POSE_SCALE
-    assert metrics["position_error_m"] == pytest.approx(np.linalg.norm(off[:, :2], axis=1).mean(), rel=1e-3)
+    assert first["position_error_m"] == pytest.approx(np.linalg.norm(off[:, :2], axis=1).mean(), rel=1e-3)
+    assert first["yaw_error_rad"] == pytest.approx(np.abs(off[:, 2]).mean(), rel=1e-3)
+    assert last["position_error_m"] < 0.5 * first["position_error_m"]
 
 
 @pytest.mark.slow
@@ -172,10 +205,10 @@ def test_untrained_residual_leaves_every_episode_to_the_base(small):
     [
         ("--actor-cameras roof", "--actor-cameras roof: give one or more of top and wrist"),
         ("--actor-image-size 4", "--actor-image-size"),
-        ("--pose-coef -1", "--pose-coef"),
-        ("--critic-learning-rate 0", "--critic-learning-rate"),
+        ("--finder-epochs 0", "--finder-epochs"),
+        ("--finder-learning-rate 0", "--finder-learning-rate"),
         pytest.param(
-            "--resume MODEL --pose-coef 0", "--pose-coef 0.0: MODEL was trained with 1.0", marks=pytest.mark.slow
+            "--resume MODEL --finder-epochs 5", "--finder-epochs 5: MODEL was trained with 2", marks=pytest.mark.slow
         ),
     ],
 )
