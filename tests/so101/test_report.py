@@ -178,6 +178,41 @@ def test_several_tasks_of_lerobot_are_told_apart(write):
     assert content["policies"][0]["episode_seeds"][3] == ("g, task 1", 6)
 
 
+def sweep(rates: dict[int, list[int]], **changes) -> dict:
+    """The content of a results.json: successes of the held-out episodes by training seed."""
+    rows = [
+        {"seed": seed, "final_success": float(np.mean(each)), "final_outcomes": "".join(map(str, each))}
+        for seed, each in rates.items()
+    ]
+    return {"seeds": rows, "episodes": len(rows[0]["final_outcomes"]), "command": "python a.py", **changes}
+
+
+def test_runs_with_the_same_training_seeds_are_paired(write):
+    """Whatever their order, and if one policy has more of them; else the test is Welch's."""
+    rng = np.random.default_rng(0)
+    outcomes = {name: {seed: list(rng.integers(0, 2, 20)) for seed in range(6)} for name in "ab"}
+    write("a.json", sweep(outcomes["a"]))
+    few = {seed: outcomes["b"][seed] for seed in (4, 1, 3)}
+    write("b.json", sweep(few))
+    for seed, each in few.items():
+        write(f"run_{seed}.json", ours(each, training_seed=seed))
+    write("other.json", sweep({seed + 3: each for seed, each in outcomes["b"].items()}))
+    found = numbers("a=a.json", "b=b.json", "runs=run_*.json", "other=other.json")
+    from scipy.stats import ttest_rel
+
+    expected = ttest_rel(*([np.mean(outcomes[name][seed]) for seed in (1, 3, 4)] for name in "ba"))
+    for each in found["comparisons"][:2]:
+        assert each["test"] == "paired t test" and each["training_seeds"] == [1, 3, 4]
+        assert each["p_value"] == pytest.approx(expected.pvalue)
+        assert each["difference"] == pytest.approx(np.mean([np.mean(outcomes["b"][s]) for s in few])
+                                                   - np.mean([np.mean(outcomes["a"][s]) for s in few]))  # fmt: skip
+        assert each["difference_ci95"] == pytest.approx(list(expected.confidence_interval(0.95)))
+    assert found["comparisons"][2]["test"] == "Welch's t test" and not found["comparisons"][2]["training_seeds"]
+    # the interval of a sweep contains the choice of its episodes
+    rates, listed = (np.array([f(each) for each in outcomes["a"].values()]) for f in (np.mean, list))
+    assert found["policies"][0]["success_ci95"] == stats.rate_interval(rates, 20, listed)
+
+
 def test_published_sweeps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = [f"{name}={RESULTS}/{name}/results.json" for name in ("standard_50k", "no_symmetry", "precise_1M")]
@@ -213,6 +248,13 @@ def test_published_sweeps(tmp_path, monkeypatch):
         (ours([1, 0], success_rate=10**400), "a.json"),
         (ours([1, 0], success_rate=float("nan")), "contains NaN"),
         (ours([1, 0], episodes=3), "states 3 episodes, but lists 2"),
+        (ours([1, 0], training_seed="1"), "a training seed is missing or of a wrong type"),
+        (sweep({1: [1, 0]}, episodes=3), "final_outcomes must have 3 digits, 0 or 1, for each seed"),
+        (
+            sweep({1: [1, 0]}) | {"seeds": [{"seed": 1, "final_success": 0.5, "final_outcomes": "1x"}]},
+            "must have 2 digits",
+        ),
+        (sweep({1: [1, 0]}) | {"seeds": [{"seed": 1, "final_success": 1.0, "final_outcomes": "10"}]}, "states a"),
         (ours([1, 0], [7, 7]), "lists an episode twice"),
         (ours([1, 0], ["7", "8"]), "the seed of an episode"),
         (ours([1, 0], task=3), "task is missing or of a wrong type"),
