@@ -1,4 +1,4 @@
-"""Policy files: their formats, and loading them through the script that wrote them. See docs/security.md."""
+"""Policy files: their formats, saving, and loading through the script that wrote them. See docs/security.md."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 
-from so101.base import BasePolicy
-from so101.files import has_checksum, is_file
+from so101.files import CHECKSUM_BYTES, checksum, has_checksum, is_file, write_atomic
 from so101.trust import OWN_SCRIPTS, Trust
 from so101_sim.errors import SO101Error, check_ranges
 
@@ -42,6 +42,32 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 CHECKPOINT, CLONE, STUDENT = SCHEMAS
 ADAM_KEYS = {"step", "exp_avg", "exp_avg_sq"}
 MAX_COUNT = 10**12  # of steps and environments in a file
+
+
+def save_tensors(path: Path, content: dict[str, Any]) -> None:
+    """Save tensors and plain values in torch's format, a zip archive, whose comment is the file's checksum."""
+    buffer = io.BytesIO()  # torch's own writer does not report a full disk
+    torch.save(content, buffer)
+    archive = buffer.getvalue()[:-2] + CHECKSUM_BYTES.to_bytes(2, "little")  # the last field: length of the comment
+    write_atomic(path, lambda temporary: temporary.write_bytes(archive + checksum(archive)))
+
+
+def to_plain(value: Any) -> Any:
+    """Convert arrays to tensors, recursively, so that a checkpoint loads with weights_only=True."""
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+
+
+def to_numpy(value: Any) -> Any:
+    """Inverse of to_plain."""
+    if isinstance(value, dict):
+        return {key: to_numpy(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [to_numpy(item) for item in value]
+    return value.numpy().copy() if isinstance(value, torch.Tensor) else value
 
 
 def load_file(path: str | Path, *kinds: str) -> dict[str, Any]:
@@ -216,16 +242,6 @@ class Checkpoint(NamedTuple):
         agent = self.script.Agent(self.args)
         load_weights(agent, self.saved["agent"], path)
         return agent
-
-
-def check_base(saved: dict[str, Any], spec: str, base_policy: BasePolicy | None, path: str | Path) -> None:
-    """Raise SO101Error unless the base policy is the one that the residual in path was trained on."""
-    now, then = base_policy.fingerprint if base_policy else "", saved["base_fingerprint"]
-    if now != then:
-        raise SO101Error(
-            f"{path}: trained on base policy {spec} with weights {then[:12] or 'none'}, it now has "
-            f"{now[:12] or 'none'}; put the old one back"
-        )
 
 
 def load_checkpoint(path: str | Path, saved: dict[str, Any] | None = None, trust: Trust | None = None) -> Checkpoint:

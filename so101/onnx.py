@@ -27,8 +27,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from so101.base import StackedPolicy, extend_observation, flat_observation
-from so101.checkpoints import CHECKPOINT, MAX_COUNT, check_base, load_checkpoint, load_file, restore_settings
+from so101.base import StackedPolicy, check_base, extend_observation, flat_observation
+from so101.checkpoints import CHECKPOINT, MAX_COUNT, load_checkpoint, load_file, restore_settings
 from so101.extras import import_extra
 from so101.files import CHECKSUM_BYTES, checksum, has_checksum, is_file, write_atomic
 from so101.policies import load_policy

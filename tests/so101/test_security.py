@@ -11,9 +11,8 @@ import pytest
 from conftest import ROOT, error_of, load, run_script
 
 from so101 import serve
-from so101.checkpoints import STUDENT
+from so101.checkpoints import STUDENT, save_tensors
 from so101.distill import Args as StudentArgs
-from so101.files import save_tensors
 from so101.policies import load_policy
 from so101.server import Server, ServerPolicy
 from so101.trust import Trust
