@@ -35,13 +35,10 @@ from so101.checkpoints import (
     STUDENT,
     hash_weights,
     load_weights,
-    restore_args,
     restore_optimizer,
-    restore_settings,
     restoring,
     to_numpy,
     to_plain,
-    trusted_base,
 )
 from so101.cli import check_cameras, check_flags, check_memory, run_script
 from so101.distributed import World
@@ -52,6 +49,7 @@ from so101.policies import load_policy
 from so101.recorder import Recorder, Run
 from so101.resume import parse_run
 from so101.server import Server
+from so101.settings import restore_args, restore_settings, trusted_base
 from so101.trust import Trust
 from so101_env import (
     ACT_DIM,

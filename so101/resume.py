@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from so101.checkpoints import SCHEMAS, load_file, restore_args
+from so101.checkpoints import SCHEMAS, load_file
 from so101.cli import flag_of, flat_settings, parse
+from so101.settings import restore_args
 from so101.torchrun import is_launched
 from so101.trust import trust_of
 from so101_sim.errors import SO101Error

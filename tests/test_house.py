@@ -23,8 +23,8 @@ MAY_IMPORT = {
 
 # modules of so101/ that do not import torch and SciPy, also not through another module
 WITHOUT_TORCH = (
-    "arm_check", "base", "cli", "drive", "guide", "hub", "policies", "record", "replay", "report", "serve", "subject",
-    "tags", "virtual_arm",
+    "arm_check", "base", "cli", "drive", "guide", "hub", "onnx", "policies", "record", "replay", "report", "serve",
+    "subject", "tags", "virtual_arm",
 )  # fmt: skip
 
 

@@ -57,10 +57,10 @@ def student(victim, spec) -> str:
 
 
 def exported(victim, spec) -> str:
-    onnx, from_onnx = pytest.importorskip("onnx"), pytest.importorskip("so101.onnx")
+    onnx, to_onnx = pytest.importorskip("onnx"), pytest.importorskip("so101.onnx_export")
     model = onnx.load(ASSETS / "arm.onnx")
     metadata = {**json.loads(model.metadata_props[0].value), "base_policy": spec}
-    (victim / "stranger.onnx").write_bytes(from_onnx.serialize(model, metadata))
+    (victim / "stranger.onnx").write_bytes(to_onnx.serialize(model, metadata))
     return "stranger.onnx"
 
 
