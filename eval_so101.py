@@ -102,7 +102,7 @@ def check_args(args: EvalArgs) -> None:
 
 def export(model: str, path: str, trust: Trust) -> None:
     """Write a checkpoint as an ONNX file."""
-    from so101.onnx import CHECKED_OBSERVATIONS, export_onnx
+    from so101.onnx_export import CHECKED_OBSERVATIONS, export_onnx
 
     made = export_onnx(model, Path(path), trust)
     print(f"{model} ({made['global_step']} steps, base policy {made['base_policy']}) exported to {path}")

@@ -270,7 +270,7 @@ def sheet_inside(sheet_xy_m: np.ndarray, sheet_yaw_rad: np.ndarray, tape_margin_
     return fits_x & fits_y
 
 
-# ONNX export keeps module constants only as plain numbers, see so101/onnx.py
+# ONNX export keeps module constants only as plain numbers, see so101/onnx_export.py
 _TAPE_CENTER_M = tuple(TAPE_CENTER_M.tolist())
 
 

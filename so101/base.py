@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from so101_env import COMMAND, ENVIRONMENT, LOADS, MEASURED, OBS, RESIDUAL, STATE, load_model, make_observation
 from so101_sim.control import ACT_DIM, FIRMWARE_P
+from so101_sim.errors import SO101Error
 from so101_sim.scene import camera_names as names_of_cameras
 from so101_sim.vector import BaseObservation
 
@@ -118,6 +121,16 @@ class StackedPolicy(BasePolicy):
         """Close its own base policy."""
         if self.base is not None:
             self.base.close()
+
+
+def check_base(saved: dict[str, Any], spec: str, base_policy: BasePolicy | None, path: str | Path) -> None:
+    """Raise SO101Error unless the base policy is the one that the residual in path was trained on."""
+    now, then = base_policy.fingerprint if base_policy else "", saved["base_fingerprint"]
+    if now != then:
+        raise SO101Error(
+            f"{path}: trained on base policy {spec} with weights {then[:12] or 'none'}, it now has "
+            f"{now[:12] or 'none'}; put the old one back"
+        )
 
 
 def flat_observation(obs: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -1,9 +1,8 @@
-"""Policy files: their formats, and loading them through the script that wrote them. See docs/security.md."""
+"""Policy files: their formats, saving, and loading through the script that wrote them. See docs/security.md."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib
 import importlib.util
@@ -12,18 +11,18 @@ import math
 import re
 import sys
 import types
-import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 
-from so101.base import BasePolicy
-from so101.files import has_checksum, is_file
+from so101.files import CHECKSUM_BYTES, checksum, has_checksum, is_file, write_atomic
+from so101.settings import MAX_COUNT, restore_args
 from so101.trust import OWN_SCRIPTS, Trust
-from so101_sim.errors import SO101Error, check_ranges
+from so101_sim.errors import SO101Error
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,7 +40,32 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 CHECKPOINT, CLONE, STUDENT = SCHEMAS
 ADAM_KEYS = {"step", "exp_avg", "exp_avg_sq"}
-MAX_COUNT = 10**12  # of steps and environments in a file
+
+
+def save_tensors(path: Path, content: dict[str, Any]) -> None:
+    """Save tensors and plain values in torch's format, a zip archive, whose comment is the file's checksum."""
+    buffer = io.BytesIO()  # torch's own writer does not report a full disk
+    torch.save(content, buffer)
+    archive = buffer.getvalue()[:-2] + CHECKSUM_BYTES.to_bytes(2, "little")  # the last field: length of the comment
+    write_atomic(path, lambda temporary: temporary.write_bytes(archive + checksum(archive)))
+
+
+def to_plain(value: Any) -> Any:
+    """Convert arrays to tensors, recursively, so that a checkpoint loads with weights_only=True."""
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+
+
+def to_numpy(value: Any) -> Any:
+    """Inverse of to_plain."""
+    if isinstance(value, dict):
+        return {key: to_numpy(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [to_numpy(item) for item in value]
+    return value.numpy().copy() if isinstance(value, torch.Tensor) else value
 
 
 def load_file(path: str | Path, *kinds: str) -> dict[str, Any]:
@@ -152,47 +176,6 @@ def load_script(name: str, path: str | Path = "", trust: Trust | None = None) ->
     return module
 
 
-def restore_settings(cls: type, values: Any, path: str | Path) -> Any:
-    """A dataclass, with its nested ones, from the plain values in a file.
-
-    Raises SO101Error, naming the field, for one that is missing, unknown, or of a wrong type: no missing value is
-    replaced by a default.
-    """
-    if not isinstance(values, dict):
-        raise SO101Error(f"{path}: its settings lack {cls.__name__}")
-    hints, names = typing.get_type_hints(cls), [field.name for field in dataclasses.fields(cls)]
-    script = f"{cls.__name__} of {cls.__module__.replace('.', '/')}.py"
-    if unknown := sorted(set(values) - set(names)):
-        raise SO101Error(f"{path}: has the setting {unknown[0]}, which {script} lacks; use the script that wrote it")
-    restored = {}
-    for name in names:
-        if name not in values:
-            raise SO101Error(f"{path}: lacks the setting {name}, which {script} has; use the script that wrote it")
-        value, hint = values[name], hints[name]
-        if dataclasses.is_dataclass(hint):
-            value = restore_settings(hint, value, path)
-        elif not _is_a(value, hint):
-            raise SO101Error(f"{path}: its setting {name} is {value!r}, which {script} cannot use")
-        restored[name] = float(value) if hint is float else value
-    settings = cls(**restored)
-    try:
-        check_ranges(settings, getattr(cls, "RANGES", {}))
-    except SO101Error as error:
-        raise SO101Error(f"{path}: its setting {error}") from error
-    return settings
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    """Whether a plain value fits the type hint of a flag."""
-    if typing.get_origin(hint) is Literal:
-        return value in typing.get_args(hint)
-    if typing.get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_is_a(each, typing.get_args(hint)[0]) for each in value)
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return any(_is_a(value, each) for each in typing.get_args(hint))
-    return type(value) is hint or (hint is float and type(value) is int and abs(value) < 2**53)
-
-
 def load_weights(module: nn.Module, state_dict: dict[str, torch.Tensor], path: str | Path) -> None:
     """Load weights. Raises SO101Error if they do not fit, as when the script has changed since."""
     try:
@@ -218,16 +201,6 @@ class Checkpoint(NamedTuple):
         return agent
 
 
-def check_base(saved: dict[str, Any], spec: str, base_policy: BasePolicy | None, path: str | Path) -> None:
-    """Raise SO101Error unless the base policy is the one that the residual in path was trained on."""
-    now, then = base_policy.fingerprint if base_policy else "", saved["base_fingerprint"]
-    if now != then:
-        raise SO101Error(
-            f"{path}: trained on base policy {spec} with weights {then[:12] or 'none'}, it now has "
-            f"{now[:12] or 'none'}; put the old one back"
-        )
-
-
 def load_checkpoint(path: str | Path, saved: dict[str, Any] | None = None, trust: Trust | None = None) -> Checkpoint:
     """Read a checkpoint through the script that wrote it.
 
@@ -245,34 +218,6 @@ def load_checkpoint(path: str | Path, saved: dict[str, Any] | None = None, trust
         if not hasattr(script, name):
             raise SO101Error(f"{path}: written by {saved['script']}, which has no {name}; use the script that wrote it")
     return Checkpoint(saved, script, restore_args(script.Args, script.check_args, saved["args"], path, trust))
-
-
-def restore_args(
-    cls: type, check_args: Callable[[Any], None], values: Any, path: str | Path, trust: Trust | None = None
-) -> Any:
-    """A script's arguments from the plain values in a file, checked; the permissions are those of the person.
-
-    Raises SO101Error, naming the file.
-    """
-    args, trust = restore_settings(cls, values, path), trust or Trust()
-    if hasattr(args, "base"):
-        args.base = trusted_base(args.base, path, trust)
-    if hasattr(args, "trust"):
-        args.trust = trust
-    try:
-        check_args(args)
-    except SO101Error as error:
-        raise SO101Error(f"{path}: {error}") from error
-    return args
-
-
-def trusted_base(base: Any, path: str | Path, trust: Trust) -> Any:
-    """A dataclass with base_policy and server from a file, with the permissions of the person.
-
-    Raises SO101Error as Trust.spec does.
-    """
-    server = dataclasses.replace(base.server, trust=trust)
-    return dataclasses.replace(base, base_policy=trust.spec(base.base_policy, path), server=server)
 
 
 def hash_weights(state_dict: dict[str, torch.Tensor], also: str = "") -> str:

@@ -19,11 +19,9 @@ from typing import Any, TypeVar
 import tyro
 
 from so101.base import camera_names
-from so101.checkpoints import load_file, restore_args
-from so101.distributed import RankError, is_launched, is_main
 from so101.extras import CLONE
 from so101.files import DISK_ERRORS, disk_error
-from so101.trust import trust_of
+from so101.torchrun import RankError, is_main
 from so101_env import SO101ResidualVectorEnv
 from so101_sim.errors import SO101Error, check_ranges
 
@@ -221,52 +219,6 @@ def _field_names(settings: Any) -> list[str]:
         value = getattr(settings, field.name, value)
         names += _field_names(value) if dataclasses.is_dataclass(value) else [field.name]
     return names
-
-
-# Flags that may differ from those of the run that is resumed. None changes what is learned, except that a larger budget
-# lets the learning rate fall more slowly.
-RESUMABLE = {
-    "resume", "log_dir", "run_name", "num_threads", "total_timesteps", "track", "wandb_project_name", "capture_video",
-    "allow", "allow_remote", "send_token",
-}  # fmt: skip
-
-
-def parse_run(
-    cls: type[Settings], description: str, script: str, kind: str, check_args: Callable[[Settings], None],
-    one_rank: bool = False,
-) -> tuple[Settings, dict[str, Any] | None]:  # fmt: skip
-    """The command line of a training script; with --resume also the checkpoint, whose settings are then the defaults.
-
-    Args:
-        cls: the script's Args, with a Run (see so101.recorder) in `run`, and `total_timesteps`.
-        description: the script's docstring.
-        script: the script's file name.
-        kind: format of its checkpoints, see so101.checkpoints.
-        check_args: raises SO101Error for arguments that cannot be used.
-        one_rank: whether the script cannot train in several ranks.
-    """
-    if one_rank and is_launched():
-        raise SO101Error(f"{script} trains in one process: start it without torchrun")
-    args = parse(cls, description)
-    if (path := args.run.resume) is None:
-        check_args(args)
-        return args, None
-    saved = load_file(path, kind)
-    if saved["script"] != script:
-        raise SO101Error(f"--resume {path}: written by {saved['script']}; resume it with that script")
-    named = args.base.base_policy if hasattr(args, "base") else None
-    then = restore_args(cls, check_args, saved["args"], path, trust_of(args).also(named))
-    own = {field.name: field.default for field in dataclasses.fields(then.run) if field.name in RESUMABLE}
-    then.run = dataclasses.replace(then.run, **own)
-    args = parse(cls, description, default=then)
-    before, after = flat_settings(dataclasses.asdict(then)), flat_settings(dataclasses.asdict(args))
-    for name, new in after.items():
-        if new != before[name] and name not in RESUMABLE:
-            raise SO101Error(f"{flag_of(name)} {new}: {path} was trained with {before[name]}; drop the flag")
-    if args.total_timesteps < saved["global_step"]:
-        raise SO101Error(f"--total-timesteps {args.total_timesteps}: {path} has {saved['global_step']} steps already")
-    check_args(args)
-    return args, saved
 
 
 def flat_settings(args: Mapping[str, Any]) -> dict[str, Any]:

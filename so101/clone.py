@@ -26,12 +26,13 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from so101.base import BasePolicy, flat_observation, follow_chunks, new_chunks
-from so101.checkpoints import CLONE, hash_weights, load_weights, restore_args
+from so101.checkpoints import CLONE, hash_weights, load_weights, save_tensors
 from so101.cli import check_flags, command_of, parse, run_script
 from so101.dataset import joints_rad, read_dataset, read_info
-from so101.files import save_tensors, write_json
+from so101.files import write_json
 from so101.networks import Features
 from so101.run_dirs import describe_run, new_run_dir
+from so101.settings import restore_args
 from so101.trust import allow_flags
 from so101_env import ACT_DIM, ACTION, ENVIRONMENT, STATE, BaseObservation, SO101Error
 

@@ -29,26 +29,27 @@ import torch.nn as nn
 from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
-from so101.base import BasePolicy, StackedPolicy, flat_observation, with_sheet
+from so101.base import BasePolicy, StackedPolicy, check_base, flat_observation, with_sheet
+from so101.checkpoint_policy import CheckpointPolicy
 from so101.checkpoints import (
     STUDENT,
-    check_base,
     hash_weights,
     load_weights,
-    restore_args,
     restore_optimizer,
-    restore_settings,
     restoring,
-    trusted_base,
+    to_numpy,
+    to_plain,
 )
-from so101.cli import check_cameras, check_flags, check_memory, parse_run, run_script
+from so101.cli import check_cameras, check_flags, check_memory, run_script
 from so101.distributed import World
 from so101.evaluation import VALIDATION_SEED, episode_mean, evaluate, no_residual, training_seeds
-from so101.files import is_file, to_numpy, to_plain
+from so101.files import is_file
 from so101.networks import MEASURED_DIM, POSE_SCALE, SheetFinder, scaled_pose
-from so101.policies import CheckpointPolicy, load_policy
+from so101.policies import load_policy
 from so101.recorder import Recorder, Run
+from so101.resume import parse_run
 from so101.server import Server
+from so101.settings import restore_args, restore_settings, trusted_base
 from so101.trust import Trust
 from so101_env import (
     ACT_DIM,

@@ -10,40 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from so101.torchrun import is_launched, torchrun_numbers
 from so101_sim.errors import SO101Error
-
-
-class RankError(SO101Error):
-    """An error that only this rank has, and so reports itself; errors of all ranks are reported by rank 0."""
-
-
-def _torchrun() -> dict[str, int]:
-    """The numbers in the variables that torchrun sets; empty without torchrun.
-
-    Raises SO101Error for variables that are not torchrun's, but for example left over in the shell.
-    """
-    if not dist.is_torchelastic_launched():
-        return {}
-    given = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")}
-    numbers = {name: int(text) for name, text in given.items() if text.isascii() and text.isdecimal()}
-    fits = len(numbers) == len(given) and numbers["RANK"] < numbers["WORLD_SIZE"] and os.environ.get("MASTER_ADDR")
-    if not fits or not numbers["LOCAL_WORLD_SIZE"] or not 1 <= numbers["MASTER_PORT"] <= 65535:
-        text = " ".join(f"{name}={value!r}" for name, value in given.items())
-        raise SO101Error(f"{text}: cannot be torchrun's; unset TORCHELASTIC_RUN_ID, or start it with torchrun")
-    return numbers
-
-
-def is_launched() -> bool:
-    """Whether torchrun has started this process as one of several; not if its variables make no sense, see World."""
-    try:
-        return _torchrun().get("WORLD_SIZE", 1) > 1
-    except SO101Error:  # World raises it, and this process reports it
-        return False
-
-
-def is_main() -> bool:
-    """Whether this is rank 0, which evaluates, logs and saves."""
-    return not is_launched() or _torchrun()["RANK"] == 0
 
 
 class World:
@@ -55,7 +23,7 @@ class World:
 
     def __init__(self) -> None:
         self.rank, self.size, self.num_threads = 0, 1, None
-        numbers = _torchrun()
+        numbers = torchrun_numbers()
         if is_launched():
             self.rank, self.size = numbers["RANK"], numbers["WORLD_SIZE"]
             # physics threads: the ranks of a machine share its cores

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from so101.arm_check import MAX_OFFSET_RAD, ArmProfile
@@ -321,10 +320,11 @@ def main() -> int:
     args = parse(Args, __doc__)
     check_args(args)
     import_extra("cv2", "arm", "python -m so101.drive")  # fails early, before the arm moves
-    torch.set_num_threads(1)  # leaves the other cores to the simulation or the camera
     if args.replay is not None:
         return replay(args)
     policy, task = make_policy(args)
+    if "torch" in sys.modules:  # not every policy needs it
+        sys.modules["torch"].set_num_threads(1)  # leaves the other cores to the simulation or the camera
     try:
         if args.check:
             with arm_loop(args, policy, task) as loop:

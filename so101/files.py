@@ -1,20 +1,16 @@
-"""Atomic writes, checksums, and values in the form in which checkpoints keep them."""
+"""Atomic writes and checksums."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
 
 from so101_sim.errors import SO101Error
 
@@ -87,14 +83,6 @@ def has_checksum(content: bytes) -> bool:
     return checksum(content[:-CHECKSUM_BYTES]) == content[-CHECKSUM_BYTES:]
 
 
-def save_tensors(path: Path, content: dict[str, Any]) -> None:
-    """Save tensors and plain values in torch's format, a zip archive, whose comment is the file's checksum."""
-    buffer = io.BytesIO()  # torch's own writer does not report a full disk
-    torch.save(content, buffer)
-    archive = buffer.getvalue()[:-2] + CHECKSUM_BYTES.to_bytes(2, "little")  # the last field: length of the comment
-    write_atomic(path, lambda temporary: temporary.write_bytes(archive + checksum(archive)))
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Save as indented JSON."""
     write_atomic(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
@@ -103,21 +91,3 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file; target is either complete or unchanged."""
     write_atomic(target, lambda temporary: shutil.copyfile(source, temporary))
-
-
-def to_plain(value: Any) -> Any:
-    """Convert arrays to tensors, recursively, so that a checkpoint loads with weights_only=True."""
-    if isinstance(value, Mapping):
-        return {key: to_plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain(item) for item in value]
-    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
-
-
-def to_numpy(value: Any) -> Any:
-    """Inverse of to_plain."""
-    if isinstance(value, dict):
-        return {key: to_numpy(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [to_numpy(item) for item in value]
-    return value.numpy().copy() if isinstance(value, torch.Tensor) else value

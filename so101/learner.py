@@ -26,9 +26,9 @@ from PIL import Image
 
 from so101 import sac
 from so101.arm_film import CameraFilm, Frame
-from so101.checkpoints import CHECKPOINT, load_file, load_weights, restore_optimizer, restoring
+from so101.checkpoints import CHECKPOINT, load_file, load_weights, restore_optimizer, restoring, save_tensors
 from so101.distributed import World
-from so101.files import disk_error, save_tensors
+from so101.files import disk_error
 from so101.processes import spawn
 from so101_env import OBS, TAPE_CENTER_M, Scene, SO101ResidualVectorEnv, sheet_pose
 from so101_sim.errors import SO101Error

@@ -26,7 +26,7 @@ from so101_env import (
 from so101_sim.control import JOINT_MIRROR, clamp
 from so101_sim.geometry import in_axes, rotate
 
-# ONNX export keeps module constants only as plain numbers, see so101/onnx.py
+# ONNX export keeps module constants only as plain numbers, see so101/onnx_export.py
 _INNER_HALF_M = tuple((SHEET_HALF_M - SHAPING_INSET_M).tolist())
 
 

@@ -1,10 +1,9 @@
 """Policies as ONNX files, for another machine, another program, or an arm.
 
-`python eval_so101.py --model CHECKPOINT --export policy.onnx` writes one with `export_onnx`. Features, normalisation
-and mirror average are part of the graph. Its input is observations (N, 25), plus 6 numbers for the load on the joints
-and 6 for the base policy's action if the policy observes them. Its output is residuals (N, 6) in [-1, 1]. The file's
-metadata contain everything else that its user must know, as JSON under "so101". Reading needs onnxruntime (extra
-"arm"); writing also needs onnx and onnxscript (extra "export").
+so101/onnx_export.py writes one. Features, normalisation and mirror average are part of the graph. Its input is
+observations (N, 25), plus 6 numbers for the load on the joints and 6 for the base policy's action if the policy
+observes them. Its output is residuals (N, 6) in [-1, 1]. The file's metadata contain everything else that its user must
+know, as JSON under "so101". Reading needs onnxruntime (extra "arm"), and no torch.
 
 `onnx:PATH` as base policy is an `OnnxPolicy`. Files of other tools work, too: one input (N, 25), where N may be a fixed
 number, and one output with 6 numbers. Without this project's metadata, they are taken for a residual of the default
@@ -16,32 +15,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import re
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn as nn
 
-from so101.base import StackedPolicy, extend_observation, flat_observation
-from so101.checkpoints import CHECKPOINT, MAX_COUNT, check_base, load_checkpoint, load_file, restore_settings
+from so101.base import StackedPolicy, check_base, extend_observation, flat_observation
 from so101.extras import import_extra
-from so101.files import CHECKSUM_BYTES, checksum, has_checksum, is_file, write_atomic
+from so101.files import has_checksum, is_file
 from so101.policies import load_policy
-from so101.run_dirs import describe_run
 from so101.server import Server
+from so101.settings import MAX_COUNT, restore_settings
 from so101.trust import Trust
 from so101_env import (
     ACT_DIM,
-    OBS,
     OBSERVATION,
     BaseObservation,
     SO101Error,
-    SO101ResidualVectorEnv,
     Task,
     extra_parts,
 )
@@ -51,11 +43,6 @@ from so101_sim.vector import Part
 METADATA, FORMAT = "so101", "so101 onnx 2"
 CHECKSUM = "so101_sha256"  # key of the last metadata entry
 UNITS = {"pos": "rad", "vel": "rad/s", "load": "rad", "base_delta": "rad", "qw": "1", "qx": "1", "qy": "1", "qz": "1"}
-CHECKED_OBSERVATIONS, TOLERANCE = 1000, 1e-5
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# reading
 
 
 class OnnxPolicy(StackedPolicy):
@@ -69,7 +56,7 @@ class OnnxPolicy(StackedPolicy):
         self.path, content = path, _read(path)
         if any(word.encode() in content for word in (FORMAT, CHECKSUM)) and not has_checksum(content):
             raise SO101Error(f"{path}: damaged, its checksum is wrong or missing; export it again")
-        self.session, data = _session(content, path)
+        self.session, data = open_session(content, path)
         self.metadata = _metadata(self.session, content, path)
         spec = trust.spec(self.metadata["base_policy"], path)
         base = load_policy(spec, dataclasses.replace(self.metadata["server"], trust=trust))
@@ -124,7 +111,7 @@ def _read(path: str) -> bytes:
         raise SO101Error(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _session(content: bytes, path: str | Path) -> tuple[Any, bytes]:
+def open_session(content: bytes, path: str | Path) -> tuple[Any, bytes]:
     """An onnxruntime session, and the content of the files beside path in which the graph keeps its weights.
 
     One thread: bit-identical results on all machines with the same processor.
@@ -183,7 +170,7 @@ def _metadata(session: Any, content: bytes, path: str | Path) -> dict[str, Any]:
         if type(metadata.get(key)) is not kind:
             raise SO101Error(f"{path}: {key} of its metadata is missing or of a wrong type; export it again")
     task = restore_settings(Task, metadata["task"], path)
-    for key, value in _interface(_parts(task, metadata["observe_base"]), task).items():
+    for key, value in interface(_parts(task, metadata["observe_base"]), task).items():
         if metadata.get(key) != value:
             raise SO101Error(f"{path}: {key} of its metadata is not that of this version; export it again")
     if not 0 <= metadata["global_step"] <= MAX_COUNT:
@@ -198,7 +185,7 @@ def _parts(task: Task, observe_base: bool) -> list[Part]:
     return [*OBSERVATION.values(), *extra_parts(task, observe_base).values()]
 
 
-def _interface(parts: Iterable[Part], task: Any) -> dict[str, Any]:
+def interface(parts: Iterable[Part], task: Any) -> dict[str, Any]:
     """The part of the metadata that describes input and output, for the parts of the observation and the task."""
     names = [name for part in parts for name in part.names]
     return {
@@ -207,134 +194,3 @@ def _interface(parts: Iterable[Part], task: Any) -> dict[str, Any]:
         "scale_rad": task.alpha * task.act_scale,
         "control_hz": CONTROL_HZ,
     }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# writing
-
-
-class _Actor(nn.Module):
-    """The module that is exported: from observations (N, 25 to 37), as a tensor, to an agent's clipped mean action."""
-
-    def __init__(self, agent: nn.Module):
-        super().__init__()
-        self.agent = agent
-
-    def forward(self, observation: torch.Tensor) -> torch.Tensor:
-        """Residuals (N, 6) in [-1, 1]."""
-        x = self.agent.features(observation.numpy())  # PyTorch's tracer also traces NumPy
-        return self.agent.get_action(x)
-
-
-def export_onnx(model: str, path: Path, trust: Trust | None = None) -> dict[str, Any]:
-    """Write a checkpoint's policy as an ONNX file. Takes about ten seconds.
-
-    Before the file is put in place, its outputs are compared with the checkpoint's on CHECKED_OBSERVATIONS observations
-    of its task.
-
-    Args:
-        model: path of the checkpoint.
-        path: the ONNX file.
-        trust: the permissions of the person who runs the command.
-
-    Returns:
-        The metadata of the file, and the largest "difference" of an action from the checkpoint's.
-
-    Raises:
-        SO101Error: a library is missing; the checkpoint is a camera policy; the policy cannot be traced; the exported
-            policy has other outputs.
-    """
-    onnx = import_extra("onnx", "export", "--export")
-    import_extra("onnxscript", "export", "--export")  # without it torch fails later, with a longer message
-    saved = load_file(model, CHECKPOINT)
-    checkpoint = load_checkpoint(model, saved, trust)
-    args, agent = checkpoint.args, checkpoint.agent(model).eval()
-    if getattr(agent, "cameras", ()):
-        raise SO101Error(f"--export {path}: {model} is a camera policy, which cannot be exported yet")
-    envs = checkpoint.script.make_envs(args, 50, evaluation=False)
-    try:
-        observations = _observations(envs, agent)
-        parts = envs.parts.values()
-    finally:
-        envs.close()
-    content = _trace(agent, observations.shape[1], path)
-    run = describe_run(saved["script"], args)
-    metadata = {
-        "format": FORMAT,
-        **_interface(parts, args.task),
-        "base_policy": args.base.base_policy,
-        "base_fingerprint": saved["base_fingerprint"],
-        "server": {key: value for key, value in vars(args.base.server).items() if key != "trust"},
-        "observe_base": args.base.observe_base,
-        "task": dataclasses.asdict(args.task),
-        "script": saved["script"],
-        "global_step": saved["global_step"],
-        "git": run["git"],
-        "versions": run["versions"],
-    }
-    model_proto = onnx.load_from_string(content)
-    _strip(model_proto.graph)
-    content = serialize(model_proto, metadata)
-    session, _ = _session(content, path)
-    action = session.run(None, {session.get_inputs()[0].name: observations})[0]
-    difference = float(np.abs(action - agent.act(observations)).max())
-    if not difference <= TOLERANCE:
-        raise SO101Error(f"--export {path}: differs from {model} by {difference:.1g}, so it cannot be exported")
-    write_atomic(path, lambda temporary: temporary.write_bytes(content))
-    return metadata | {"difference": difference}
-
-
-def serialize(model: Any, metadata: dict[str, Any]) -> bytes:
-    """An onnx.ModelProto with this project's metadata, as bytes that end in the checksum of the bytes before."""
-    onnx = import_extra("onnx", "export", "--export")
-    del model.metadata_props[:]
-    onnx.helper.set_model_props(model, {METADATA: json.dumps(metadata)})
-    entry = onnx.ModelProto()
-    onnx.helper.set_model_props(entry, {CHECKSUM: "0" * CHECKSUM_BYTES})
-    # protobuf: the fields of a message whose bytes follow another's are added to it
-    content = model.SerializeToString() + entry.SerializeToString()[:-CHECKSUM_BYTES]
-    return content + checksum(content)
-
-
-def _observations(envs: SO101ResidualVectorEnv, agent: nn.Module) -> np.ndarray:
-    """Observations (CHECKED_OBSERVATIONS, 25 to 37) of episodes in which the agent acts, with noise."""
-    obs, seen, rng = envs.reset(seed=0)[0], [], np.random.default_rng(0)
-    while sum(map(len, seen)) < CHECKED_OBSERVATIONS:
-        seen.append(obs)
-        obs = envs.step(agent.act(obs) + 0.5 * rng.standard_normal((len(obs), ACT_DIM)))[0]
-    return np.concatenate(seen)[:CHECKED_OBSERVATIONS]
-
-
-def _strip(graph: Any) -> None:
-    """Remove the exporter's notes on the source code of each part: paths of this machine, and half of the file size."""
-    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
-        part.ClearField("doc_string")
-        part.ClearField("metadata_props")
-
-
-def _trace(agent: nn.Module, width: int, path: Path) -> bytes:
-    """The agent's actor as a serialised ONNX model. Raises SO101Error if it cannot be traced."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    table = torch.export.default_decompositions()
-    table[torch.ops.aten.hypot.default] = lambda x, y: (x * x + y * y).sqrt()  # ONNX has no hypot
-    example = torch.zeros(2, width)
-    example[:, OBS["sheet_quat"].start] = 1.0  # a valid quaternion
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            shapes = {"observation": {0: torch.export.Dim("N")}}
-            program = torch.export.export(_Actor(agent), (example,), dynamic_shapes=shapes, strict=True)
-            program = program.run_decompositions(table)
-            if lost := [name for name, value in program.constants.items() if type(value) is not torch.Tensor]:
-                raise SO101Error(
-                    f"--export {path}: a feature uses a NumPy array of its module ({lost[0]}), which the tracer loses; "
-                    "make the array within the function"
-                )
-            exported = torch.onnx.export(
-                program, dynamo=True, verbose=False, input_names=["observation"], output_names=["action"]
-            )
-        return exported.model_proto.SerializeToString()
-    except SO101Error:
-        raise
-    except Exception as error:  # tracer and exporter raise many types of exceptions
-        reason = " ".join(str(error).split())[:200]
-        raise SO101Error(f"--export {path}: the policy cannot be traced ({type(error).__name__}: {reason})") from error

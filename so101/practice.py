@@ -30,12 +30,12 @@ from tqdm import tqdm
 from so101 import drive
 from so101 import sac as trainer
 from so101.arm_film import CameraFilm
-from so101.base import BaseObservation, BasePolicy, StackedPolicy, extend_observation, flat_observation
+from so101.base import BaseObservation, BasePolicy, StackedPolicy, check_base, extend_observation, flat_observation
 from so101.camera import CAMERA
-from so101.checkpoints import CHECKPOINT, check_base, load_file, restore_args, restoring
+from so101.checkpoints import CHECKPOINT, load_file, restoring, to_numpy, to_plain
 from so101.cli import check_flags, check_memory, command_of, flag_of, parse, run_script
 from so101.extras import import_extra
-from so101.files import to_numpy, to_plain, write_json
+from so101.files import write_json
 from so101.learner import FILM_EVERY, MODEL, RECENT, Episode, Judge, LearnerProcess, Lesson, LocalLearner, set_weights
 from so101.learner import Run as LearnerRun
 from so101.locator import Marks
@@ -47,6 +47,7 @@ from so101.robot import LEROBOT_P, Robot
 from so101.run_dirs import describe_run, new_run_dir
 from so101.scene_reset import HandNeeded, SceneReset
 from so101.server import Server
+from so101.settings import restore_args
 from so101.simulated_arm import Flaws, SimulatedRobot
 from so101.trust import allow_flags, trust_of
 from so101.virtual_time import VirtualClock, VirtualRobot

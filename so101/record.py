@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from so101.cli import Stop, Stoppable, check_flags, check_output, command_of, parse, run_script
@@ -105,7 +104,8 @@ def main() -> int:
     import_extra("pyarrow", "data", "so101.record")
     args, loaded, task = parse_subject(RecordArgs, __doc__, default_model=False, records=True)
     hub = connect("--push-to-hub", args.push_to_hub, "dataset") if args.push_to_hub else None
-    torch.set_num_threads(1)
+    if "torch" in sys.modules:  # not every policy needs it
+        sys.modules["torch"].set_num_threads(1)
     envs = loaded.make_envs(min(args.episodes, BATCH), task)
     for camera in args.subject.server.camera_map().values():  # fails early without OpenGL
         envs.camera_images(envs.qpos[:1], camera, args.subject.server.size)

@@ -23,13 +23,15 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from so101.checkpoints import load_file, load_weights, restoring
+from so101.checkpoints import load_file, load_weights, restoring, save_tensors
 from so101.cli import check_rendering, command_of, flat_settings, silence_output
-from so101.distributed import RankError, World
+from so101.distributed import World
 from so101.evaluation import VALIDATION_SEED, episode_mean, evaluate, no_residual, residual_to_base
-from so101.files import DiskError, copy_file, disk_error, save_tensors, write_atomic, write_json
+from so101.files import DiskError, copy_file, disk_error, write_atomic, write_json
 from so101.films import write_video
-from so101.run_dirs import ROOT, describe_run, new_run_dir, reason_for_new_dir, run_dir_of, stem_of
+from so101.resume import reason_for_new_dir
+from so101.run_dirs import ROOT, describe_run, new_run_dir, run_dir_of, stem_of
+from so101.torchrun import RankError
 from so101.trust import allow_flags, trust_of
 from so101_env import BasePolicyError, SO101Error, SO101ResidualVectorEnv
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import platform
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from so101 import __version__
-from so101.checkpoints import SCHEMAS, load_file
 from so101_sim.errors import SO101Error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,25 +39,6 @@ def run_dir_of(path: str) -> Path:
     """The directory of the run that a checkpoint belongs to."""
     parent = Path(path).parent
     return parent.parent if parent.name in ("checkpoints", "best_model") else parent
-
-
-def reason_for_new_dir(run_dir: Path, step: int) -> str:
-    """Why a run cannot go on in its own directory from a checkpoint of this step; "" if it can."""
-    if not (run_dir / "config.json").is_file():
-        return f"{run_dir} is not the directory of a run"
-    if (run_dir / "final_model.pt").exists():
-        return f"the run in {run_dir} is finished"
-    later = [path for path in run_dir.glob("checkpoints/*_steps.pt") if step_of(path) > step]
-    if later or ((run_dir / "interrupted_model.pt").is_file() and step_of(run_dir / "interrupted_model.pt") > step):
-        return f"the run in {run_dir} went further than step {step}"
-    return ""
-
-
-def step_of(path: Path) -> int:
-    """Environment steps of a model file."""
-    with contextlib.suppress(ValueError):
-        return int(path.stem.removesuffix("_steps").rpartition("_")[2])
-    return load_file(path, *SCHEMAS)["global_step"]
 
 
 def stem_of(script: str) -> str:

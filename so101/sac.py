@@ -27,15 +27,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from gymnasium.vector import AutoresetMode
 
-from so101.checkpoints import CHECKPOINT, check_base, load_weights, restore_optimizer, restoring
-from so101.cli import check_flags, check_memory, parse_run, run_script
+from so101.base import check_base
+from so101.checkpoints import CHECKPOINT, load_weights, restore_optimizer, restoring, to_numpy, to_plain
+from so101.cli import check_flags, check_memory, run_script
 from so101.distributed import World
 from so101.evaluation import training_seeds
-from so101.files import to_numpy, to_plain
 from so101.networks import CONTACT, EXPECTED_YAW, SHEET_TO_TIP, Features
 from so101.optimizer import Adam
 from so101.policies import load_policy
 from so101.recorder import Recorder, Run
+from so101.resume import parse_run
 from so101.server import Server
 from so101_env import MAX_EPISODE_STEPS, SO101ResidualVectorEnv, Task, extra_parts
 from so101_sim.control import ACT_DIM

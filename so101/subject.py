@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from so101.base import BasePolicy
-from so101.checkpoints import CHECKPOINT, STUDENT, check_base, load_checkpoint, load_file, load_script
+from so101.base import BasePolicy, check_base
 from so101.cli import check_flags, flag_of, parse
 from so101.evaluation import no_residual
 from so101.policies import load_policy
@@ -21,6 +21,9 @@ from so101.trust import SERVED, Trust
 from so101_env import SO101Error, SO101ResidualVectorEnv, Task
 from so101_sim.scene import ASSETS
 from so101_sim.vector import ArmVectorEnv
+
+if TYPE_CHECKING:
+    from so101.checkpoints import Checkpoint
 
 Settings = TypeVar("Settings")
 # by default as the model was trained
@@ -125,10 +128,14 @@ def _load(subject: Subject, unused: tuple[str, ...]) -> Loaded:
         _check_base_flag(subject, base)
         loaded = _base_loaded("agent", base, onnx.base, onnx.task, onnx.steps, subject, onnx.observe_base)
         return dataclasses.replace(loaded, act=onnx.residuals)
+    from so101.checkpoints import CHECKPOINT, STUDENT, load_checkpoint, load_file, load_script  # imports torch
+
     saved = load_file(subject.model, CHECKPOINT, STUDENT)
     base = (saved if saved["format"] == STUDENT else saved["args"]).get("base")
     _check_base_flag(subject, base.get("base_policy") if isinstance(base, dict) else None)
-    return _load_student(saved, subject) if saved["format"] == STUDENT else _load_checkpoint(saved, subject)
+    if saved["format"] == STUDENT:
+        return _load_student(saved, load_script(saved["script"], subject.model, subject.trust), subject)
+    return _load_checkpoint(load_checkpoint(subject.model, saved, subject.trust), subject)
 
 
 def _check_base_flag(subject: Subject, own: Any) -> None:
@@ -138,10 +145,9 @@ def _check_base_flag(subject: Subject, own: Any) -> None:
         raise SO101Error(f"--base-policy {given}: the model has its own base policy; drop the flag")
 
 
-def _load_checkpoint(saved: dict[str, Any], subject: Subject) -> Loaded:
+def _load_checkpoint(checkpoint: Checkpoint, subject: Subject) -> Loaded:
     """An agent of a training script, with its base policy."""
-    checkpoint = load_checkpoint(subject.model, saved, subject.trust)
-    args = checkpoint.args
+    saved, args = checkpoint.saved, checkpoint.args
 
     def make_envs(num_envs: int, task: Any) -> ArmVectorEnv:
         args.task = task
@@ -155,10 +161,9 @@ def _load_checkpoint(saved: dict[str, Any], subject: Subject) -> Loaded:
     return Loaded("agent", args.base.base_policy, saved["global_step"], args.task, act, make_envs, training_seed=seed)
 
 
-def _load_student(saved: dict[str, Any], subject: Subject) -> Loaded:
-    """A student, which is compared with its teacher."""
+def _load_student(saved: dict[str, Any], script: types.ModuleType, subject: Subject) -> Loaded:
+    """A student of this script, which is compared with its teacher."""
     trust = subject.trust
-    script = load_script(saved["script"], subject.model, trust)
     student = script.load_student(saved, subject.model, trust)
     spec = f"checkpoint:{subject.model}"
     loaded = _base_loaded("student", spec, student, student.task, saved["global_step"], subject)

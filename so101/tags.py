@@ -21,7 +21,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from so101.camera import SCALE, NominalCamera, NotSeen, import_cv2, project
 from so101.cli import parse, run_script
@@ -127,6 +126,8 @@ def _fit(camera: NominalCamera, places: np.ndarray, pixels: np.ndarray) -> tuple
     Returns:
         The homography (3, 3) from the table, m, to pixels; distances (n, 4), m, of places from pixels.
     """
+    from scipy.optimize import least_squares
+
     centers = places.mean(1, keepdims=True)
 
     def misses_m(fit: np.ndarray, turn: np.ndarray) -> np.ndarray:

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from so101.camera import NominalCamera, NotSeen, import_cv2, project, rectangle, sample_normals
 from so101_env import TAPE_CENTER_M
@@ -121,6 +120,8 @@ def half_turn() -> np.ndarray:
 
 def _starts(redness: np.ndarray, camera: NominalCamera, half_m: np.ndarray) -> Iterator[np.ndarray]:
     """Rough deviations (7,) of the camera, see `NominalCamera.homography`, the most promising first."""
+    from scipy.optimize import least_squares
+
     nominal, width_m = np.zeros(7), 0.025
     inner, outer = (rectangle(half_m + w, *TAPE_CENTER_M, 0.0) for w in (0.0, width_m))
     red = is_red(redness)
@@ -391,6 +392,8 @@ def _fit_camera(
     Returns:
         The deviation (7,); the width, m; how far outside its line each point then lies, m, in the shape of `good`.
     """
+    from scipy.optimize import least_squares
+
     side, point = np.nonzero(good)
     normal, level, outer = normals[side], (corners * normals).sum(1)[side], point >= TAPE_POINTS
 

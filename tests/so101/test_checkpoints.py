@@ -8,8 +8,7 @@ import pytest
 import torch
 from conftest import error_of, load
 
-from so101.checkpoints import CHECKPOINT, SCHEMAS, load_checkpoint
-from so101.files import save_tensors
+from so101.checkpoints import CHECKPOINT, SCHEMAS, load_checkpoint, save_tensors
 from so101_env import SO101Error
 
 

@@ -14,7 +14,7 @@ import torch
 from conftest import error_of, module_of, run_script
 
 from so101 import dataset
-from so101.files import save_tensors
+from so101.checkpoints import save_tensors
 from so101.policies import load_policy
 from so101_env import ACTION, ENVIRONMENT, STATE, SO101ResidualVectorEnv, base_observation
 from so101_sim.control import JOINTS, from_rad, to_rad

@@ -14,11 +14,12 @@ from gymnasium.vector import AutoresetMode
 
 from so101 import distill
 from so101.base import flat_observation, with_sheet
+from so101.checkpoint_policy import CheckpointPolicy
+from so101.checkpoints import save_tensors
 from so101.distill import Args, DAgger, Dagger, Networks, Samples, Student, measured
 from so101.evaluation import evaluate, no_residual
-from so101.files import save_tensors
 from so101.networks import sheet_to_tip
-from so101.policies import CheckpointPolicy, load_policy
+from so101.policies import load_policy
 from so101_env import OBS, TAPE_CENTER_M, SO101ResidualVectorEnv, base_observation, sheet_pose
 from so101_sim.control import ACT_DIM
 from so101_sim.errors import SO101Error

@@ -23,7 +23,8 @@ from conftest import (
 
 import ppo_residual_so101 as ppo
 from so101 import cli
-from so101.distributed import World, is_launched, is_main
+from so101.distributed import World
+from so101.torchrun import is_launched, is_main
 from so101_env import ACT_DIM, SO101Error
 
 TRAINER = str(ROOT / "ppo_residual_so101.py")

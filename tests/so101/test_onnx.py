@@ -14,7 +14,8 @@ from gymnasium.vector import AutoresetMode
 from so101.checkpoints import load_checkpoint, load_script
 from so101.evaluation import evaluate, no_residual
 from so101.networks import Derived, sheet_to_tip
-from so101.onnx import OnnxPolicy, export_onnx, serialize
+from so101.onnx import OnnxPolicy
+from so101.onnx_export import export_onnx, serialize
 from so101.policies import load_policy
 from so101_env import SO101ResidualVectorEnv, base_observation
 from so101_sim.control import ACT_DIM
@@ -64,7 +65,7 @@ def test_its_metadata_say_what_a_user_must_know(exported):
     assert len(units) == 25 and units["gripper.vel"] == "rad/s" and units["tip.z"] == "m" and units["sheet.qw"] == "1"
     assert metadata["scale_rad"] == pytest.approx(0.7 * 0.02) and metadata["base_policy"] == "zero"
     assert metadata["task"] == saved["args"]["task"] and metadata["global_step"] == saved["global_step"]
-    assert b"so101/onnx.py" not in exported.read_bytes()  # nor paths of the machine that wrote it
+    assert b"so101/onnx_export.py" not in exported.read_bytes()  # nor paths of the machine that wrote it
     assert metadata["script"] == "ppo_residual_so101.py" and set(metadata["git"]) == {"commit", "dirty"}
 
 

@@ -13,10 +13,10 @@ from conftest import assert_equal_training_state, load, run_script
 from PIL import Image
 
 from so101 import drive, practice, sac
-from so101.checkpoints import restore_settings
 from so101.learner import MODEL, Episode, Judge, Learner, LearnerProcess, Lesson, LocalLearner, Run, Worker
 from so101.loop import REST_RAD, Loop
 from so101.robot import RobotError
+from so101.settings import restore_settings
 from so101.simulated_arm import SimulatedArm
 from so101.virtual_time import VirtualClock, VirtualRobot
 from so101_env import HOME_RAD, SO101ResidualVectorEnv, Task

@@ -11,9 +11,8 @@ import pytest
 from conftest import ROOT, error_of, load, run_script
 
 from so101 import serve
-from so101.checkpoints import STUDENT
+from so101.checkpoints import STUDENT, save_tensors
 from so101.distill import Args as StudentArgs
-from so101.files import save_tensors
 from so101.policies import load_policy
 from so101.server import Server, ServerPolicy
 from so101.trust import Trust
@@ -58,10 +57,10 @@ def student(victim, spec) -> str:
 
 
 def exported(victim, spec) -> str:
-    onnx, from_onnx = pytest.importorskip("onnx"), pytest.importorskip("so101.onnx")
+    onnx, to_onnx = pytest.importorskip("onnx"), pytest.importorskip("so101.onnx_export")
     model = onnx.load(ASSETS / "arm.onnx")
     metadata = {**json.loads(model.metadata_props[0].value), "base_policy": spec}
-    (victim / "stranger.onnx").write_bytes(from_onnx.serialize(model, metadata))
+    (victim / "stranger.onnx").write_bytes(to_onnx.serialize(model, metadata))
     return "stranger.onnx"
 
 

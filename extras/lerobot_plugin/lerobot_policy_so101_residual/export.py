@@ -14,7 +14,8 @@ from lerobot_policy_so101_residual.modeling_so101_residual import BASE, RESIDUAL
 from lerobot_policy_so101_residual.processor_so101_residual import make_so101_residual_pre_post_processors
 from so101.camera import CAMERA
 from so101.checkpoints import CHECKPOINT, load_file
-from so101.onnx import OnnxPolicy, export_onnx
+from so101.onnx import OnnxPolicy
+from so101.onnx_export import export_onnx
 from so101.opencv import OpenCVPolicy
 from so101.server import ChunkPolicy
 from so101.trust import SERVED, Trust
