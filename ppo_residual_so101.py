@@ -29,7 +29,7 @@ from so101.checkpoints import CHECKPOINT, load_weights, restore_optimizer, resto
 from so101.cli import check_flags, run_script
 from so101.distributed import World
 from so101.evaluation import training_seeds
-from so101.networks import CONTACT, EXPECTED_YAW, SHEET_TO_TIP, Features
+from so101.networks import EXPECTED_YAW, SHEET_TO_TIP, Features, contact_features
 from so101.optimizer import Adam
 from so101.policies import load_policy
 from so101.recorder import Recorder, Run
@@ -95,6 +95,8 @@ class Networks:
     """average actor and critic over the scene and its left-right mirror image"""
     sheet_feature: bool = True
     """show the networks where the tip is relative to the sheet, and whether it presses, derived from the observation"""
+    contact_gain: float = 3.0
+    """factor of the second: pressing beside the sheet and pressing on it ask for opposite actions"""
 
 
 @dataclasses.dataclass
@@ -128,7 +130,7 @@ RANGES = {
     "minibatch_size": (1, 2**22), "update_epochs": (1, 1000), "learning_rate": (1e-9, 10), "gamma": (0, 1),
     "gae_lambda": (0, 1), "clip_coef": (1e-6, 100), "ent_coef": (0, 100), "vf_coef": (0, 100),
     "max_grad_norm": (1e-6, 1e6), "train_episode_steps": (1, 10**6), "hidden_size": (1, 4096),
-    "log_std_init": (-10, 2), **Task.RANGES, **Server.RANGES, **Run.RANGES,
+    "log_std_init": (-10, 2), "contact_gain": (0, 100), **Task.RANGES, **Server.RANGES, **Run.RANGES,
 }  # fmt: skip
 
 
@@ -181,7 +183,7 @@ class Agent(nn.Module):
     def __init__(self, args: Args):
         super().__init__()
         parts = SO101ResidualVectorEnv.parts | extra_parts(args.task, args.base.observe_base)
-        derived = [SHEET_TO_TIP, CONTACT] if args.networks.sheet_feature else []
+        derived = [SHEET_TO_TIP, contact_features(args.networks.contact_gain)] if args.networks.sheet_feature else []
         if args.task.arrival_yaw_weight > 0:
             derived.append(EXPECTED_YAW)
         self.features = Features(parts, derived, args.networks.symmetry)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train a sweep of seeds, evaluate each of them on the held-out episodes, and write the report.
 #
-#   bash benchmark/ppo_residual_so101.sh                                                # seeds 1 to 20, the defaults
+#   bash benchmark/ppo_residual_so101.sh                                                # seeds 401 to 420, the defaults
 #   NAME=standard_200k bash benchmark/ppo_residual_so101.sh --total-timesteps 200000    # other flags of the trainer
 #   NAME=trial SEEDS="1 2 3" bash benchmark/ppo_residual_so101.sh --gamma 0.99
 #   SCRIPT=my_ppo.py NAME=mine bash benchmark/ppo_residual_so101.sh                      # a changed copy of the trainer
@@ -9,7 +9,7 @@
 #
 # SCRIPT    trainer: a script at the root, or one in so101/ (ppo_residual_so101.py)
 # NAME      name of the sweep (standard_50k)
-# SEEDS     seeds to train (1 to 20)
+# SEEDS     seeds to train (401 to 420)
 # JOBS      number of processes at a time, one thread each (one per core)
 # EPISODES  episodes of every evaluation (200)
 # RUNS      directory of the runs (logs/benchmark/NAME)
@@ -21,7 +21,7 @@ cd "$(dirname "$0")/.."
 
 JOBS=${JOBS:-$(env -u OMP_NUM_THREADS nproc)} # nproc reports OMP_NUM_THREADS if it is set
 export SCRIPT=${SCRIPT:-ppo_residual_so101.py}
-export NAME=${NAME:-standard_50k} SEEDS=${SEEDS:-$(seq -s " " 1 20)} EPISODES=${EPISODES:-200} OMP_NUM_THREADS=1
+export NAME=${NAME:-standard_50k} SEEDS=${SEEDS:-$(seq -s " " 401 420)} EPISODES=${EPISODES:-200} OMP_NUM_THREADS=1
 # the base policy alone is also evaluated, unless it is zero
 case " $* " in *" --base-policy "*) BASE=--base ;; *) BASE=--no-base ;; esac
 export BASE RUNS=${RUNS:-logs/benchmark/$NAME} OUT=${OUT-benchmark/results/$NAME}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -53,8 +54,8 @@ def sheet_to_tip(obs: np.ndarray) -> np.ndarray:
     return _to_inner(tip) / np.float32(-0.03)
 
 
-def contact(obs: np.ndarray) -> np.ndarray:
-    """What decides between pressing, lifting and dragging, (N, 8).
+def contact(obs: np.ndarray, gain: float = 1.0) -> np.ndarray:
+    """What decides between pressing, lifting and dragging, (N, 8); all but the height times gain.
 
     Whether the tip is beside the sheet, in [0, 1]; its height above that of pressed fingertips, per 5 mm; whether it
     presses beside the sheet, and on it; the direction (2) to the sheet if it is beside; the direction (2) from the
@@ -71,9 +72,9 @@ def contact(obs: np.ndarray) -> np.ndarray:
     to_tape = obs[:, OBS["tape_minus_sheet"]][:, :2]
     to_tape = to_tape / np.maximum(np.hypot(to_tape[:, 0], to_tape[:, 1]), 1e-6)[:, None]
     on = (1 - beside) * pressed
-    return np.column_stack([
-        beside, clamp(height, -1, 3), beside * pressed, on, beside[:, None] * to_sheet, on[:, None] * to_tape
-    ])  # fmt: skip
+    rest = np.column_stack([beside, beside * pressed, on, beside[:, None] * to_sheet, on[:, None] * to_tape])
+    rest *= np.float32(gain)
+    return np.column_stack([rest[:, :1], clamp(height, -1, 3), rest[:, 1:]])
 
 
 def expected_yaw(obs: np.ndarray) -> np.ndarray:
@@ -86,8 +87,12 @@ def expected_yaw(obs: np.ndarray) -> np.ndarray:
 
 
 SHEET_TO_TIP = Derived(sheet_to_tip, (1, -1))
-CONTACT = Derived(contact, (1, 1, 1, 1, 1, -1, 1, -1))
 EXPECTED_YAW = Derived(expected_yaw, (-1, -1, 1))
+
+
+def contact_features(gain: float) -> Derived:
+    """The feature `contact` with this gain."""
+    return Derived(functools.partial(contact, gain=gain), (1, 1, 1, 1, 1, -1, 1, -1))
 
 
 class Features(nn.Module):

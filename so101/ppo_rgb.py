@@ -32,13 +32,13 @@ from so101.cli import check_cameras, check_flags, run_script
 from so101.distributed import World
 from so101.evaluation import training_seeds
 from so101.networks import (
-    CONTACT,
     EXPECTED_YAW,
     MEASURED_DIM,
     POSE_SCALE,
     SHEET_TO_TIP,
     Features,
     SheetFinder,
+    contact_features,
     scaled_measurements,
     scaled_pose,
 )
@@ -121,6 +121,8 @@ class Networks:
     """units in each of the two hidden layers of actor and critic"""
     log_std_init: float = -0.3
     """initial log standard deviation of the exploration noise"""
+    contact_gain: float = 3.0
+    """factor of the features of contact: pressing beside the sheet and pressing on it ask for opposite actions"""
 
 
 @dataclasses.dataclass
@@ -153,7 +155,8 @@ RANGES = {
     "finder_epochs": (1, 1000), "finder_learning_rate": (1e-9, 10), "gamma": (0, 1), "gae_lambda": (0, 1),
     "clip_coef": (1e-6, 100), "ent_coef": (0, 100), "vf_coef": (0, 100), "max_grad_norm": (1e-6, 1e6),
     "train_episode_steps": (1, 10**6), "actor_image_size": (16, 512), "finder_size": (1, 4096),
-    "hidden_size": (1, 4096), "log_std_init": (-10, 2), **Task.RANGES, **Server.RANGES, **Run.RANGES,
+    "hidden_size": (1, 4096), "log_std_init": (-10, 2), "contact_gain": (0, 100),
+    **Task.RANGES, **Server.RANGES, **Run.RANGES,
 }  # fmt: skip
 
 
@@ -216,7 +219,11 @@ class Agent(nn.Module):
         width, size = net.hidden_size, net.actor_image_size
         self.cameras, self.image_size = net.actor_cameras, (size, size)
         self.finder = SheetFinder(len(net.actor_cameras), size, MEASURED_DIM, net.finder_size, latent=0)
-        derived = [SHEET_TO_TIP, CONTACT, *([EXPECTED_YAW] if args.task.arrival_yaw_weight > 0 else [])]
+        derived = [
+            SHEET_TO_TIP,
+            contact_features(net.contact_gain),
+            *([EXPECTED_YAW] if args.task.arrival_yaw_weight > 0 else []),
+        ]
         self.features = Features(OBSERVATION | extra_parts(args.task, self.moves), derived)
 
         def mlp(out_dim: int, out_std: float) -> nn.Sequential:

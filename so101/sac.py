@@ -32,7 +32,7 @@ from so101.checkpoints import CHECKPOINT, load_weights, restore_optimizer, resto
 from so101.cli import check_flags, check_memory, run_script
 from so101.distributed import World
 from so101.evaluation import training_seeds
-from so101.networks import CONTACT, EXPECTED_YAW, SHEET_TO_TIP, Features
+from so101.networks import EXPECTED_YAW, SHEET_TO_TIP, Features, contact_features
 from so101.optimizer import Adam
 from so101.policies import load_policy
 from so101.recorder import Recorder, Run
@@ -183,7 +183,7 @@ class Agent(nn.Module):
     def __init__(self, args: Args):
         super().__init__()
         parts = SO101ResidualVectorEnv.parts | extra_parts(args.task, args.base.observe_base)
-        derived = [SHEET_TO_TIP, CONTACT] if args.networks.sheet_feature else []
+        derived = [SHEET_TO_TIP, contact_features(1.0)] if args.networks.sheet_feature else []
         if args.task.arrival_yaw_weight > 0:
             derived.append(EXPECTED_YAW)
         self.features = Features(parts, derived, args.networks.symmetry)

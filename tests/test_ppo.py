@@ -335,6 +335,7 @@ def test_contact_one_number_at_a_time():
         ],
         atol=1e-4,  # float32 of positions
     )
+    np.testing.assert_array_equal(contact(obs, 3.0), contact(obs) * np.float32([3, 1, 3, 3, 3, 3, 3, 3]))
 
 
 def test_advantages_are_normalized_in_each_minibatch(setup, monkeypatch):
