@@ -250,6 +250,8 @@ def main() -> int:
         }
         write_json(Path(args.json), result)
     print(describe(loaded, args, task, len(episodes)))
+    if loaded.command:
+        print("trained by: " + "".join(each if each.isprintable() else "?" for each in loaded.command))
     print_table(columns)
     if ratios:
         print("residual to base, per joint  " + "  ".join(f"{joint} {ratio:.2f}" for joint, ratio in ratios.items()))

@@ -25,7 +25,7 @@ import tyro
 from scipy.stats import t
 
 from so101.checkpoints import load_script
-from so101.cli import flat_settings, parse, run_script
+from so101.cli import flat_settings, parse, run_script, training_command
 from so101.stats import rate_interval
 from so101.trust import Trust
 from so101_env import SO101Error
@@ -120,7 +120,7 @@ def trainer(words: list[str], seeds: int, path: Path, trust: Trust) -> tuple[typ
         raise SO101Error(f"{stale}: {name} cannot read {shlex.join(words[start:])!r}; name another row") from error
     script.check_args(args)
     plain = json.loads(json.dumps(dataclasses.asdict(args)))
-    command = report.describe(script, report.settings({"config": {"args": plain}}))
+    command = training_command(script, report.settings({"config": {"args": plain}}))
     if sorted(shlex.split(command)) != sorted(words):
         odd = shlex.join(sorted({*words} - {*shlex.split(command)})) or shlex.join(words)
         raise SO101Error(f"{stale}: {name} would not write {odd}, its defaults were others then; name another row")
@@ -144,7 +144,7 @@ def train(row: str, script: types.ModuleType, command: str, seeds: range, episod
         raise SO101Error(f"--row {row}: a seed failed, its line is above; the same command continues")
     results = {each: report.read_seed(directory / f"seed_{each}") for each in seeds}
     for seed, each in results.items():
-        if (report.describe(script, report.settings(each)), each["final"]["episodes"]) != (command, episodes):
+        if (training_command(script, report.settings(each)), each["final"]["episodes"]) != (command, episodes):
             raise SO101Error(f"{directory}/seed_{seed}: has other flags or episodes; delete it, or name other --runs")
     return [each["final"]["success_rate"] for each in results.values()]
 

@@ -7,9 +7,7 @@ benchmark/ppo_residual_so101.sh makes the runs, and calls this script.
 
 import dataclasses
 import json
-import shlex
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from so101.checkpoints import load_script
-from so101.cli import flag_of, flat_settings, parse, run_script
+from so101.cli import OF_A_RUN, flat_settings, parse, run_script, training_command
 from so101.files import write_json
 from so101.stats import bootstrap_interval, interquartile_mean, rate_interval
 from so101.trust import Trust
@@ -108,8 +106,9 @@ def success_by_distance(seeds: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 def settings(seed: dict[str, Any]) -> dict[str, Any]:
     """The arguments that all seeds of a sweep have in common."""
-    own = ("seed", "log_dir", "run_name", "num_threads", "allow", "allow_remote", "send_token")
-    return {key: value for key, value in flat_settings(seed["config"]["args"]).items() if key not in own}
+    return {
+        key: value for key, value in flat_settings(seed["config"]["args"]).items() if key not in {"seed", *OF_A_RUN}
+    }
 
 
 def read_sweep(directory: str) -> list[dict[str, Any]]:
@@ -163,22 +162,6 @@ def plot(sweeps: dict[str, list[dict[str, Any]]], path: Path) -> None:
     plt.close(figure)
 
 
-def describe(script: types.ModuleType, args: dict[str, Any]) -> str:
-    """The command line of a training script for these arguments, without those that have their default value."""
-    path = Path(script.__file__)
-    words = ["python", *(["-m", f"so101.{path.stem}"] if path.parent == ROOT / "so101" else [path.name])]
-    for name, default in flat_settings(dataclasses.asdict(script.Args())).items():
-        default = list(default) if isinstance(default, tuple) else default
-        value = args.get(name, default)
-        if value == default:
-            continue
-        if isinstance(value, bool):
-            words.append(flag_of(name if value else f"no_{name}"))
-        else:
-            words += [flag_of(name), *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
-
-
 def summarize(seeds: list[dict[str, Any]], name: str, trust: Trust) -> dict[str, Any]:
     """The content of results.json: the sweep as a whole, and a row for each seed."""
     rows = []
@@ -198,7 +181,7 @@ def summarize(seeds: list[dict[str, Any]], name: str, trust: Trust) -> dict[str,
     final = np.array([row["final_success"] for row in rows])
     outcomes = np.array([[int(digit) for digit in row["final_outcomes"]] for row in rows])
     config = seeds[0]["config"]
-    command = describe(load_script(config["script"], "config.json", trust), settings(seeds[0]))
+    command = training_command(load_script(config["script"], "config.json", trust), settings(seeds[0]))
     commits = sorted({f"{s['config']['git']['commit']}{'+' * bool(s['config']['git']['dirty'])}" for s in seeds})
     return {
         "name": name,

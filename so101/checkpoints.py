@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib
 import importlib.util
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from so101.cli import OF_A_RUN, flat_settings, training_command
 from so101.files import CHECKSUM_BYTES, checksum, has_checksum, is_file, write_atomic
 from so101.settings import MAX_COUNT, restore_args
 from so101.trust import OWN_SCRIPTS, Trust
@@ -193,6 +195,12 @@ class Checkpoint(NamedTuple):
     saved: dict[str, Any]
     script: types.ModuleType  # the script that wrote it
     args: Any  # the script's Args of the run
+
+    @property
+    def command(self) -> str:
+        """The command line that trains it."""
+        settings = flat_settings(dataclasses.asdict(self.args))
+        return training_command(self.script, {key: each for key, each in settings.items() if key not in OF_A_RUN})
 
     def agent(self, path: str | Path) -> nn.Module:
         """The script's Agent with the weights of the checkpoint."""

@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 import time
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -149,6 +150,27 @@ def command_of(script: str) -> str:
 def command_line(script: str) -> str:
     """The command that has started this script, see `command_of`, to type again in the same directory."""
     return shlex.join([*shlex.split(command_of(script)), *sys.argv[1:]])
+
+
+# settings of one run that do not change what is learned
+OF_A_RUN = ("resume", "log_dir", "run_name", "num_threads", "track", "allow", "allow_remote", "send_token")
+
+
+def training_command(script: types.ModuleType, settings: Mapping[str, Any]) -> str:
+    """The command line of a training script for these flat settings, without those that have their default value."""
+    path = Path(script.__file__)
+    words = ["python", *(["-m", f"so101.{path.stem}"] if path.parent == ROOT / "so101" else [path.name])]
+    for name, default in flat_settings(dataclasses.asdict(script.Args())).items():
+        default = list(default) if isinstance(default, tuple) else default
+        value = settings.get(name, default)
+        value = list(value) if isinstance(value, tuple) else value
+        if value == default:
+            continue
+        if isinstance(value, bool):
+            words.append(flag_of(name if value else f"no_{name}"))
+        else:
+            words += [flag_of(name), *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -84,6 +84,8 @@ def export_onnx(model: str, path: Path, trust: Trust | None = None) -> dict[str,
         "task": dataclasses.asdict(args.task),
         "script": saved["script"],
         "global_step": saved["global_step"],
+        "command": checkpoint.command,
+        "evaluations": saved["recorder"]["finalists"],
         "git": run["git"],
         "versions": run["versions"],
     }

@@ -71,6 +71,7 @@ class Loaded:
     make_others: Callable[[int, Any], ArmVectorEnv] | None = None
     other: str = "base alone"
     training_seed: int | None = None
+    command: str | None = None  # that has trained it, if the file says so
 
 
 def parse_subject(
@@ -127,7 +128,7 @@ def _load(subject: Subject, unused: tuple[str, ...]) -> Loaded:
         base = onnx.metadata["base_policy"]
         _check_base_flag(subject, base)
         loaded = _base_loaded("agent", base, onnx.base, onnx.task, onnx.steps, subject, onnx.observe_base)
-        return dataclasses.replace(loaded, act=onnx.residuals)
+        return dataclasses.replace(loaded, act=onnx.residuals, command=onnx.metadata.get("command"))
     from so101.checkpoints import CHECKPOINT, STUDENT, load_checkpoint, load_file, load_script  # imports torch
 
     saved = load_file(subject.model, CHECKPOINT, STUDENT)
@@ -158,7 +159,8 @@ def _load_checkpoint(checkpoint: Checkpoint, subject: Subject) -> Loaded:
 
     act = checkpoint.agent(subject.model).act
     seed = getattr(args, "seed", None)  # a script of your own may have none
-    return Loaded("agent", args.base.base_policy, saved["global_step"], args.task, act, make_envs, training_seed=seed)
+    known = {"training_seed": seed, "command": checkpoint.command}
+    return Loaded("agent", args.base.base_policy, saved["global_step"], args.task, act, make_envs, **known)
 
 
 def _load_student(saved: dict[str, Any], script: types.ModuleType, subject: Subject) -> Loaded:
