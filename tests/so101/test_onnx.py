@@ -67,6 +67,9 @@ def test_its_metadata_say_what_a_user_must_know(exported):
     assert metadata["task"] == saved["args"]["task"] and metadata["global_step"] == saved["global_step"]
     assert b"so101/onnx_export.py" not in exported.read_bytes()  # nor paths of the machine that wrote it
     assert metadata["script"] == "ppo_residual_so101.py" and set(metadata["git"]) == {"commit", "dirty"}
+    seed, steps = (saved["args"][name] for name in ("seed", "total_timesteps"))
+    assert metadata["command"] == f"python ppo_residual_so101.py --seed {seed} --total-timesteps {steps}"
+    assert metadata["evaluations"] == saved["recorder"]["finalists"]
 
 
 def foreign(path, batch="N", width=25, actions=ACT_DIM, outputs=1, **options):
@@ -144,6 +147,7 @@ LIES = {
     ("scale_rad",): [0.0, 0.8, None],
     ("control_hz",): [60, "30"],
     ("global_step",): [-1, 10**30, True, 2.0],
+    ("command",): [1, None, ["python"]],
     ("observation", 0, "unit"): ["deg"],
     ("observation", 0, "name"): ["elbow_flex.pos"],
     ("action",): ["degrees"],
