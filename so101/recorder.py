@@ -185,7 +185,7 @@ class Recorder:
             disable=not self.world.is_main,
         )  # fmt: skip
         try:
-            # an untrained policy on an arm that rests needs no evaluation
+            # before training there is something to evaluate only if it is a base policy whose success is not known
             due = self.evaluation_due or (not self.first_step and self.reference_success is None)
             self.evaluation_due = bool(self.run.eval_every) and self.world.gather(due)[0]
             self._keep_resumable()
