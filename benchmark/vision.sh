@@ -4,15 +4,15 @@
 #   bash benchmark/vision.sh                  # about 80 minutes on two cores; continues where it was stopped
 #   PARTS=students bash benchmark/vision.sh   # or PARTS=rgb
 #
-# SEEDS     seeds of students and of PPO from pixels (1 2 3)
-# EPISODES  episodes of every evaluation (100)
+# SEEDS     seeds of students and of PPO from pixels (401 402 403)
+# EPISODES  episodes of every evaluation (200)
 # RUNS      directory of the runs (logs/benchmark/vision)
 # OUT       directory of the report (benchmark/results/vision)
 #
 # One distillation runs at a time, because it uses two cores by itself.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-SEEDS=${SEEDS:-1 2 3} EPISODES=${EPISODES:-100} RUNS=${RUNS:-logs/benchmark/vision} PARTS=${PARTS:-students rgb}
+SEEDS=${SEEDS:-401 402 403} EPISODES=${EPISODES:-200} RUNS=${RUNS:-logs/benchmark/vision} PARTS=${PARTS:-students rgb}
 OUT=${OUT:-benchmark/results/vision}
 export OMP_NUM_THREADS=1
 mkdir -p "$RUNS"
@@ -51,7 +51,5 @@ fi
 if [[ $PARTS == *rgb* ]]; then
   export SCRIPT=so101/ppo_rgb.py JOBS=1 SEEDS EPISODES
   NAME=rgb_200k RUNS=$RUNS/rgb_200k bash benchmark/ppo_residual_so101.sh
-  NAME=rgb_precise_jacobian_200k RUNS=$RUNS/rgb_precise_jacobian_200k bash benchmark/ppo_residual_so101.sh \
-    --base-policy jacobian --tape-margin 0.02 --gamma 0.995 --gae-lambda 0.97 --arrival-yaw-weight 1.5 --num-steps 128 \
-    --minibatch-size 1024 --train-episode-steps 400 --log-std-init -1
+  NAME=rgb_visual_200k RUNS=$RUNS/rgb_visual_200k bash benchmark/ppo_residual_so101.sh --visual-randomization
 fi
