@@ -75,7 +75,7 @@ def test_equal_seeds_do_not_promise_equal_means():
     [
         ({}, "--row nope", "no such row; --list describes row"),
         ({}, "--seeds 0", "--seeds 0"),
-        ({}, "--first-seed 2", "--first-seed 2: row was published with seed 2"),
+        ({}, "--first-seed 402", "--first-seed 402: row was published with seed 402"),
         ({}, "--first-seed -1", "--first-seed -1"),
         ({"seeds": []}, "", "not the report of a seed sweep"),
         ({"seeds": [{"seed": 1, "final_success": 1.5, "wall_time_s": 1}]}, "", "not the report of a seed sweep"),
@@ -112,14 +112,18 @@ def test_rows_that_cannot_be_checked_end_with_one_line(tmp_path, monkeypatch, ch
 
 
 def test_the_published_rows_can_be_checked_or_are_refused_by_name(monkeypatch, capsys):
-    """What README and docs call a result of today is a command of today; the rows of version 0.5.0 are not."""
+    """Rows of today's version can be checked, older ones are refused, and docs/results.md says which are old."""
     monkeypatch.setattr(sys, "argv", ["check.py", "--list"])
     assert check.main() == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert {*lines} == {path.parent.name for path in ROWS.glob("*/results.json")}
-    stale = {"lerobot_act_50k", "lerobot_act_200k", "standard_bc_50k", "standard_jacobian_50k", "rgb_200k"}
-    assert {row for row, line in lines.items() if "stale command" in line} == stale
-    assert {row for row, line in lines.items() if "minutes each" not in line} == stale | {"sb3_50k", "vision"}
+    old = {row for row, line in lines.items() if "before 0.13.0" in line}
+    assert {row for row, line in lines.items() if "minutes each" not in line} == old | {"sb3_50k", "vision"}
+    assert {"standard_50k", "standard_200k", "precise_jacobian_50k", "rgb_200k"}.isdisjoint(old)
+    for row in ({*lines} - old) & {path.parent.name for path in ROWS.glob("*/results.md")}:
+        page = (ROWS / row / "results.md").read_text()
+        if row not in ("sb3_50k", "vision"):
+            assert f"version {json.loads((ROWS / row / 'results.json').read_text())['version']}" in page
 
 
 @pytest.mark.slow
