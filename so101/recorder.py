@@ -150,6 +150,7 @@ class Recorder:
         self.finalists: list[dict[str, Any]] = []  # steps and scores of the best models, best first
         self.metrics: dict[str, float] = {}
         self.result: dict[str, Any] | None = None  # of the last evaluation
+        self.fresh = saved is None
         self.signum = 0  # signal that requests a stop, on this rank
         self.stop_signum = 0  # the one that all ranks have agreed on
         self.evaluation_due = False  # whether this iteration's evaluation is still to be done
@@ -186,7 +187,7 @@ class Recorder:
         )  # fmt: skip
         try:
             # before training there is something to evaluate only if it is a base policy whose success is not known
-            due = self.evaluation_due or (not self.first_step and self.reference_success is None)
+            due = self.evaluation_due or (self.fresh and self.reference_success is None)
             self.evaluation_due = bool(self.run.eval_every) and self.world.gather(due)[0]
             self._keep_resumable()
             if self.evaluation_due:

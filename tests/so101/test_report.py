@@ -208,6 +208,10 @@ def test_runs_with_the_same_training_seeds_are_paired(write):
                                                    - np.mean([np.mean(outcomes["a"][s]) for s in few]))  # fmt: skip
         assert each["difference_ci95"] == pytest.approx(list(expected.confidence_interval(0.95)))
     assert found["comparisons"][2]["test"] == "Welch's t test" and not found["comparisons"][2]["training_seeds"]
+    write("better.json", sweep({seed: [1] * 20 for seed in range(6)}))
+    write("best.json", sweep({seed: [1] * 20 for seed in range(6)}, command="python b.py"))
+    (same,) = numbers("better=better.json", "best=best.json")["comparisons"]
+    assert same["test"] == "Welch's t test" and same["p_value"] == 1.0  # equal in every seed: no spread to test by
     # the interval of a sweep contains the choice of its episodes
     rates, listed = (np.array([f(each) for each in outcomes["a"].values()]) for f in (np.mean, list))
     assert found["policies"][0]["success_ci95"] == stats.rate_interval(rates, 20, listed)
