@@ -54,7 +54,7 @@ def check_row(monkeypatch: pytest.MonkeyPatch, results: Path, row: str, *flags: 
     return check.main()
 
 
-@pytest.mark.parametrize("row", ["standard_50k", "standard_200k", "precise_jacobian_50k", "precise_jacobian_300k"])
+@pytest.mark.parametrize("row", ["standard_50k", "standard_200k", "precise_jacobian_50k"])
 @pytest.mark.parametrize("count", [3, 5, 10])
 def test_a_prediction_interval_contains_95_percent(row, count):
     """Published and fresh seeds are drawn from the seeds of a committed row."""
