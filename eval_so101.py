@@ -251,7 +251,7 @@ def main() -> int:
         write_json(Path(args.json), result)
     print(describe(loaded, args, task, len(episodes)))
     if loaded.command:
-        print("trained by: " + "".join(each if each.isprintable() else "?" for each in loaded.command))
+        print("trained by: " + "".join(each if each.isprintable() else "?" for each in loaded.command[:1000]))
     print_table(columns)
     if ratios:
         print("residual to base, per joint  " + "  ".join(f"{joint} {ratio:.2f}" for joint, ratio in ratios.items()))

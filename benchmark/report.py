@@ -178,6 +178,9 @@ def summarize(seeds: list[dict[str, Any]], name: str, trust: Trust) -> dict[str,
             row[f"steps_to_{percent}"] = steps_to(seed[TRAINING_SUCCESS], percent / 100)
         row |= {"wall_time_s": seed["summary"]["wall_time_s"], "cpu_time_s": seed["summary"]["cpu_time_s"]}
         rows.append(row)
+    versions = {seed["config"]["version"] for seed in seeds}
+    if None in versions:
+        raise SO101Error(f"{name}: has runs of a version before 0.13.0; train them again")
     final = np.array([row["final_success"] for row in rows])
     outcomes = np.array([[int(digit) for digit in row["final_outcomes"]] for row in rows])
     config = seeds[0]["config"]
@@ -186,7 +189,7 @@ def summarize(seeds: list[dict[str, Any]], name: str, trust: Trust) -> dict[str,
     return {
         "name": name,
         "command": command,
-        "version": ", ".join(sorted({seed["config"]["version"] for seed in seeds})),
+        "version": ", ".join(sorted(versions)),
         "commits": commits,
         "episodes": seeds[0]["final"]["episodes"],
         "final_success_mean": float(final.mean()),

@@ -16,7 +16,7 @@
 #     ppo_residual_so101.py --num-envs 2048 --minibatch-size 32768 --total-timesteps 10000000'
 #
 #SBATCH --job-name=so101
-#SBATCH --array=1-20
+#SBATCH --array=401-420
 #SBATCH --cpus-per-task=1
 #SBATCH --mem=2G
 #SBATCH --time=01:00:00

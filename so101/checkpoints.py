@@ -197,8 +197,10 @@ class Checkpoint(NamedTuple):
     args: Any  # the script's Args of the run
 
     @property
-    def command(self) -> str:
-        """The command line that trains it."""
+    def command(self) -> str | None:
+        """The command line that trains it; None if it has practised on an arm."""
+        if any(isinstance(own, dict) and "arm" in own for own in self.saved["ranks"]):
+            return None
         settings = flat_settings(dataclasses.asdict(self.args))
         return training_command(self.script, {key: each for key, each in settings.items() if key not in OF_A_RUN})
 

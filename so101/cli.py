@@ -153,18 +153,23 @@ def command_line(script: str) -> str:
 
 
 # settings of one run that do not change what is learned
-OF_A_RUN = ("resume", "log_dir", "run_name", "num_threads", "track", "allow", "allow_remote", "send_token")
+OF_A_RUN = {
+    "resume", "log_dir", "run_name", "num_threads", "track", "wandb_project_name", "capture_video", "allow",
+    "allow_remote", "send_token",
+}  # fmt: skip
 
 
 def training_command(script: types.ModuleType, settings: Mapping[str, Any]) -> str:
     """The command line of a training script for these flat settings, without those that have their default value."""
-    path = Path(script.__file__)
+    path, fields = Path(script.__file__), dataclasses.fields(script.Args)
     words = ["python", *(["-m", f"so101.{path.stem}"] if path.parent == ROOT / "so101" else [path.name])]
-    for name, default in flat_settings(dataclasses.asdict(script.Args())).items():
-        default = list(default) if isinstance(default, tuple) else default
-        value = settings.get(name, default)
-        value = list(value) if isinstance(value, tuple) else value
-        if value == default:
+    required = {each.default for each in fields if each.default_factory is dataclasses.MISSING}
+    defaults = {} if dataclasses.MISSING in required else flat_settings(dataclasses.asdict(script.Args()))
+    for name in defaults or settings:
+        default, value = (
+            list(each) if isinstance(each, tuple) else each for each in (defaults.get(name), settings.get(name))
+        )
+        if name not in settings or (name in defaults and value == default):
             continue
         if isinstance(value, bool):
             words.append(flag_of(name if value else f"no_{name}"))

@@ -173,7 +173,7 @@ def _metadata(session: Any, content: bytes, path: str | Path) -> dict[str, Any]:
     for key, value in interface(_parts(task, metadata["observe_base"]), task).items():
         if metadata.get(key) != value:
             raise SO101Error(f"{path}: {key} of its metadata is not that of this version; export it again")
-    if not isinstance(metadata.get("command", ""), str):
+    if not isinstance(metadata.get("command", ""), str | None):
         raise SO101Error(f"{path}: command of its metadata is not a text; export it again")
     if not 0 <= metadata["global_step"] <= MAX_COUNT:
         raise SO101Error(f"{path}: global_step of its metadata is {metadata['global_step']}; export it again")

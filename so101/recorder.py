@@ -498,6 +498,8 @@ class Recorder:
             lines = self._evaluations(evaluations)
             write_atomic(evaluations, lambda temporary: temporary.write_text("".join(line + "\n" for line in lines)))
             self.result = json.loads(lines[-1]) if lines else None
+            if self.result and self.reference_success is None:
+                self.reference_success = self.result["reference_success_rate"]
         threading.excepthook = _report_unless_kept
         purge = self.first_step + 1 if self.continued else None
         self.writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge)

@@ -104,12 +104,12 @@ def describe(policy: Policy) -> dict[str, Any]:
 def common_seeds(one: Policy, other: Policy) -> list[int]:
     """The training seeds by which two policies can be paired: all of the one with fewer runs; else none.
 
-    None either if all of them differ by the same, from which the paired test learns nothing.
+    None either if all differences are equal, because then the spread is unknown.
     """
     mine, theirs = (dict(zip(each.training_seeds or [], each.rates)) for each in (one, other))
     common = sorted(mine.keys() & theirs.keys())
     whole = len(common) > 1 and len(common) == min(len(mine), len(theirs))
-    return common if whole and np.ptp([theirs[seed] - mine[seed] for seed in common]) > 0 else []
+    return common if whole and np.ptp([theirs[seed] - mine[seed] for seed in common]) > 1e-9 else []
 
 
 def compare(one: Policy, other: Policy) -> dict[str, Any]:

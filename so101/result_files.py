@@ -167,7 +167,8 @@ def read_sweep(content: dict[str, Any]) -> dict[str, Any]:
             check_rate(float(rate), row, 1)
     commits = ", ".join(map(str, get(content.get("commits", []), list, "commits")))
     sources = {
-        "written by": "benchmark/report.py", "command": content.get("command"), "commit": commits, "versions": None,
+        "written by": "benchmark/report.py", "command": content.get("command"), "commit": commits,
+        "versions": content.get("version") and f"ppo-residual-so101 {content['version']}",
         "training seeds": " ".join(str(row.get("seed")) for row in rows),
     }  # fmt: skip
     return {

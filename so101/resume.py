@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from so101.checkpoints import SCHEMAS, load_file
-from so101.cli import flag_of, flat_settings, parse
+from so101.cli import OF_A_RUN, flag_of, flat_settings, parse
 from so101.settings import restore_args
 from so101.torchrun import is_launched
 from so101.trust import trust_of
@@ -19,10 +19,7 @@ Settings = TypeVar("Settings")
 
 # Flags that may differ from those of the run that is resumed. None changes what is learned, except that a larger budget
 # lets the learning rate fall more slowly.
-RESUMABLE = {
-    "resume", "log_dir", "run_name", "num_threads", "total_timesteps", "track", "wandb_project_name", "capture_video",
-    "allow", "allow_remote", "send_token",
-}  # fmt: skip
+RESUMABLE = {*OF_A_RUN, "total_timesteps"}
 
 
 def parse_run(

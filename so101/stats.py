@@ -165,7 +165,7 @@ def welch(difference: float, variances: tuple[float, float], runs: tuple[int, in
 def paired_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, list[float], float]:
     """Mean difference second - first of the success rates (n,) of the same n > 1 seeds, its 95 % interval and p value.
 
-    Both are of Student's paired t test. Not all seeds may differ by the same: then nothing is known about the spread.
+    Both are of Student's paired t test. The differences must not all be equal, because then the spread is unknown.
     """
     from scipy.stats import ttest_rel
 

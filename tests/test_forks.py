@@ -345,9 +345,11 @@ def test_a_removed_and_an_added_flag_are_named(clone):
 @pytest.mark.slow
 def test_a_copy_of_ppo_rgb(clone):
     """With one more layer: the original could not load its weights."""
-    layer = "nn.Linear(width, width),\n"
+    layer = "layer_init(nn.Linear(width, width)), nn.LayerNorm(width), nn.ReLU(inplace=True),\n"
     apply(
-        [(layer, "nn.Linear(width, width), nn.ReLU(), " + layer)], clone / "so101" / "ppo_rgb.py", clone / "my_rgb.py"
+        [(layer, "layer_init(nn.Linear(width, width)), nn.ReLU(), " + layer)],
+        clone / "so101" / "ppo_rgb.py",
+        clone / "my_rgb.py",
     )
     model = train_and_evaluate(clone, "my_rgb.py", flags=("--actor-image-size", "16"))
     saved = load(model)

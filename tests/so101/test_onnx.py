@@ -147,7 +147,7 @@ LIES = {
     ("scale_rad",): [0.0, 0.8, None],
     ("control_hz",): [60, "30"],
     ("global_step",): [-1, 10**30, True, 2.0],
-    ("command",): [1, None, ["python"]],
+    ("command",): [1, ["python"]],
     ("observation", 0, "unit"): ["deg"],
     ("observation", 0, "name"): ["elbow_flex.pos"],
     ("action",): ["degrees"],

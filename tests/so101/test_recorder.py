@@ -317,6 +317,7 @@ def test_a_closed_terminal_stops_the_run_where_it_can_be_resumed(tmp_path, last_
     """As `2>&1 | head -c 1` does."""
     words = [*command("ppo_residual_so101.py"), "--log-dir", str(tmp_path)]
     flags = SMALL.replace("--total-timesteps 3000", "--total-timesteps 60000").split()
+    flags += ["--base-policy", "jacobian"]  # is evaluated before it trains
     process = subprocess.Popen([*words, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     seen = b""
     while last_word not in seen:
