@@ -52,7 +52,7 @@ class CheckpointPolicy(StackedPolicy):
         return base + residual
 
 
-def load_model(path: str, trust: Trust) -> BasePolicy:
+def load_checkpoint_policy(path: str, trust: Trust) -> BasePolicy:
     """The policy in a checkpoint, or in a student's file; raises SO101Error for a file that cannot be used."""
     saved = load_file(path, CHECKPOINT, STUDENT)
     if saved["format"] == STUDENT:

@@ -46,9 +46,9 @@ def _load_policy(spec: str, server: Server) -> BasePolicy | None:
     if spec == "keyboard":
         return _own_policy("so101.keyboard", "KeyboardPolicy")
     if kind in ("checkpoint", "bc") and rest:
-        from so101.checkpoint_policy import load_clone, load_model  # imports torch
+        from so101.checkpoint_policy import load_checkpoint_policy, load_clone  # imports torch
 
-        return load_model(rest, trust) if kind == "checkpoint" else load_clone(rest, trust)
+        return load_checkpoint_policy(rest, trust) if kind == "checkpoint" else load_clone(rest, trust)
     if kind == "server":
         return ServerPolicy(rest, server)
     if kind == "lerobot" and rest:
