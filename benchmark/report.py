@@ -22,12 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from so101.checkpoints import load_script
 from so101.cli import OF_A_RUN, flat_settings, parse, run_script, training_command
 from so101.files import write_json
-from so101.stats import bootstrap_interval, interquartile_mean, rate_interval
+from so101.stats import MANY, bootstrap_interval, interquartile_mean, rate_interval
 from so101.trust import Trust
 from so101_env import SO101Error
 
 ROOT = Path(__file__).resolve().parent.parent
-MANY = 10  # seeds from which a bootstrap over seeds is not too narrow
 HOLD = 10_000  # environment steps for which a success rate must be kept to count as reached
 DISTANCES_MM = (40, 80, 100, 120)  # bins of the initial distance from the sheet to the tape
 TRAINING_SUCCESS = "rollout/success_rate_100"

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from so101.cli import OF_A_RUN, flat_settings, training_command
+from so101.cli import flat_settings, training_command
 from so101.files import CHECKSUM_BYTES, checksum, has_checksum, is_file, write_atomic
 from so101.settings import MAX_COUNT, restore_args
 from so101.trust import OWN_SCRIPTS, Trust
@@ -201,8 +201,7 @@ class Checkpoint(NamedTuple):
         """The command line that trains it; None if it has practised on an arm."""
         if any(isinstance(own, dict) and "arm" in own for own in self.saved["ranks"]):
             return None
-        settings = flat_settings(dataclasses.asdict(self.args))
-        return training_command(self.script, {key: each for key, each in settings.items() if key not in OF_A_RUN})
+        return training_command(self.script, flat_settings(dataclasses.asdict(self.args)))
 
     def agent(self, path: str | Path) -> nn.Module:
         """The script's Agent with the weights of the checkpoint."""

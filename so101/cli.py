@@ -98,6 +98,12 @@ def silence_output() -> None:
     os.dup2(null, sys.stderr.fileno())
 
 
+def use_one_torch_thread() -> None:
+    """Leave the other cores to the simulation or the camera, if a policy has loaded torch; not every one needs it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
 class Stop(BaseException):
     """A signal has asked the script to stop; `signum` says which."""
 
@@ -169,7 +175,7 @@ def training_command(script: types.ModuleType, settings: Mapping[str, Any]) -> s
         default, value = (
             list(each) if isinstance(each, tuple) else each for each in (defaults.get(name), settings.get(name))
         )
-        if name not in settings or (name in defaults and value == default):
+        if name in OF_A_RUN or name not in settings or (name in defaults and value == default):
             continue
         if isinstance(value, bool):
             words.append(flag_of(name if value else f"no_{name}"))

@@ -29,7 +29,7 @@ from so101.arm_check import MAX_OFFSET_RAD, ArmProfile
 from so101.arm_film import CameraFilm, print_replay, replay_film
 from so101.base import BasePolicy
 from so101.camera import CAMERA
-from so101.cli import Stop, Stoppable, check_flags, check_output, parse, run_script
+from so101.cli import Stop, Stoppable, check_flags, check_output, parse, run_script, use_one_torch_thread
 from so101.evaluation import TEST_SEED
 from so101.extras import import_extra
 from so101.files import is_file, write_json
@@ -323,8 +323,7 @@ def main() -> int:
     if args.replay is not None:
         return replay(args)
     policy, task = make_policy(args)
-    if "torch" in sys.modules:  # not every policy needs it
-        sys.modules["torch"].set_num_threads(1)  # leaves the other cores to the simulation or the camera
+    use_one_torch_thread()
     try:
         if args.check:
             with arm_loop(args, policy, task) as loop:

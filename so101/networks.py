@@ -139,17 +139,19 @@ class Features(nn.Module):
 
 # scale of the sheet's pose in networks: x and y from the tape's centre, and yaw
 POSE_SCALE = np.array([0.1, 0.1, 0.3], np.float32)  # m, m, rad
-MEASURED_DIM = sum(len(OBSERVATION[name].names) for name in MEASURED)
+MEASURED_MEAN, MEASURED_SCALE = (
+    np.concatenate([
+        np.broadcast_to(getattr(part, key), len(part.names)) for part in (OBSERVATION[name] for name in MEASURED)
+    ]).astype(np.float32)
+    for key in ("mean", "scale")
+)  # fmt: skip
+MEASURED_DIM = len(MEASURED_MEAN)
 
 
 def scaled_measurements(state: np.ndarray) -> torch.Tensor:
     """Normalised measurements (N, 15) of what a camera policy observes besides pictures, (N, 15 or more)."""
-    parts = [OBSERVATION[name] for name in MEASURED]
-    mean, scale = (
-        np.concatenate([np.broadcast_to(getattr(part, key), len(part.names)) for part in parts]).astype(np.float32)
-        for key in ("mean", "scale")
-    )
-    return torch.from_numpy(clamp((state[:, :MEASURED_DIM] - mean) / scale, -10.0, 10.0).astype(np.float32))
+    scaled = (state[:, :MEASURED_DIM] - MEASURED_MEAN) / MEASURED_SCALE
+    return torch.from_numpy(clamp(scaled, -10.0, 10.0).astype(np.float32))
 
 
 def scaled_pose(obs: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from so101.cli import Stop, Stoppable, check_flags, check_output, command_of, parse, run_script
+from so101.cli import Stop, Stoppable, check_flags, check_output, command_of, parse, run_script, use_one_torch_thread
 from so101.dataset import DatasetError, write_dataset
 from so101.evaluation import RECORD_SEED, evaluate, summarize
 from so101.extras import import_extra
@@ -104,8 +104,7 @@ def main() -> int:
     import_extra("pyarrow", "data", "so101.record")
     args, loaded, task = parse_subject(RecordArgs, __doc__, default_model=False, records=True)
     hub = connect("--push-to-hub", args.push_to_hub, "dataset") if args.push_to_hub else None
-    if "torch" in sys.modules:  # not every policy needs it
-        sys.modules["torch"].set_num_threads(1)
+    use_one_torch_thread()
     envs = loaded.make_envs(min(args.episodes, BATCH), task)
     for camera in args.subject.server.camera_map().values():  # fails early without OpenGL
         envs.camera_images(envs.qpos[:1], camera, args.subject.server.size)

@@ -34,7 +34,6 @@ from so101_env import SO101Error
 FORMAT = "so101 report 1"
 FILES = ("report.json", "report.md", "report.png")
 LEVEL = 0.05  # of significance
-MANY = 10  # runs from which a percentile bootstrap over runs is not too narrow
 CODE_CHARACTERS = 4000  # of a text from a file, at most
 
 
@@ -95,7 +94,7 @@ def describe(policy: Policy) -> dict[str, Any]:
         "success_by_run": rates.tolist(),
         "worst_run": float(rates.min()),
         "interquartile_mean": float(stats.interquartile_mean(rates)) if len(rates) > 1 else None,
-        "interquartile_mean_ci95": [*map(float, stats.bootstrap_interval(rates))] if len(rates) >= MANY else None,
+        "interquartile_mean_ci95": [*map(float, stats.bootstrap_interval(rates))] if len(rates) >= stats.MANY else None,
         "episode_seeds": policy.seeds,
         "sources": policy.sources,
     }
@@ -149,7 +148,7 @@ def compare(one: Policy, other: Policy) -> dict[str, Any]:
     }
     if min(runs) > 1:
         result["probability_of_improvement"] = stats.probability_of_improvement(one.rates, other.rates)
-        many = min(runs) >= MANY
+        many = min(runs) >= stats.MANY
         result["probability_of_improvement_ci95"] = stats.improvement_interval(one.rates, other.rates) if many else None
     return result
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+MANY = 10  # runs from which a percentile bootstrap over runs is not too narrow
 Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
 
