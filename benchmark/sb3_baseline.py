@@ -1,70 +1,115 @@
-"""PPO and SAC of stable-baselines3 on the same task: with their defaults, CleanRL's hyper-parameters, and ours.
+"""Computing time until 95 % success: this trainer, its sibling SAC, and four algorithms of stable-baselines3.
 
-    pip install -r benchmark/requirements.txt && python benchmark/sb3_baseline.py
+    pip install -r benchmark/requirements.txt && taskset -c 0 python benchmark/sb3_baseline.py
 
-Simulation (SubprocVecEnv of SO101ResidualEnv), shaping, time-out, budget and evaluation are those of a run of
-ppo_residual_so101.py. stable-baselines3's MlpPolicy does not support its mirror average, layer normalisation,
-observation scales and contact features. SAC takes a gradient step for every environment step. Writes results.md and
-results.json.
+Everything is limited to one thread and trains in the same batched simulation, with the same shaping and time-out. The
+clock stands still during evaluations, which use the held-out episodes and the mean action. A run ends with the first
+evaluation that reaches the target, or at the limit. stable-baselines3's MlpPolicy does not support the mirror average,
+layer normalisation, observation scales and contact features of this trainer. Writes runs.json and results.md; finished
+runs in runs.json are not repeated.
 """
 
 import dataclasses
 import json
-import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import gymnasium as gym
 import numpy as np
 import torch
+from sb3_contrib import TQC, CrossQ
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from so101.checkpoints import load_script
 from so101.cli import parse, run_script
-from so101.evaluation import TEST_SEED, episode_mean, evaluate
+from so101.evaluation import TEST_SEED, episode_mean, evaluate, training_seeds
+from so101.files import write_json
+from so101_env import SO101ResidualVectorEnv
 
 TRAINER = load_script("ppo_residual_so101.py")
+COMPARED_STEPS = 50_000
+EVALUATIONS = [round(COMPARED_STEPS * 5 ** (k / 7)) for k in range(-14, 22)]  # steps: 2,000, 2,517, ..., 5,000,000
 
 
 @dataclasses.dataclass
 class Args:
-    total_timesteps: int = 50_000
-    """environment steps of every run"""
-    seeds: int = 5
-    """number of runs of each setting; the seeds start at 1"""
-    num_envs: int = 8
-    """worker processes, one environment each"""
+    only: tuple[Literal["ours", "our_sac", "ppo", "ppo_cleanrl", "ppo_ours", "sac", "tqc", "crossq"], ...] = ()
+    """what to run (default: all)"""
+    seeds: tuple[int, ...] = (401, 402, 403)
+    """seeds of each"""
+    target: float = 0.95
+    """success that ends a run"""
+    limit_minutes: float = 10.0
+    """time that a run of stable-baselines3 may train"""
+    total_timesteps: int = 1_000_000
+    """steps that a run of stable-baselines3 may train, over which learning rates fall"""
     episodes: int = 200
-    """held-out evaluation episodes per run"""
-    only: tuple[Literal["ppo_defaults", "ppo_cleanrl", "ppo_ours", "sac_defaults"], ...] = ()
-    """settings to run (default: all)"""
-    out: str = "benchmark/results/sb3_50k"
+    """episodes of every evaluation"""
+    out: str = "benchmark/results/sb3"
     """directory to write to"""
 
 
-@dataclasses.dataclass
-class MakeEnv:
-    """Makes one environment in a worker process, like the trainer's training environments."""
+class BatchedEnv(VecEnv):
+    """The training environments of this trainer as a vector environment of stable-baselines3."""
 
-    gamma: float
-    max_episode_steps: int
+    def __init__(self, num_envs: int, gamma: float, seed: int):
+        args = TRAINER.Args()
+        args.ppo.gamma, self.own_seed = gamma, seed
+        self.envs = TRAINER.make_envs(args, num_envs, num_threads=1)
+        super().__init__(num_envs, self.envs.single_observation_space, self.envs.single_action_space)
 
-    def __call__(self) -> gym.Env:
-        import so101_env  # in the worker
+    def reset(self) -> np.ndarray:
+        """First observations (N, D)."""
+        return self.envs.reset(seed=training_seeds(self.own_seed, self.num_envs))[0]
 
-        return so101_env.SO101ResidualEnv(shaping_gamma=self.gamma, max_episode_steps=self.max_episode_steps)
+    def step_async(self, actions: np.ndarray) -> None:
+        """Keep the actions (N, 6) for step_wait."""
+        self.actions = actions
+
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """Observations, rewards, ends of episodes, and what stable-baselines3 needs to know about each end."""
+        obs, reward, terminated, truncated, infos = self.envs.step(self.actions)
+        done, each = terminated | truncated, [{} for _ in range(self.num_envs)]
+        for i in np.flatnonzero(done):
+            each[i] = {"terminal_observation": infos["final_obs"][i], "TimeLimit.truncated": bool(truncated[i])}
+        return obs, reward, done, each
+
+    def close(self) -> None:
+        """Close the environments."""
+        self.envs.close()
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """The attribute of the environments, once for each."""
+        return [getattr(self.envs, attr_name)] * self.num_envs
+
+    def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
+        """They are not."""
+        return [False] * self.num_envs
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        """Not needed here."""
+        raise NotImplementedError
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        """Not needed here."""
+        raise NotImplementedError
 
 
-def mean_action(model: BaseAlgorithm) -> Callable[[np.ndarray], np.ndarray]:
-    """A model's deterministic policy as a function for `evaluate`, with its learned observation scales, if any."""
-    normalize = model.get_vec_normalize_env()
-    return lambda obs: model.predict(obs if normalize is None else normalize.normalize_obs(obs), deterministic=True)[0]
+def success_of(act: Callable[[np.ndarray], np.ndarray], envs: SO101ResidualVectorEnv, episodes: int) -> float:
+    """Success rate on the held-out episodes."""
+    return episode_mean(evaluate(act, envs, [TEST_SEED + i for i in range(episodes)]), "success")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stable-baselines3
 
 
 def our_settings(num_envs: int) -> dict[str, Any]:
@@ -93,76 +138,172 @@ def cleanrl_settings(num_envs: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# by name: title in the table, algorithm, its arguments for a number of environments, and whether observations and
-# rewards are normalised by their running moments, as CleanRL does
-SETTINGS: dict[str, tuple[str, type[BaseAlgorithm], Callable[[int], dict[str, Any]], bool]] = {
-    "ppo_defaults": ("PPO, its defaults", PPO, lambda num_envs: {}, False),
-    "ppo_cleanrl": ("PPO, CleanRL's hyper-parameters and normalisation", PPO, cleanrl_settings, True),
-    "ppo_ours": ("PPO, our hyper-parameters", PPO, our_settings, False),
-    "sac_defaults": ("SAC, its defaults", SAC, lambda num_envs: {"gradient_steps": -1}, False),
+@dataclasses.dataclass
+class Setting:
+    """An algorithm of stable-baselines3."""
+
+    title: str
+    algorithm: type[BaseAlgorithm]
+    settings: Callable[[int], dict[str, Any]]  # its arguments for a number of environments
+    num_envs: int = 8
+    normalize: bool = False  # observations and rewards by their running moments, as CleanRL does
+
+
+EVERY_STEP = {"gradient_steps": -1}  # as many gradient steps as environment steps
+SETTINGS = {
+    "ppo": Setting("stable-baselines3: PPO, its defaults", PPO, lambda num_envs: {}),
+    "ppo_cleanrl": Setting(
+        "stable-baselines3: PPO, CleanRL's hyper-parameters and normalisation", PPO, cleanrl_settings, normalize=True
+    ),
+    "ppo_ours": Setting("stable-baselines3: PPO, our hyper-parameters", PPO, our_settings, num_envs=32),
+    "sac": Setting("stable-baselines3: SAC, its defaults", SAC, lambda num_envs: EVERY_STEP),
+    "tqc": Setting("stable-baselines3: TQC, its defaults", TQC, lambda num_envs: EVERY_STEP),
+    "crossq": Setting("stable-baselines3: CrossQ, its defaults", CrossQ, lambda num_envs: EVERY_STEP),
 }
 
 
-def run(args: Args, name: str, seed: int) -> dict[str, Any]:
-    """Train and evaluate one seed; returns its results."""
-    ours, (_, algorithm, settings_for, normalize) = TRAINER.Args(), SETTINGS[name]
-    settings = settings_for(args.num_envs)
-    gamma = settings.get("gamma", 0.99)
-    env = MakeEnv(gamma, ours.ppo.train_episode_steps)
-    envs = SubprocVecEnv([env] * args.num_envs, start_method="spawn")
-    if normalize:
+class Clock(BaseCallback):
+    """Evaluates at EVALUATIONS and at the end, with the clock stopped; ends training at the target or the limit."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        self.args, self.points, self.stopped_s = args, [], 0.0
+        self.eval_envs = TRAINER.make_envs(TRAINER.Args(), 50, evaluation=True, num_threads=1)
+
+    def _on_training_start(self) -> None:
+        self.start = time.perf_counter()
+
+    def _on_step(self) -> bool:
+        wall_s = time.perf_counter() - self.start - self.stopped_s
+        over = wall_s > 60 * self.args.limit_minutes
+        due = next(steps for steps in EVALUATIONS if not self.points or steps > self.points[-1]["steps"])
+        if self.num_timesteps < due and not over:
+            return True
+        before, normalize = time.perf_counter(), self.model.get_vec_normalize_env()
+
+        def act(obs: np.ndarray) -> np.ndarray:  # the mean action
+            scaled = obs if normalize is None else normalize.normalize_obs(obs)
+            return self.model.predict(scaled, deterministic=True)[0]
+
+        success = success_of(act, self.eval_envs, self.args.episodes)
+        self.points.append({"steps": self.num_timesteps, "wall_s": wall_s, "success": success})
+        self.stopped_s += time.perf_counter() - before
+        return success < self.args.target and not over
+
+
+def train_sb3(args: Args, name: str, seed: int) -> list[dict[str, float]]:
+    """Train with stable-baselines3; returns steps, wall_s and success of every evaluation."""
+    setting = SETTINGS[name]
+    arguments = setting.settings(setting.num_envs)
+    gamma = arguments.get("gamma", 0.99)
+    envs: VecEnv = BatchedEnv(setting.num_envs, gamma, seed)
+    if setting.normalize:
         envs = VecNormalize(envs, gamma=gamma, clip_obs=10.0, clip_reward=10.0)
-    model = algorithm("MlpPolicy", envs, device="cpu", seed=seed, **settings)
-    start = time.perf_counter()
-    model.learn(args.total_timesteps)
-    wall_time = time.perf_counter() - start
+    clock = Clock(args)
+    model = setting.algorithm("MlpPolicy", envs, device="cpu", seed=seed, **arguments)
+    model.learn(args.total_timesteps, callback=clock)
     envs.close()
-    eval_envs = TRAINER.make_envs(ours, 50, evaluation=True)
-    episodes = evaluate(mean_action(model), eval_envs, [TEST_SEED + i for i in range(args.episodes)])
-    eval_envs.close()
-    result = {"setting": name, "seed": seed, "steps": model.num_timesteps, "wall_time_s": wall_time}
-    for key in ("success", "return", "length"):
-        result[key] = episode_mean(episodes, key)
-    print(json.dumps(result), flush=True)
-    return result
+    return clock.points
 
 
-def write(args: Args, results: list[dict[str, Any]]) -> None:
-    """Write the results so far to results.md and results.json in args.out."""
+# ---------------------------------------------------------------------------------------------------------------------
+# ours
+
+
+OURS = {
+    "ours": ("this trainer, 50,000 steps", ["ppo_residual_so101.py", "--total-timesteps", "50000"], 2048),
+    "our_sac": ("`python -m so101.sac`, 20,000 steps", ["-m", "so101.sac", "--total-timesteps", "20000"], 1000),
+}  # title, command, steps between checkpoints
+
+
+def train_ours(args: Args, name: str, seed: int) -> list[dict[str, float]]:
+    """Train as a user does, without evaluations; returns steps, wall_s and success of the checkpoints up to the target.
+
+    The whole run is timed; every step takes the same share of it.
+    """
+    _, command, every = OURS[name]
+    points: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as directory:
+        run, result = Path(directory) / "run", Path(directory) / "result.json"
+        flags = ["--seed", str(seed), "--log-dir", directory, "--run-name", "run", "--num-threads", "1"]
+        flags += ["--eval-every", "0", "--checkpoint-every", str(every)]
+        subprocess.run([sys.executable, *command, *flags], check=True, stdout=subprocess.DEVNULL)
+        summary = json.loads((run / "training_summary.json").read_text())
+        for model in [
+            *sorted((run / "checkpoints").glob("*.pt")),
+            run / "final_model.pt",
+        ]:  # in the order of their steps
+            flags = ["--model", str(model), "--episodes", str(args.episodes), "--no-base", "--num-threads", "1"]
+            evaluation = [sys.executable, "eval_so101.py", *flags, "--json", str(result)]
+            subprocess.run(evaluation, check=True, stdout=subprocess.DEVNULL)
+            found = json.loads(result.read_text())
+            share = found["training_steps"] / summary["total_timesteps"]
+            point = {"steps": found["training_steps"], "wall_s": summary["wall_time_s"] * share}
+            points.append(point | {"success": found["success_rate"]})
+            if found["success_rate"] >= args.target:
+                break
+    return points
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# report
+
+
+def success_after(points: list[dict[str, float]], steps: int) -> float | None:
+    """Success in the evaluation nearest to these steps; None if the run had none within 5 %."""
+    nearest = min(points, key=lambda point: abs(point["steps"] - steps))
+    return nearest["success"] if abs(nearest["steps"] - steps) <= 0.05 * steps else None
+
+
+def markdown(args: Args, runs: dict[str, dict[str, list[dict[str, float]]]]) -> str:
+    """The table: a row per trainer."""
     lines = [
-        "# stable-baselines3",
-        "",
-        f"`python benchmark/sb3_baseline.py --total-timesteps {args.total_timesteps} --seeds {args.seeds}`, "
-        f"{args.num_envs} workers, {os.cpu_count()} cores; {args.episodes} held-out episodes per run, mean action. "
-        f"Budgets are rounded up to whole rollouts.",
-        "",
-        "| setting | success, seeds 1, 2, ... | mean success | return | length | wall s |",
-        "|---|---|---|---|---|---|",
+        "# stable-baselines3", "",
+        f"`python benchmark/sb3_baseline.py`: time until {args.target:g} success on {args.episodes} held-out episodes; "
+        f"one thread, at most {args.limit_minutes:g} minutes and {args.total_timesteps:,} steps.", "",
+        f"| trainer | seeds | time to {args.target:g}, s | steps then | otherwise: best success, steps, s |",
+        "|---|---|---|---|---|",
     ]  # fmt: skip
-    for name in dict.fromkeys(result["setting"] for result in results):
-        rows = [result for result in results if result["setting"] == name]
-        mean = {key: np.mean([row[key] for row in rows]) for key in ("success", "return", "length", "wall_time_s")}
-        each = " ".join(f"{row['success']:.2f}" for row in rows)
-        lines.append(
-            f"| {SETTINGS[name][0]} | {each} | {mean['success']:.2f} | {mean['return']:.1f} | {mean['length']:.0f} "
-            f"| {mean['wall_time_s']:.1f} |"
-        )
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (out / "results.md").write_text("\n".join(lines) + "\n")
+    titles = {name: title for name, (title, *_) in OURS.items()} | {name: each.title for name, each in SETTINGS.items()}
+    for name, title in titles.items():
+        if name not in runs:
+            continue
+        there, steps, short = [], [], []
+        for points in runs[name].values():
+            last, best = points[-1], max(point["success"] for point in points)
+            if last["success"] >= args.target:
+                there.append(f"{last['wall_s']:.0f}")
+                steps.append(f"{last['steps']:,.0f}")
+            else:
+                short.append(f"{best:.2f} ({last['steps']:,.0f}, {last['wall_s']:.0f})")
+        columns = [title, ", ".join(runs[name]), ", ".join(there), ", ".join(steps), "; ".join(short)]
+        lines.append("| " + " | ".join(columns) + " |")
+    lines += ["", f"| trainer | success after {COMPARED_STEPS:,} steps |", "|---|---|"]
+    for name in SETTINGS:
+        at = [success_after(points, COMPARED_STEPS) for points in runs.get(name, {}).values()]
+        if any(each is not None for each in at):
+            lines.append(f"| {titles[name]} | {', '.join(f'{each:.2f}' for each in at if each is not None)} |")
+    return "\n".join([*lines, ""])
 
 
 def main() -> int:
-    """All runs, one after the other, so that wall times are comparable; returns the exit code."""
+    """All runs, one after the other; returns the exit code."""
     args = parse(Args, __doc__)
-    torch.set_num_threads(1)  # faster than its default for networks this small
-    results: list[dict[str, Any]] = []
-    for name in args.only or tuple(SETTINGS):
-        for seed in range(1, args.seeds + 1):
-            results.append(run(args, name, seed))
-            write(args, results)  # after each run, because SAC takes many minutes
-    print((Path(args.out) / "results.md").read_text())
+    torch.set_num_threads(1)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "runs.json"
+    for name in args.only or (*OURS, *SETTINGS):
+        for seed in args.seeds:
+            runs = json.loads(path.read_text()) if path.is_file() else {}
+            if str(seed) in runs.get(name, {}):
+                continue
+            points = (train_ours if name in OURS else train_sb3)(args, name, seed)
+            runs = json.loads(path.read_text()) if path.is_file() else {}  # another process may have added its own
+            runs.setdefault(name, {})[str(seed)] = points
+            write_json(path, runs)
+            (out / "results.md").write_text(markdown(args, runs))
+            print(f"{name}, seed {seed}: {points[-1]}", flush=True)
     return 0
 
 

@@ -118,11 +118,11 @@ def test_the_published_rows_can_be_checked_or_are_refused_by_name(monkeypatch, c
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert {*lines} == {path.parent.name for path in ROWS.glob("*/results.json")}
     old = {row for row, line in lines.items() if "before 0.13.0" in line}
-    assert {row for row, line in lines.items() if "minutes each" not in line} == old | {"sb3_50k", "vision"}
+    assert {row for row, line in lines.items() if "minutes each" not in line} == old | {"vision"}
     assert {"standard_50k", "standard_200k", "precise_jacobian_50k", "rgb_200k"}.isdisjoint(old)
     for row in ({*lines} - old) & {path.parent.name for path in ROWS.glob("*/results.md")}:
         page = (ROWS / row / "results.md").read_text()
-        if row not in ("sb3_50k", "vision"):
+        if row != "vision":
             assert f"version {json.loads((ROWS / row / 'results.json').read_text())['version']}" in page
 
 
@@ -235,13 +235,23 @@ def test_speeds_are_measured():
 
 
 @pytest.mark.slow
-def test_stable_baselines3_is_measured(tmp_path):
-    pytest.importorskip("stable_baselines3")
-    flags = f"--total-timesteps 256 --seeds 1 --num-envs 2 --episodes 2 --only ppo_ours --out {tmp_path}"
-    done = run_script("benchmark/sb3_baseline.py", *flags.split())
-    assert done.returncode == 0, done.stderr
-    (row,) = json.loads((tmp_path / "results.json").read_text())
-    assert row["setting"] == "ppo_ours" and row["steps"] >= 256 and 0 <= row["success"] <= 1
+def test_stable_baselines3_is_measured_until_the_target_or_the_limit(tmp_path):
+    pytest.importorskip("sb3_contrib")
+
+    def measure(*flags):
+        every = f"--episodes 2 --total-timesteps 8192 --out {tmp_path}"
+        done = run_script("benchmark/sb3_baseline.py", *every.split(), *flags)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, json.loads((tmp_path / "runs.json").read_text())
+
+    _, runs = measure("--only", "ppo_ours", "--seeds", "1", "2", "--target", "0")
+    assert {*runs["ppo_ours"]} == {"1", "2"}
+    for (point,) in runs["ppo_ours"].values():  # the first evaluation ends the run
+        assert 2000 <= point["steps"] < 2048 and point["wall_s"] > 0 and 0 <= point["success"] <= 1
+    out, runs = measure("--only", "ppo_ours", "sac", "--seeds", "1", "--target", "1.1", "--limit-minutes", "0.02")
+    assert out.count("seed 1") == 1 and len(runs["ppo_ours"]["1"]) == 1  # nothing is repeated
+    assert runs["sac"]["1"][-1]["wall_s"] > 1.2
+    assert "| stable-baselines3: SAC, its defaults | 1 |" in (tmp_path / "results.md").read_text()
 
 
 def test_changes_of_sac_are_paired_by_seed():

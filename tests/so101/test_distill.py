@@ -158,12 +158,13 @@ def test_an_update_follows_the_gradient_of_the_whole_minibatch():
     torch.manual_seed(0)
     student, samples, rng = Student(NET), Samples(64, NET), np.random.default_rng(0)
     rows = {name: rng.normal(0, 1, array.shape).astype(array.dtype) for name, array in samples.rows.items()}
-    samples.add([rng.integers(0, 255, (64, 32, 32, 3)).astype(np.uint8)], **rows)
+    pictures = rng.integers(0, 255, (64, 32, 32, 3)).astype(np.uint8)
+    samples.add([pictures], **rows)
     args = DAgger(updates=1, minibatch_size=16, max_grad_norm=1e6, pose_coef=0.7)
     chosen = torch.randint(64, (16,), generator=torch.Generator().manual_seed(3)).numpy()
     state, base, residual, pose = (torch.from_numpy(rows[name][chosen]) for name in
                                    ("measured", "base_delta", "residual", "pose"))  # fmt: skip
-    found, estimate = student.finder([torch.from_numpy(samples.images[0][chosen])], state)
+    found, estimate = student.finder([torch.from_numpy(pictures[chosen])], state)
     loss = (student.act(found, state, base) - residual).abs().mean() + 0.7 * (estimate - pose).abs().mean()
     expected = torch.autograd.grad(loss, list(student.parameters()))
     optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
