@@ -36,9 +36,9 @@ residual=(--base-policy "lerobot:$RUNS/act/checkpoints/last/pretrained_model" --
 residual+=(--observe-base --act-scale 0.04 --log-std-init -1 --residual-penalty 0.01)
 for row in $ROWS; do
   case $row in
-    lerobot_act_50k) flags=() ;;
-    lerobot_act_200k) flags=(--total-timesteps 200000 --eval-every 50000) ;;
+    lerobot_act_50k) flags=(--eval-every 25000) ;;
+    lerobot_act_200k) flags=(--total-timesteps 200000 --eval-every 100000) ;;
     *) echo "ROWS: no row $row" >&2 && exit 2 ;;
   esac
-  NAME=$row RUNS=$RUNS/$row bash benchmark/ppo_residual_so101.sh "${residual[@]}" ${flags[@]+"${flags[@]}"}
+  NAME=$row RUNS=$RUNS/$row bash benchmark/ppo_residual_so101.sh "${residual[@]}" "${flags[@]}"
 done

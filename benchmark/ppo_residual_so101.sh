@@ -22,15 +22,16 @@ cd "$(dirname "$0")/.."
 JOBS=${JOBS:-$(env -u OMP_NUM_THREADS nproc)} # nproc reports OMP_NUM_THREADS if it is set
 export SCRIPT=${SCRIPT:-ppo_residual_so101.py}
 export NAME=${NAME:-standard_50k} SEEDS=${SEEDS:-$(seq -s " " 401 420)} EPISODES=${EPISODES:-200} OMP_NUM_THREADS=1
-# the base policy alone is also evaluated, unless it is zero
+# the base policy alone is also evaluated, with the first seed, unless it is zero
 case " $* " in *" --base-policy "*) BASE=--base ;; *) BASE=--no-base ;; esac
 export BASE RUNS=${RUNS:-logs/benchmark/$NAME} OUT=${OUT-benchmark/results/$NAME}
 mkdir -p "$RUNS"
 
 run_seed() {
-  local seed=$1 dir=$RUNS/seed_$1 run command=(python "$SCRIPT") word before=""
+  local seed=$1 dir=$RUNS/seed_$1 run command=(python "$SCRIPT") word before="" base=--no-base
   local allow=(--allow "$(basename "$SCRIPT")") # the evaluation may use the script and the base policy of this command
   shift
+  [ "$seed" != "${SEEDS%% *}" ] || base=$BASE
   for word in "$@"; do
     [ "$before" != --base-policy ] || allow+=("$word")
     before=$word
@@ -42,7 +43,7 @@ run_seed() {
     if ! {
       "${command[@]}" --seed "$seed" --log-dir "$dir" --num-threads 1 "$@" &&
         run=$(dirname "$dir"/*/final_model.pt) &&
-        python eval_so101.py --model "$run/final_model.pt" --episodes "$EPISODES" "$BASE" --num-threads 1 \
+        python eval_so101.py --model "$run/final_model.pt" --episodes "$EPISODES" "$base" --num-threads 1 \
           --json "$dir/final_model.json" "${allow[@]}" &&
         python eval_so101.py --model "$run/best_model/best_model.pt" --episodes "$EPISODES" --no-base --num-threads 1 \
           --json "$dir/best_model.json" "${allow[@]}"

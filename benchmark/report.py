@@ -170,8 +170,7 @@ def summarize(seeds: list[dict[str, Any]], name: str, trust: Trust) -> dict[str,
             row |= {f"{model}_success": seed[model]["success_rate"], f"{model}_return": seed[model]["mean_return"]}
         row["final_outcomes"] = "".join(str(int(each["success"])) for each in seed["final"]["episode_list"])
         row["final_length"] = seed["final"]["mean_length"]
-        if base := seed["final"]["base"]:
-            row |= {"base_success": base["success_rate"], "base_length": base["mean_length"]}
+        if seed["summary"]["base_time_s"]:
             row["base_time_s"] = seed["summary"]["base_time_s"]
         for percent in (50, 85):
             row[f"steps_to_{percent}"] = steps_to(seed[TRAINING_SUCCESS], percent / 100)
@@ -184,6 +183,7 @@ def summarize(seeds: list[dict[str, Any]], name: str, trust: Trust) -> dict[str,
     outcomes = np.array([[int(digit) for digit in row["final_outcomes"]] for row in rows])
     config = seeds[0]["config"]
     command = training_command(load_script(config["script"], "config.json", trust), settings(seeds[0]))
+    base = next((seed["final"]["base"] for seed in seeds if seed["final"]["base"]), None)
     commits = sorted({f"{s['config']['git']['commit']}{'+' * bool(s['config']['git']['dirty'])}" for s in seeds})
     return {
         "name": name,
@@ -198,6 +198,8 @@ def summarize(seeds: list[dict[str, Any]], name: str, trust: Trust) -> dict[str,
         "final_success_iqm_ci95": [*map(float, bootstrap_interval(final))] if len(final) >= MANY else None,
         "best_success_mean": float(np.mean([row["best_success"] for row in rows])),
         "final_success_by_distance": success_by_distance(seeds),
+        "base_success": base["success_rate"] if base else None,
+        "base_length": base["mean_length"] if base else None,
         "seeds": rows,
     }
 
@@ -211,6 +213,8 @@ def sentence(results: dict[str, Any]) -> str:
     text += f"{results['final_success_iqm']:.3f}"
     if bounds := results["final_success_iqm_ci95"]:
         text += f" [{bounds[0]:.3f}, {bounds[1]:.3f}] (bootstrap 95 %, over seeds)"
+    if results["base_success"] is not None:
+        text += f". Base policy alone: {results['base_success']:.2f}, {results['base_length']:.0f} steps per episode"
     return f"{text}."
 
 
@@ -219,7 +223,6 @@ def markdown(results: dict[str, Any]) -> str:
     rows = results["seeds"]
     columns = {
         "seed": "seed", "final_success": "final model: success", "final_return": "return", "final_length": "length",
-        "base_success": "base alone: success", "base_length": "length",
         "best_success": "best model: success", "best_return": "return", "steps_to_50": "steps to 50 %",
         "steps_to_85": "steps to 85 %",
         "wall_time_s": "wall s", "base_time_s": "base policy s", "cpu_time_s": "CPU s",
