@@ -2,7 +2,7 @@
 # A residual on a camera policy of LeRobot, end to end: record demonstrations, train a small ACT on their videos with
 # lerobot-train, and train residuals on it.
 #
-#   bash benchmark/lerobot_base.sh                  # about TIME on two cores, no GPU; continues where it was stopped
+#   bash benchmark/lerobot_base.sh                  # about two hours on two cores, no GPU; continues where it was stopped
 #   ROWS=lerobot_act_50k bash benchmark/lerobot_base.sh
 #
 # ROWS   rows to train on the ACT: lerobot_act_50k, lerobot_act_200k (both)
@@ -31,7 +31,7 @@ if [ ! -d "$RUNS/act/checkpoints/last" ]; then # from scratch, 2,000 steps
     { tail -n 3 "$RUNS/act.log" >&2 && exit 1; }
 fi
 
-# the base policy alone and residuals on it; these flags were chosen on seed 1, with version 0.5.0
+# the base policy alone and residuals on it; these flags were chosen on seeds 1 and 201 to 203, with version 0.5.0
 residual=(--base-policy "lerobot:$RUNS/act/checkpoints/last/pretrained_model" --units deg --chunk-steps 16)
 residual+=(--observe-base --act-scale 0.04 --log-std-init -1 --residual-penalty 0.01)
 for row in $ROWS; do

@@ -25,14 +25,13 @@ from sb3_contrib import TQC, CrossQ
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from so101.checkpoints import load_script
 from so101.cli import parse, run_script
 from so101.evaluation import TEST_SEED, episode_mean, evaluate, training_seeds
 from so101.files import write_json
-from so101_env import SO101ResidualVectorEnv
 
 TRAINER = load_script("ppo_residual_so101.py")
 COMPARED_STEPS = 50_000
@@ -41,7 +40,7 @@ EVALUATIONS = [round(COMPARED_STEPS * 5 ** (k / 7)) for k in range(-14, 22)]  # 
 
 @dataclasses.dataclass
 class Args:
-    only: tuple[Literal["ours", "our_sac", "ppo", "ppo_cleanrl", "ppo_ours", "sac", "tqc", "crossq"], ...] = ()
+    only: tuple[Literal["ours", "our_sac", "ppo", "ppo_ours", "sac", "tqc", "crossq"], ...] = ()
     """what to run (default: all)"""
     seeds: tuple[int, ...] = (401, 402, 403)
     """seeds of each"""
@@ -103,11 +102,6 @@ class BatchedEnv(VecEnv):
         raise NotImplementedError
 
 
-def success_of(act: Callable[[np.ndarray], np.ndarray], envs: SO101ResidualVectorEnv, episodes: int) -> float:
-    """Success rate on the held-out episodes."""
-    return episode_mean(evaluate(act, envs, [TEST_SEED + i for i in range(episodes)]), "success")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # stable-baselines3
 
@@ -128,16 +122,6 @@ def our_settings(num_envs: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def cleanrl_settings(num_envs: int) -> dict[str, Any]:
-    """Arguments with the hyper-parameters of CleanRL's ppo_continuous_action.py: rollouts of 2,048 steps in all."""
-    return {
-        "learning_rate": lambda left: 3e-4 * left, "n_steps": 2048 // num_envs, "batch_size": 64, "n_epochs": 10,
-        "gamma": 0.99, "gae_lambda": 0.95, "clip_range": 0.2, "clip_range_vf": 0.2, "ent_coef": 0.0, "vf_coef": 0.5,
-        "max_grad_norm": 0.5,
-        "policy_kwargs": {"net_arch": [64, 64], "activation_fn": torch.nn.Tanh, "log_std_init": 0.0},
-    }  # fmt: skip
-
-
 @dataclasses.dataclass
 class Setting:
     """An algorithm of stable-baselines3."""
@@ -146,15 +130,11 @@ class Setting:
     algorithm: type[BaseAlgorithm]
     settings: Callable[[int], dict[str, Any]]  # its arguments for a number of environments
     num_envs: int = 8
-    normalize: bool = False  # observations and rewards by their running moments, as CleanRL does
 
 
 EVERY_STEP = {"gradient_steps": -1}  # as many gradient steps as environment steps
 SETTINGS = {
     "ppo": Setting("stable-baselines3: PPO, its defaults", PPO, lambda num_envs: {}),
-    "ppo_cleanrl": Setting(
-        "stable-baselines3: PPO, CleanRL's hyper-parameters and normalisation", PPO, cleanrl_settings, normalize=True
-    ),
     "ppo_ours": Setting("stable-baselines3: PPO, our hyper-parameters", PPO, our_settings, num_envs=32),
     "sac": Setting("stable-baselines3: SAC, its defaults", SAC, lambda num_envs: EVERY_STEP),
     "tqc": Setting("stable-baselines3: TQC, its defaults", TQC, lambda num_envs: EVERY_STEP),
@@ -174,31 +154,35 @@ class Clock(BaseCallback):
         self.start = time.perf_counter()
 
     def _on_step(self) -> bool:
-        wall_s = time.perf_counter() - self.start - self.stopped_s
-        over = wall_s > 60 * self.args.limit_minutes
-        due = next(steps for steps in EVALUATIONS if not self.points or steps > self.points[-1]["steps"])
+        over = self.wall_s() > 60 * self.args.limit_minutes
+        due = next((steps for steps in EVALUATIONS if not self.points or steps > self.points[-1]["steps"]), np.inf)
         if self.num_timesteps < due and not over:
             return True
-        before, normalize = time.perf_counter(), self.model.get_vec_normalize_env()
+        return self.evaluate() < self.args.target and not over
 
-        def act(obs: np.ndarray) -> np.ndarray:  # the mean action
-            scaled = obs if normalize is None else normalize.normalize_obs(obs)
-            return self.model.predict(scaled, deterministic=True)[0]
+    def _on_training_end(self) -> None:
+        if not self.points or self.points[-1]["steps"] < self.num_timesteps:
+            self.evaluate()
 
-        success = success_of(act, self.eval_envs, self.args.episodes)
+    def wall_s(self) -> float:
+        """Time since training began, without evaluations, s."""
+        return time.perf_counter() - self.start - self.stopped_s
+
+    def evaluate(self) -> float:
+        """Success rate of the mean action on the held-out episodes; kept in `points`."""
+        before, wall_s, seeds = time.perf_counter(), self.wall_s(), [TEST_SEED + i for i in range(self.args.episodes)]
+        episodes = evaluate(lambda obs: self.model.predict(obs, deterministic=True)[0], self.eval_envs, seeds)
+        success = episode_mean(episodes, "success")
         self.points.append({"steps": self.num_timesteps, "wall_s": wall_s, "success": success})
         self.stopped_s += time.perf_counter() - before
-        return success < self.args.target and not over
+        return success
 
 
 def train_sb3(args: Args, name: str, seed: int) -> list[dict[str, float]]:
     """Train with stable-baselines3; returns steps, wall_s and success of every evaluation."""
     setting = SETTINGS[name]
     arguments = setting.settings(setting.num_envs)
-    gamma = arguments.get("gamma", 0.99)
-    envs: VecEnv = BatchedEnv(setting.num_envs, gamma, seed)
-    if setting.normalize:
-        envs = VecNormalize(envs, gamma=gamma, clip_obs=10.0, clip_reward=10.0)
+    envs = BatchedEnv(setting.num_envs, arguments.get("gamma", 0.99), seed)
     clock = Clock(args)
     model = setting.algorithm("MlpPolicy", envs, device="cpu", seed=seed, **arguments)
     model.learn(args.total_timesteps, callback=clock)

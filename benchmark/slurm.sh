@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The seed sweep as a Slurm array, one seed per task; the same variables and flags as benchmark/ppo_residual_so101.sh.
+# The seed sweep as a Slurm array, one seed per task: flags, NAME, EPISODES and RUNS as for
+# benchmark/ppo_residual_so101.sh, other seeds with sbatch --array=501-510.
 #
 #   NAME=standard_200k sbatch benchmark/slurm.sh --total-timesteps 200000
 #
