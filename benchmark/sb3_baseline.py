@@ -213,10 +213,8 @@ def train_ours(args: Args, name: str, seed: int) -> list[dict[str, float]]:
         flags += ["--eval-every", "0", "--checkpoint-every", str(every)]
         subprocess.run([sys.executable, *command, *flags], check=True, stdout=subprocess.DEVNULL)
         summary = json.loads((run / "training_summary.json").read_text())
-        for model in [
-            *sorted((run / "checkpoints").glob("*.pt")),
-            run / "final_model.pt",
-        ]:  # in the order of their steps
+        models = sorted((run / "checkpoints").glob("*.pt"), key=lambda path: int(path.stem.split("_")[-2]))  # by steps
+        for model in [*models, run / "final_model.pt"]:
             flags = ["--model", str(model), "--episodes", str(args.episodes), "--no-base", "--num-threads", "1"]
             evaluation = [sys.executable, "eval_so101.py", *flags, "--json", str(result)]
             subprocess.run(evaluation, check=True, stdout=subprocess.DEVNULL)
