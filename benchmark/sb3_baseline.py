@@ -2,7 +2,7 @@
 
     pip install -r benchmark/requirements.txt && taskset -c 0 python benchmark/sb3_baseline.py
 
-Everything is limited to one thread and trains in the same batched simulation, with the same shaping and time-out. The
+Everything has one thread and trains in the same batched simulation, with the same shaping and time-out. The
 clock stands still during evaluations, which use the held-out episodes and the mean action. A run ends with the first
 evaluation that reaches the target, or at the limit. stable-baselines3's MlpPolicy does not support the mirror average,
 layer normalisation, observation scales and contact features of this trainer. Writes runs.json and results.md; finished
@@ -42,7 +42,7 @@ EVALUATIONS = [round(COMPARED_STEPS * 5 ** (k / 7)) for k in range(-14, 22)]  # 
 class Args:
     only: tuple[Literal["ours", "our_sac", "ppo", "ppo_ours", "sac", "tqc", "crossq"], ...] = ()
     """what to run (default: all)"""
-    seeds: tuple[int, ...] = (401, 402)
+    seeds: tuple[int, ...] = (401,)
     """seeds of each"""
     target: float = 0.95
     """success that ends a run"""

@@ -2,8 +2,9 @@
 # Camera policies from nothing: teachers, their students, and PPO from pixels; then the report.
 #
 #   bash benchmark/vision.sh                  # about 80 minutes on two cores; continues where it was stopped
-#   PARTS=students bash benchmark/vision.sh   # or PARTS=rgb
+#   PARTS="standard_visual" bash benchmark/vision.sh
 #
+# PARTS     students to distil, and PPO from pixels: standard, standard_visual, precise, rgb, rgb_visual (all of them)
 # SEEDS     seeds of students and of PPO from pixels (401 402 403)
 # EPISODES  episodes of every evaluation (200)
 # RUNS      directory of the runs (logs/benchmark/vision)
@@ -12,9 +13,9 @@
 # One distillation runs at a time, because it uses two cores by itself.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-SEEDS=${SEEDS:-401 402 403} EPISODES=${EPISODES:-200} RUNS=${RUNS:-logs/benchmark/vision} PARTS=${PARTS:-students rgb}
-OUT=${OUT:-benchmark/results/vision}
-export OMP_NUM_THREADS=1
+PARTS=${PARTS:-standard standard_visual precise rgb rgb_visual}
+RUNS=${RUNS:-logs/benchmark/vision} out=${OUT:-benchmark/results/vision}
+export SEEDS=${SEEDS:-401 402 403} EPISODES=${EPISODES:-200} OMP_NUM_THREADS=1
 mkdir -p "$RUNS"
 
 # teacher NAME FLAGS: train a policy that observes the sheet's pose
@@ -37,19 +38,31 @@ students() {
   done
 }
 
-if [[ $PARTS == *students* ]]; then
-  teacher teacher_standard --total-timesteps 200000
-  teacher teacher_precise --base-policy jacobian --tape-margin 0.02 --gamma 0.995 --gae-lambda 0.97 \
-    --arrival-yaw-weight 1.5 --total-timesteps 300000 --num-steps 128 --minibatch-size 1024 --train-episode-steps 400 \
-    --log-std-init -1
-  standard=$RUNS/teacher_standard/best_model/best_model.pt precise=$RUNS/teacher_precise/best_model/best_model.pt
-  students standard --model "$standard"
-  students standard_visual --model "$standard" --visual-randomization
-  students precise --model "$precise"
-  python benchmark/vision_report.py --runs "$RUNS/students" --out "$OUT"
-fi
-if [[ $PARTS == *rgb* ]]; then
-  export SCRIPT=so101/ppo_rgb.py JOBS=1 SEEDS EPISODES
-  NAME=rgb_200k RUNS=$RUNS/rgb_200k bash benchmark/ppo_residual_so101.sh
-  NAME=rgb_visual_200k RUNS=$RUNS/rgb_visual_200k bash benchmark/ppo_residual_so101.sh --visual-randomization
-fi
+# rgb NAME FLAGS: a sweep of PPO from pixels
+rgb() {
+  NAME=$1 RUNS=$RUNS/$1 OUT=benchmark/results/$1 SCRIPT=so101/ppo_rgb.py JOBS=1 bash benchmark/ppo_residual_so101.sh "${@:2}"
+}
+
+standard=$RUNS/teacher_standard/best_model/best_model.pt precise=$RUNS/teacher_precise/best_model/best_model.pt
+for part in $PARTS; do
+  case $part in
+    standard)
+      teacher teacher_standard --total-timesteps 200000
+      students standard --model "$standard"
+      ;;
+    standard_visual)
+      teacher teacher_standard --total-timesteps 200000
+      students standard_visual --model "$standard" --visual-randomization
+      ;;
+    precise)
+      teacher teacher_precise --base-policy jacobian --tape-margin 0.02 --gamma 0.995 --gae-lambda 0.97 \
+        --arrival-yaw-weight 1.5 --total-timesteps 300000 --num-steps 128 --minibatch-size 1024 \
+        --train-episode-steps 400 --log-std-init -1
+      students precise --model "$precise"
+      ;;
+    rgb) rgb rgb_200k ;;
+    rgb_visual) rgb rgb_visual_200k --visual-randomization ;;
+    *) echo "PARTS: no part $part" >&2 && exit 2 ;;
+  esac
+done
+[ ! -d "$RUNS/students" ] || python benchmark/vision_report.py --runs "$RUNS/students" --out "$out"
