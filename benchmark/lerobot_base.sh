@@ -14,6 +14,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 RUNS=${RUNS:-logs/benchmark/lerobot} ROWS=${ROWS:-lerobot_act_50k lerobot_act_200k}
 export SEEDS=${SEEDS:-$(seq -s " " 401 410)} HF_HUB_OFFLINE=1
+if ! python -c "import lerobot, torchcodec" 2> /dev/null; then
+  echo "LeRobot 0.6.1 or FFmpeg's libraries are missing in this environment: see docs/lerobot.md" >&2
+  exit 2
+fi
 mkdir -p "$RUNS"
 
 if [ ! -d "$RUNS/demos" ]; then # with both cameras, without the sheet's pose

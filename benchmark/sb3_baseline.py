@@ -2,11 +2,11 @@
 
     pip install -r benchmark/requirements.txt && taskset -c 0 python benchmark/sb3_baseline.py
 
-Everything has one thread and trains in the same batched simulation, with the same shaping and time-out. The
-clock stands still during evaluations, which use the held-out episodes and the mean action. A run ends with the first
-evaluation that reaches the target, or at the limit. stable-baselines3's MlpPolicy does not support the mirror average,
-layer normalisation, observation scales and contact features of this trainer. Writes runs.json and results.md; finished
-runs in runs.json are not repeated.
+Everything has one thread and trains in the same batched simulation, with the same shaping and time-out. The clock
+stands still during evaluations, which use the held-out episodes and the mean action. A run ends with the first evaluation that
+reaches the target, or at the limit. stable-baselines3's MlpPolicy does not support the mirror average, layer
+normalisation, observation scales and contact features of this trainer. Writes runs.json and results.md; finished runs
+in runs.json are not repeated.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from so101.checkpoints import load_script
+from so101.checkpoints import ROOT, load_script
 from so101.cli import parse, run_script
 from so101.evaluation import TEST_SEED, episode_mean, evaluate, training_seeds
 from so101.files import write_json
@@ -211,13 +211,13 @@ def train_ours(args: Args, name: str, seed: int) -> list[dict[str, float]]:
         run, result = Path(directory) / "run", Path(directory) / "result.json"
         flags = ["--seed", str(seed), "--log-dir", directory, "--run-name", "run", "--num-threads", "1"]
         flags += ["--eval-every", "0", "--checkpoint-every", str(every)]
-        subprocess.run([sys.executable, *command, *flags], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, *command, *flags], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         summary = json.loads((run / "training_summary.json").read_text())
         models = sorted((run / "checkpoints").glob("*.pt"), key=lambda path: int(path.stem.split("_")[-2]))  # by steps
         for model in [*models, run / "final_model.pt"]:
             flags = ["--model", str(model), "--episodes", str(args.episodes), "--no-base", "--num-threads", "1"]
             evaluation = [sys.executable, "eval_so101.py", *flags, "--json", str(result)]
-            subprocess.run(evaluation, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(evaluation, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
             found = json.loads(result.read_text())
             share = found["training_steps"] / summary["total_timesteps"]
             point = {"steps": found["training_steps"], "wall_s": summary["wall_time_s"] * share}
