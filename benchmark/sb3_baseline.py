@@ -3,10 +3,10 @@
     pip install -r benchmark/requirements.txt && taskset -c 0 python benchmark/sb3_baseline.py
 
 Everything has one thread and trains in the same batched simulation, with the same shaping and time-out. The clock
-stands still during evaluations, which use the held-out episodes and the mean action. A run ends with the first evaluation that
-reaches the target, or at the limit. stable-baselines3's MlpPolicy does not support the mirror average, layer
-normalisation, observation scales and contact features of this trainer. Writes runs.json and results.md; finished runs
-in runs.json are not repeated.
+stands still during evaluations, which use the held-out episodes and the mean action. A run ends with the first
+evaluation that reaches the target, or at the limit. stable-baselines3's MlpPolicy does not support the mirror average,
+layer normalisation, observation scales and contact features of this trainer. Writes runs.json and results.md; finished
+runs in runs.json are not repeated.
 """
 
 import dataclasses
