@@ -112,13 +112,14 @@ def test_rows_that_cannot_be_checked_end_with_one_line(tmp_path, monkeypatch, ch
 
 
 def test_the_published_rows_can_be_checked_or_are_refused_by_name(monkeypatch, capsys):
-    """Rows of today's version can be checked, older ones are refused, and docs/results.md says which are old."""
+    """Rows of today's version can be checked, older ones are refused, and so is a base policy that is not allowed."""
     monkeypatch.setattr(sys, "argv", ["check.py", "--list"])
     assert check.main() == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert {*lines} == {path.parent.name for path in ROWS.glob("*/results.json")}
     old = {row for row, line in lines.items() if "before 0.13.0" in line}
-    assert {row for row, line in lines.items() if "minutes each" not in line} == old | {"vision"}
+    assert {row for row, line in lines.items() if "minutes each" not in line} == old | {"vision", "lerobot_act_50k"}
+    assert "add --allow lerobot:" in lines["lerobot_act_50k"]
     assert {"standard_50k", "standard_200k", "precise_jacobian_50k", "rgb_200k"}.isdisjoint(old)
     for row in ({*lines} - old) & {path.parent.name for path in ROWS.glob("*/results.md")}:
         page = (ROWS / row / "results.md").read_text()
