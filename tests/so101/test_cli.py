@@ -199,8 +199,8 @@ def test_an_empty_instruction_is_none(monkeypatch):
 @pytest.mark.parametrize(
     "script, flags, need",
     [
-        ("so101.distill", "--total-timesteps 10000000", "276.5 GB"),
-        ("so101.distill", "--total-timesteps 1000000 --image-size 512 --cameras top wrist", "1572.9 GB"),
+        ("so101.distill", "--total-timesteps 10000000", "193.5 GB"),
+        ("so101.distill", "--total-timesteps 1000000 --image-size 512 --cameras top wrist", "1101.0 GB"),
     ],
 )
 def test_what_does_not_fit_into_memory_is_said_before(monkeypatch, script, flags, need):
