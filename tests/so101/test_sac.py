@@ -233,9 +233,11 @@ def test_an_agent_is_evaluated_exported_and_can_be_corrected(run, tmp_path):
     for flags, file in zip((("--model", model), ("--model", policy), ("--base-policy", f"checkpoint:{model}")), files):
         done = run_script("eval_so101.py", *flags, "--episodes", "4", "--no-base", "--json", str(file))
         assert done.returncode == 0, done.stderr
-    agent, *others = (json.loads(file.read_text())["episode_list"] for file in files)
-    for other in others:  # not to the step: PyTorch and ONNX Runtime round differently
-        assert [episode["length"] for episode in other] == pytest.approx([each["length"] for each in agent], rel=0.05)
+    agent, onnx, base = (json.loads(file.read_text())["episode_list"] for file in files)
+    assert [episode["length"] for episode in base] == [episode["length"] for episode in agent]
+    for exported, own in zip(onnx, agent, strict=True):  # ONNX Runtime rounds differently, by 1e-7 in each step
+        assert exported["success"] == own["success"] and abs(exported["length"] - own["length"]) <= 2
+        assert exported["final_distance_m"] == pytest.approx(own["final_distance_m"], abs=1e-3)
 
 
 @pytest.mark.parametrize(
