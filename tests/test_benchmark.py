@@ -226,7 +226,7 @@ def test_tables_are_composed_and_judged(tmp_path):
 
 @pytest.mark.slow
 def test_speeds_are_measured():
-    flags = "--steps 500 --repeats 1 --num-envs 2 --no-scaling --no-pixels --no-processes --no-sb3"
+    flags = "--steps 500 --repeats 1 --num-envs 2 --no-scaling --no-pixels --no-sb3"
     done = run_script("benchmark/throughput.py", *flags.split())
     assert done.returncode == 0, done.stderr
     speeds = [
