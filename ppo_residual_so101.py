@@ -96,7 +96,7 @@ class Networks:
     sheet_feature: bool = True
     """show the networks where the tip is relative to the sheet, and whether it presses, derived from the observation"""
     contact_gain: float = 3.0
-    """factor of the second: pressing beside the sheet and pressing on it ask for opposite actions"""
+    """factor of the features of contact: pressing beside the sheet and pressing on it ask for opposite actions"""
 
 
 @dataclasses.dataclass

@@ -512,14 +512,14 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
         sheet[:] = arms.qpos[:, 6:9]
         tip[:] = arms.measured_tip_m
         if self.randomization.observation_noise:
-            yaw = yaw.copy()
+            yaw, noise = yaw.copy(), np.zeros((self.num_envs, 19))
             for i in np.flatnonzero(mask):
-                noise = self.randomization.observation_noise * self._rngs[i].standard_normal(19)
-                joints[i] += NOISE_JOINT_RAD * noise[0:6]
-                velocities[i] += NOISE_VELOCITY_RAD_S * noise[6:12]
-                sheet[i] += NOISE_SHEET_M * noise[12:15]
-                tip[i] += NOISE_TIP_M * noise[15:18]
-                yaw[i] += NOISE_YAW_RAD * noise[18]
+                noise[i] = self.randomization.observation_noise * self._rngs[i].standard_normal(19)
+            joints += NOISE_JOINT_RAD * noise[:, 0:6]
+            velocities += NOISE_VELOCITY_RAD_S * noise[:, 6:12]
+            sheet += NOISE_SHEET_M * noise[:, 12:15]
+            tip += NOISE_TIP_M * noise[:, 15:18]
+            yaw += NOISE_YAW_RAD * noise[:, 18]
         _complete(obs, yaw)
         if self.randomization.pose_dropout:
             hidden = self.lose_view(mask, self.randomization.pose_dropout)

@@ -346,7 +346,6 @@ NUDGE_ERROR_RAD, NUDGE_OTHERS_RAD = float(np.deg2rad(2.0)), float(np.deg2rad(2.0
 class Nudge(NamedTuple):
     """A joint's move of five degrees, as its encoder saw it."""
 
-    joint: int
     moved_rad: float
     question: str  # for the person who watches
 
@@ -578,14 +577,10 @@ class ArmCheck:
                 height_m += LIFT_M_S / CONTROL_HZ
                 self.follow(self.finger.joints_at(place, height_m))
 
-    def measure_offsets(self, places: Sequence[Place] = TOUCHES) -> tuple[Offsets, list[np.ndarray]]:
-        """Touch the table at several places, and go on with the joint offsets that follow.
-
-        Returns:
-            The offsets, and the joint positions (6,), rad, of each touch in the coordinates of the encoders.
-        """
-        touched: list[np.ndarray] = []
-        for place in places:
+    def measure_offsets(self) -> Offsets:
+        """Touch the table at several places, and go on with the joint offsets that follow."""
+        touched: list[np.ndarray] = []  # joint positions (6,), rad, in the coordinates of the encoders
+        for place in TOUCHES:
             touched.append(self.touch(place))
             offsets = fit_offsets(self.finger, touched)
             joint = int(np.abs(offsets.offset_rad).argmax())
@@ -595,7 +590,7 @@ class ArmCheck:
                     f"the zero of {JOINTS[joint]} is off by {degrees:.0f} degrees: calibrate the arm again"
                 )
             self.believe(self.gain_factor, offsets.offset_rad)
-        return offsets, touched
+        return offsets
 
     def measure_servos(self) -> tuple[Gain, Offsets]:
         """Measure gain and joint offsets, and go on with them.
@@ -608,7 +603,7 @@ class ArmCheck:
         """
         sags = self.measure_sag()
         self.believe(self.fit_gain(sags).factor, self.loop.offset_rad)
-        offsets, _ = self.measure_offsets()
+        offsets = self.measure_offsets()
         gain = self.fit_gain(sags)
         self.believe(gain.factor, self.loop.offset_rad)
         return gain, offsets
@@ -637,9 +632,7 @@ class ArmCheck:
                 f"{JOINTS[joint]} moved by {np.rad2deg(moved[joint]):.1f} degrees instead of 5: is something in its "
                 "way, its horn loose, or its torque off?"
             )
-        return Nudge(
-            joint, float(moved[joint]), f"{JOINTS[joint]} moved by 5 degrees and back: did {DIRECTIONS[joint]}?"
-        )
+        return Nudge(float(moved[joint]), f"{JOINTS[joint]} moved by 5 degrees and back: did {DIRECTIONS[joint]}?")
 
     def _step(self, joint: int, delta_rad: float) -> np.ndarray:
         """Change one joint's target slowly, and return the joint positions (6,), rad, at rest."""

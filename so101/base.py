@@ -30,6 +30,7 @@ class BasePolicy:
     max_envs: int | None = None  # largest number of environments it can act in at once; a person can act in one
     # its estimate of the sheet's pose in the last step, x, y (m), yaw (rad), (N, 3); NaN where it has none
     estimate: np.ndarray | None = None
+    sees: np.ndarray | None = None  # whether the last step's picture shows the sheet, (N,) bool; None: with an estimate
     firmware_p: int = FIRMWARE_P  # P coefficient of the servos; set by the environment, or by so101.drive on an arm
     trouble: str = ""  # why it rests in this step, if it does: what it cannot see
     quit: bool = False  # set when the user quits: the current episode is discarded and no further episode starts

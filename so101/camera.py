@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 
 import mujoco
@@ -43,6 +44,19 @@ def project(homography: np.ndarray, points: np.ndarray) -> np.ndarray:
     return mapped[..., :2] / mapped[..., 2:]
 
 
+@functools.cache
+def _nominal_view() -> tuple[float, np.ndarray, np.ndarray]:
+    """The camera's vertical field of view, degrees, its rotation (3, 3) from the scene, and its position (3,), m.
+
+    MuJoCo's cameras look along -z, with y up.
+    """
+    model = load_model()
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    number = model.camera(CAMERA).id
+    return float(model.cam_fovy[number]), data.cam_xmat[number].reshape(3, 3).T.copy(), data.cam_xpos[number].copy()
+
+
 class NominalCamera:
     """A camera of the scene in its nominal place. `homography` describes a camera that deviates from it.
 
@@ -50,18 +64,12 @@ class NominalCamera:
 
     Args:
         size: height and width of the pictures, pixels.
-        camera: name of the camera.
     """
 
-    def __init__(self, size: tuple[int, int], camera: str = CAMERA):
-        model = load_model()
-        data = mujoco.MjData(model)
-        mujoco.mj_forward(model, data)
-        number, (height, width) = model.camera(camera).id, size
-        self.focal = height / 2 / np.tan(np.deg2rad(model.cam_fovy[number]) / 2)  # pixels
+    def __init__(self, size: tuple[int, int]):
+        (height, width), (fovy_deg, self.rotation, self.position_m) = size, _nominal_view()
+        self.focal = height / 2 / np.tan(np.deg2rad(fovy_deg) / 2)  # pixels
         self.center = np.array([(width - 1) / 2, (height - 1) / 2])
-        # MuJoCo's cameras look along -z, with y up
-        self.rotation, self.position_m = data.cam_xmat[number].reshape(3, 3).T, data.cam_xpos[number]
 
     def homography(self, change: np.ndarray) -> np.ndarray:
         """The homography (3, 3) from the table, m, to pixels, for a deviation (7,) from the nominal camera.

@@ -10,8 +10,9 @@ import numpy as np
 from so101.extras import import_extra
 from so101.robot import Picture, RobotError
 
-FIRST_PICTURE_S = 5.0  # a camera that has delivered nothing for so long does not work
-GIVE_UP_S = 1.0  # a camera that has delivered nothing for so long is lost
+HEIGHT, WIDTH = 480, 640  # pixels, requested from the camera
+FIRST_PICTURE_S = 5.0  # a camera that delivers nothing for this long does not work
+GIVE_UP_S = 1.0  # a camera that delivers nothing for this long is lost
 
 
 class Camera:
@@ -22,18 +23,17 @@ class Camera:
 
     Args:
         source: index, path or address, for OpenCV.
-        size: height and width to request, pixels.
 
     Raises:
         RobotError: the camera delivers no pictures.
         SO101Error: OpenCV is not installed.
     """
 
-    def __init__(self, source: str, size: tuple[int, int] = (480, 640)):
+    def __init__(self, source: str):
         self.source, self.cv2 = source, import_extra("cv2", "arm", f"--camera {source}")
         self.capture = self.cv2.VideoCapture(int(source) if source.isdecimal() and len(source) < 9 else source)
-        self.capture.set(self.cv2.CAP_PROP_FRAME_HEIGHT, size[0])
-        self.capture.set(self.cv2.CAP_PROP_FRAME_WIDTH, size[1])
+        self.capture.set(self.cv2.CAP_PROP_FRAME_HEIGHT, HEIGHT)
+        self.capture.set(self.cv2.CAP_PROP_FRAME_WIDTH, WIDTH)
         self.capture.set(self.cv2.CAP_PROP_BUFFERSIZE, 1)
         self.newest: Picture | None = None
         self.skipped = 0

@@ -18,7 +18,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -225,23 +225,24 @@ def run_episode(loop: Loop, args: Args, task: Task, number: int) -> dict[str, An
     if sim:
         robot.reset(TEST_SEED + number)
     else:
-        ask("lay the sheet, keep clear of the arm, and press Enter (Ctrl+C stops at any time) ")
+        ask("lay the sheet, keep clear of the arm, and press Enter (Ctrl+C stops at any time) ", robot)
         if not args.dry_run and not robot.enabled:
             loop.enable()
     loop.measure()
     if not args.dry_run:
         loop.home()
-    episode = {"episode": number, "trouble": "", "seen_inside": False, "ticks": 0, "missed": 0}
+    episode, missed = {"episode": number, "trouble": "", "seen_inside": False}, loop.clock.missed
     try:
         episode |= loop.episode(args.episode_steps, task.tape_margin)
     except Blind as blind:
-        episode["trouble"] = str(blind)
+        episode |= {"trouble": str(blind), "ticks": loop.moves, "missed": loop.clock.missed - missed}
         if not sim:
             say(f"stopped: {blind}")
     if sim:
         truth, estimate = robot.truth(), policy.estimate
-        error_m = np.nan if estimate is None else np.linalg.norm(estimate[0, :2] - truth["sheet"][:2])
-        episode |= {"success": truth["inside"], "error_mm": 1000 * float(error_m)}
+        known = estimate is not None and np.isfinite(estimate).all()
+        error_mm = 1000 * float(np.linalg.norm(estimate[0, :2] - truth["sheet"][:2])) if known else None
+        episode |= {"success": truth["inside"], "error_mm": error_mm}
     elif not args.dry_run and not policy.quit:
         loop.lift()
         loop.go(RAISED_RAD)
@@ -283,18 +284,17 @@ def summarize(episodes: list[dict[str, Any]], clock: Clock, sim: bool) -> dict[s
     """Means over the episodes; `sim` adds what only a simulation can measure."""
     if not episodes:
         return {"episodes": 0}
-    ticks = max(sum(episode["ticks"] for episode in episodes), 1)
-    missed = sum(episode["missed"] for episode in episodes)
+    ticks, missed = (sum(episode[name] for episode in episodes) for name in ("ticks", "missed"))
     result = {
         "episodes": len(episodes),
         "seen_inside_rate": float(np.mean([episode["seen_inside"] for episode in episodes])),
         "mean_steps": ticks / len(episodes),
-        "missed_deadlines": missed / ticks,
+        "missed_deadlines": missed / max(ticks, 1),
         "worst_period_ms": 1000 * clock.worst_s,
         "blind": sum(bool(episode["trouble"]) for episode in episodes),
     }
     if sim:
-        seen = [episode["error_mm"] for episode in episodes if np.isfinite(episode["error_mm"])]
+        seen = [episode["error_mm"] for episode in episodes if episode["error_mm"] is not None]
         result["success_rate"] = float(np.mean([episode["success"] for episode in episodes]))
         result["mean_error_mm"] = float(np.mean(seen)) if seen else None
     return result
@@ -310,7 +310,12 @@ def print_report(result: dict[str, Any]) -> None:
         print(f"episodes without a view    {result['blind']}")
         ticks = result["episodes"] * result["mean_steps"]
         print(f"deadlines missed at {CONTROL_HZ} Hz  {result['missed_deadlines']:.2%} of {ticks:.0f}")
-    for what, count in sorted(result["events"].items()):
+    print_events(result["events"])
+
+
+def print_events(events: Mapping[str, int]) -> None:
+    """Print what an arm has counted, such as answers of its bus that were lost."""
+    for what, count in sorted(events.items()):
         if count:
             print(f"{what:<26} {count}")
 

@@ -98,7 +98,7 @@ class Guide:
 
     def _wait(self, request: str) -> None:
         """Ask the person to do something, and wait for Enter. The first time, switch the arm on."""
-        ask(f"    {request}; press Enter ")
+        ask(f"    {request}; press Enter ", self.arm)
         if not self.arm.enabled:
             self.loop.enable()
         if self.check is None:
@@ -106,7 +106,7 @@ class Guide:
 
     def _confirm(self, question: str, otherwise: str) -> None:
         """Ask a question. Raises SO101Error with the way out unless the answer is yes."""
-        while (answer := ask(f"    {question} (y/n) ")) not in ("y", "yes", "n", "no"):
+        while (answer := ask(f"    {question} (y/n) ", self.arm)) not in ("y", "yes", "n", "no"):
             self.say("    answer y or n")
         if answer.startswith("n"):
             raise SO101Error(otherwise)

@@ -40,7 +40,7 @@ RECENT = 20  # episodes that the success rate averages over
 FILM_EVERY = 3  # control steps per picture of a film
 GIF_WIDTH = 160  # pixels
 NICENESS = 5  # of the learner's process: the arm's comes first
-TAKE_S, CLOSE_S = 120.0, 60.0  # longest wait for new weights, and at the end for the last lesson
+TAKE_S, UPDATE_S = 120.0, 0.1  # longest wait for a lesson to be learned: so much, and so much per gradient step
 
 
 class Episode(NamedTuple):
@@ -305,15 +305,15 @@ class LocalLearner:
         Args:
             idle: called at CONTROL_HZ by a learner that is waited for, so that the arm is watched meanwhile.
         """
-        weights = self.worker.learner.weights() if self.lesson is None else self.worker.work(self.lesson)
-        self.lesson = None
-        return weights
+        lesson, self.lesson = self.lesson, None  # one that is interrupted is not learned again
+        return self.worker.learner.weights() if lesson is None else self.worker.work(lesson)
 
     def close(self) -> None:
         """Learn what was given, and close the files."""
-        if self.lesson is not None:
+        try:
             self.take()
-        self.worker.close()
+        finally:
+            self.worker.close()
 
 
 def _run_learner(pipe: Connection, run: Run) -> None:
@@ -342,21 +342,23 @@ class LearnerProcess:
 
     def __init__(self, run: Run):
         self.process, self.pipe = spawn(_run_learner, run, blocked=(signal.SIGINT, signal.SIGHUP))
+        self.updates_per_step, self.limit_s = run.args.sac.updates_per_step, TAKE_S
 
     def give(self, lesson: Lesson) -> None:
         """See LocalLearner. Returns at once."""
+        self.limit_s = TAKE_S + UPDATE_S * self.updates_per_step * len(lesson.episode.actions)
         try:
             self.pipe.send(lesson)
         except OSError as error:
             raise self._lost() from error
 
     def take(self, idle: Callable[[], Any] | None = None) -> dict[str, np.ndarray]:
-        """See LocalLearner. Waits for the learner, at most TAKE_S."""
+        """See LocalLearner. Waits for the learner, at most limit_s."""
         try:
-            deadline = time.monotonic() + TAKE_S
+            deadline = time.monotonic() + self.limit_s
             while not self.pipe.poll(1 / CONTROL_HZ):
                 if time.monotonic() > deadline:
-                    raise SO101Error(f"the learner has not answered for {TAKE_S:.0f} s")
+                    raise SO101Error(f"the learner has not answered for {self.limit_s:.0f} s")
                 if idle is not None:
                     idle()
             answer = self.pipe.recv()
@@ -373,7 +375,9 @@ class LearnerProcess:
     def close(self) -> None:
         """Wait until the learner has learned and saved the last lesson, and end its process."""
         self.pipe.close()
-        self.process.join(CLOSE_S)
+        self.process.join(self.limit_s)
+        if self.process.is_alive():
+            print("the learner was still busy and was killed: its last episode is lost", file=sys.stderr, flush=True)
         self.process.kill()
 
 

@@ -331,12 +331,13 @@ class LeRobotArm(Robot):
             if warmest >= WARM_C:
                 self._warn("temperature", f"{joint} has {warmest} degrees C; the arm stops at {HOT_C}")
         elif name == "Status" and numbers.any():
-            joint, bits = JOINTS[int((numbers > 0).argmax())], int(numbers[numbers > 0][0])
-            words = [word for k, word in enumerate(STATUS_BITS) if bits >> k & 1 and word]
-            if words == [STATUS_BITS[0]]:
+            if not (faults := numbers & ~1).any():  # only the supply voltage
+                joint = JOINTS[int(numbers.argmax())]
                 self._warn("supply voltage", f"{joint} reports it as outside of its limits")
-            else:
-                raise ServoFault(f"{joint} reports an error: {', '.join(words)}; switch the power off and on again")
+                return
+            joint, bits = JOINTS[int((faults > 0).argmax())], int(faults[faults > 0][0])
+            words = [word for k, word in enumerate(STATUS_BITS) if bits >> k & 1 and word] or [f"code {bits}"]
+            raise ServoFault(f"{joint} reports an error: {', '.join(words)}; switch the power off and on again")
 
     def _warn(self, what: str, text: str) -> None:
         """Say what happens, at most every SAY_AGAIN_S, and count it."""

@@ -44,7 +44,6 @@ class Measurement:
 
     sides_mm: np.ndarray  # (2,) inside the tape, along x and y; NaN if the sheet, which is the ruler, is not seen
     residual_mm: float  # root mean square distance of the marks from a rectangle of the known size
-    width_mm: float  # of the tape; NaN with tags
 
 
 class SheetLocator:
@@ -73,12 +72,12 @@ class SheetLocator:
         """
         return self._find_marks(image)[0]
 
-    def _find_marks(self, image: np.ndarray) -> tuple[np.ndarray, float, float]:
-        """The homography (3, 3), the residual, m, and the width of the tape, m; see `find_tape`."""
+    def _find_marks(self, image: np.ndarray) -> tuple[np.ndarray, float]:
+        """The homography (3, 3), and the residual, m; see `find_tape`."""
         if self.marks == "tags":
-            return *find_tags(image, self.opening_half_m), np.nan
+            return find_tags(image, self.opening_half_m)
         tape: Tape = find_tape(image, self.opening_half_m, self.turned)
-        return tape.homography, tape.residual_m, tape.width_m
+        return tape.homography, tape.residual_m
 
     def measure_tape(self, image: np.ndarray) -> Measurement:
         """The size of the rectangle that was laid, with the sheet in it as ruler.
@@ -91,12 +90,12 @@ class SheetLocator:
         Raises:
             NotSeen: see `find_tape`.
         """
-        homography, residual_m, width_m = self._find_marks(image)
+        homography, residual_m = self._find_marks(image)
         pose, support = self._best(image, homography, None)
         sides_m = np.full(2, np.nan)
         if pose is not None and support >= ENOUGH:
             sides_m = 2 * self.opening_half_m / measure_sheet(image, homography, pose)[0]
-        return Measurement(1000 * sides_m, 1000 * residual_m, 1000 * width_m)
+        return Measurement(1000 * sides_m, 1000 * residual_m)
 
     def locate(self, image: np.ndarray, to_picture: np.ndarray, last: np.ndarray | None = None) -> np.ndarray:
         """Pose (3,) of the sheet: x and y (m), yaw (rad, within a quarter turn to either side).

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import os
+import select
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,16 +56,35 @@ def say(text: str) -> None:
         silence_output()
 
 
-def ask(question: str) -> str:
-    """What a person at the terminal answers to a question. Raises SO101Error if there is no terminal."""
+def ask(question: str, robot: Robot) -> str:
+    """What a person at the terminal answers to a question; meanwhile an arm under torque is watched.
+
+    Raises:
+        SO101Error: there is no terminal.
+        ServoFault: a servo must not hold the arm any longer.
+    """
     try:
         if sys.stdin is None:  # started with its descriptor closed
             raise EOFError("it is closed")
-        return input(question).strip().lower()
+        return read_line(question, robot.watch if robot.enabled else lambda: None).strip().lower()
     except BrokenPipeError:
         raise
     except (EOFError, OSError, UnicodeDecodeError) as error:
         raise SO101Error(f"no terminal to press Enter at, without which an arm does not move ({error})") from error
+
+
+def read_line(question: str, idle: Callable[[], Any]) -> str:
+    """What standard input answers to a question; meanwhile idle is called at CONTROL_HZ. Raises EOFError at its end."""
+    print(question, end="", flush=True)
+    line, descriptor = b"", sys.stdin.fileno()
+    while not line.endswith(b"\n"):
+        while not select.select([descriptor], [], [], 1 / CONTROL_HZ)[0]:
+            idle()
+        letter = os.read(descriptor, 1)  # not more: select does not see what Python has read ahead
+        if not letter:
+            raise EOFError("it has ended")
+        line += letter
+    return line.decode()
 
 
 class Blind(SO101Error):
@@ -296,7 +317,9 @@ class Loop:
         return observe([self.controller], self.policy, dict.fromkeys(self.policy.cameras, picture.image[None]))
 
     def episode(self, max_steps: int, tape_margin: float) -> dict[str, Any]:
-        """Act until the sheet is seen inside the tape for SUCCESS_STEPS steps, or for max_steps control steps.
+        """Act until SUCCESS_STEPS pictures have shown the sheet inside the tape, or for max_steps control steps.
+
+        These are successive ones of those that show the sheet at all.
 
         With a policy that has no estimate of the sheet's pose, only max_steps end the episode.
 
@@ -332,8 +355,8 @@ class Loop:
             self.measure()
             delta, pose = self.act(mask), self.policy.estimate
             seen = pose is not None and np.isfinite(pose).all()
-            inside = seen and sheet_inside(pose[:, :2], pose[:, 2], clear_m)[0]
-            streak = (streak + 1) * bool(inside)
+            if seen and (self.policy.sees is None or self.policy.sees.all()):  # else it is that of an earlier picture
+                streak = (streak + 1) * bool(sheet_inside(pose[:, :2], pose[:, 2], clear_m)[0])
             if done := streak >= SUCCESS_STEPS:
                 break
         ticks, missed = self.clock.ticks - before[0], self.clock.missed - before[1]

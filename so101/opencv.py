@@ -86,7 +86,7 @@ class OpenCVPolicy(StackedPolicy):
                 unseen[i], trouble = unseen[i] + 1, str(error)
         known = unseen <= MAX_UNSEEN_STEPS
         self.trouble = trouble if (mask & ~known).any() else ""
-        self.estimate = np.where(known[:, None], pose, np.nan)
+        self.estimate, self.sees = np.where(known[:, None], pose, np.nan), unseen == 0
         return known
 
     def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # Ctrl+C during the imports ends the program without
 import contextlib
 import dataclasses
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ from so101.robot import LEROBOT_P, Robot
 from so101.run_dirs import describe_run, new_run_dir
 from so101.scene_reset import HandNeeded, SceneReset
 from so101.server import Server
-from so101.settings import restore_args
+from so101.settings import restore_args, restore_settings
 from so101.simulated_arm import Flaws, SimulatedRobot
 from so101.trust import allow_flags, trust_of
 from so101.virtual_time import VirtualClock, VirtualRobot
@@ -134,14 +135,17 @@ def check_args(args: Args) -> None:
         raise SO101Error(f"--base-policy {args.base_policy}: the sheet is located anyway; drop opencv:")
     if args.robot != "sim" and args.virtual_time:
         raise SO101Error(f"--virtual-time: --robot {args.robot} runs in real time; drop one of them")
+    if args.flaws.picture_latency_s:
+        raise SO101Error("--picture-latency-s: only the camera of so101.virtual_arm has it; drop the flag")
     if args.robot != "sim":
         for field in dataclasses.fields(Flaws):
             if getattr(args.flaws, field.name) != field.default:
                 raise SO101Error(f"{flag_of(field.name)}: only the simulated arm, --robot sim, can be given flaws")
-    if args.resume is not None and args.run_name is not None:
-        raise SO101Error("--run-name: a resumed run goes on in its own directory; drop the flag")
     if args.resume is not None and args.prior is not None:
         raise SO101Error("--prior: a resumed run has begun already; drop the flag")
+    for name in ("run_name", "log_dir") if args.resume is not None else ():
+        if getattr(args, name) != getattr(Args, name):
+            raise SO101Error(f"{flag_of(name)}: a resumed run goes on in its own directory; drop the flag")
 
 
 def drive_args(args: Args) -> drive.Args:
@@ -171,12 +175,12 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
     task = {name: getattr(then.task, name) for name in ("firmware_p", "tape_margin", "alpha")}
     before = dataclasses.replace(
         Args(), seed=then.seed if args.resume else Args.seed, sac=then.sac, networks=then.networks,
-        server=then.base.server, base_policy=then.base.base_policy,
-        observe_base=then.base.observe_base, **task,
+        server=then.base.server, base_policy=then.base.base_policy, observe_base=then.base.observe_base, **task,
+        **(same_arm(own["arm"], args) if args.resume else {}),
     )  # fmt: skip
     args = parse(Args, __doc__, default=before)
     fixed = {"": LEARNED, "sac": vars(args.sac), "networks": vars(args.networks)}
-    for part, names in (fixed | ({} if args.resume else FROM_PRIOR)).items():
+    for part, names in (fixed | ({"flaws": vars(args.flaws)} if args.resume else FROM_PRIOR)).items():
         now, old = (getattr(each, part) if part else each for each in (args, before))
         for name in names:
             if (new := getattr(now, name)) != getattr(old, name):
@@ -184,6 +188,27 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
                 raise SO101Error(f"{flag_of(name)} {new}: {path} was trained with {was}; drop the flag")
     check_args(args)
     return args, saved
+
+
+def same_arm(saved: dict[str, Any], args: Args) -> dict[str, Any]:
+    """The settings that make the simulated arm of a resumed run; `saved` is what the checkpoint has of the arm.
+
+    Raises SO101Error if args name another arm: steps of two arms do not belong into one buffer. Port and camera of a
+    real arm are not taken from a file.
+    """
+    with restoring(args.resume):
+        kind, name = str(saved["robot"]), str(saved["robot_id"])
+        virtual_time = bool(saved["virtual_time"])
+    flaws = restore_settings(Flaws, saved.get("flaws"), args.resume)
+    if kind == "sim":
+        if args.robot != "sim":
+            raise SO101Error(f"--robot {args.robot}: {args.resume} practised on a simulated arm; begin a new run")
+        return {"flaws": flaws, "virtual_time": virtual_time}
+    if args.robot == "sim":
+        raise SO101Error(f"--robot sim: {args.resume} practised on the arm {name:.50}; name its --robot and --camera")
+    if args.robot_id != name:
+        raise SO101Error(f"--robot-id {args.robot_id}: {args.resume} practised on the arm {name:.50}")
+    return {}
 
 
 def check_prior(saved: dict[str, Any], args: Args, task: Task) -> None:
@@ -263,7 +288,7 @@ class PractisingPolicy(StackedPolicy):
 def make_policy(args: Args, agent: trainer.Agent, base: BasePolicy, task: Task) -> OpenCVPolicy:
     """The policy of the loop: OpenCV, the residual, and its base."""
     residual = PractisingPolicy(base, task, agent, args.observe_base, args.seed)
-    policy = OpenCVPolicy(residual, task.tape_margin, args.marks)
+    policy = OpenCVPolicy(residual, task.tape_margin, args.marks, turned=args.flaws.camera_turned)
     policy.firmware_p = task.firmware_p
     return policy
 
@@ -325,7 +350,9 @@ class Practice:
         return {
             "generator": self.residual.generator.get_state(), "rng": to_plain(self.rng.bit_generator.state),
             "arm_time_s": self.arm_time_s, "hands": self.hands, "steps": self.steps,
-            "demonstrations": self.demonstrations,
+            "demonstrations": self.demonstrations, "robot": self.args.robot.partition(":")[0],
+            "robot_id": self.args.robot_id, "virtual_time": self.args.virtual_time,
+            "flaws": dataclasses.asdict(self.args.flaws),
         }  # fmt: skip
 
     def set_state(self, saved: dict[str, Any], path: str) -> None:
@@ -344,7 +371,8 @@ class Practice:
         if self.args.robot == "sim":
             self.loop.robot.reset(self.args.seed)
         else:
-            ask("lay the sheet beside the tape, keep clear of the arm, and press Enter (Ctrl+C stops at any time) ")
+            request = "lay the sheet beside the tape, keep clear of the arm, and press Enter"
+            ask(f"{request} (Ctrl+C stops at any time) ", self.loop.robot)
             self.loop.enable()
         self.loop.home()
 
@@ -386,7 +414,7 @@ class Practice:
                 if self.args.robot == "sim":
                     self.loop.robot.lay_sheet(int(self.rng.integers(2**31)))
                 else:
-                    ask(f"{error} (see {picture}); then press Enter ")
+                    ask(f"{error} (see {picture}). The arm stays under torque. Then press Enter ", self.loop.robot)
                 self.loop.measure()
         raise AssertionError("the loop returns or raises")
 
@@ -411,6 +439,13 @@ class Practice:
         return Lesson(episode, record, self.state(), film.frames if film else [])
 
 
+def arm_flags(args: Args) -> str:
+    """The flags that name a real arm, for a command that is printed."""
+    names = ("robot", "robot_id", "camera", "servo_gain", "max_speed", "marks")
+    named = [name for name in names if args.robot != "sim" and getattr(args, name) != getattr(Args, name)]
+    return "".join(f" {flag_of(name)} {shlex.quote(str(getattr(args, name)))}" for name in named)
+
+
 def print_report(practice: Practice, run_dir: Path, args: Args) -> None:
     """Print how it went, and the commands that use the result."""
     records, model = practice.records, run_dir / MODEL
@@ -426,9 +461,11 @@ def print_report(practice: Practice, run_dir: Path, args: Args) -> None:
     print(f"hands {practice.hands}, missed deadlines {missed} of {ticks}", end=", ")
     print(f"waited for the learner {sum(each['waited_s'] for each in records):.1f} s")
     allow = allow_flags([*trust_of(args).allow, args.base_policy])
-    print(f"run:      {command_of('so101.drive')} --model {model}{allow}")
+    drive.print_events(practice.loop.robot.events)
+    arm = arm_flags(args)
+    print(f"run:      {command_of('so101.drive')} --model {model}{arm}{allow}")
     print(f"evaluate: {command_of('eval_so101.py')} --model {model}{allow}")
-    print(f"go on:    {command_of('so101.practice')} --resume {model} --minutes {2 * args.minutes:g}{allow}")
+    print(f"go on:    {command_of('so101.practice')} --resume {model} --minutes {2 * args.minutes:g}{arm}{allow}")
 
 
 def main() -> int:

@@ -145,7 +145,7 @@ class Recorder:
             self.reference_success = 0.0  # an arm that rests moves nothing, and no episode starts with success
         self.fallible = envs.base_policy is not None if fallible is None else fallible
         self.start_time, self.start_cpu, self.eval_time_s = time.perf_counter(), time.process_time(), 0.0
-        self.global_step = self.first_step = self.resumable_step = saved["global_step"] if saved else 0
+        self.global_step = self.first_step = saved["global_step"] if saved else 0
         self.recent: deque[dict[str, float]] = deque(maxlen=RECENT)  # training episodes
         self.finalists: list[dict[str, Any]] = []  # steps and scores of the best models, best first
         self.metrics: dict[str, float] = {}

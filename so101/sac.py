@@ -105,6 +105,8 @@ class Networks:
     """learn from samples and their left-right mirror images, and average the actor over both"""
     sheet_feature: bool = True
     """show the networks where the tip is relative to the sheet, and whether it presses, derived from the observation"""
+    contact_gain: float = 3.0
+    """factor of the features of contact: pressing beside the sheet and pressing on it ask for opposite actions"""
 
 
 @dataclasses.dataclass
@@ -139,6 +141,7 @@ RANGES = {
     "buffer_size": (1000, 10**9), "learning_rate": (1e-9, 10), "gamma": (0, 1), "n_step": (1, 100), "tau": (1e-6, 1),
     "actor_tau": (1e-6, 1), "reward_scale": (1e-9, 1e9), "alpha_init": (1e-9, 1e3), "target_entropy": (-100, 100),
     "train_episode_steps": (1, 10**6), "hidden_size": (1, 4096), "num_critics": (1, 100), "log_std_init": (-10, 2),
+    "contact_gain": (0, 100),
     **Task.RANGES, **Server.RANGES, **Run.RANGES,
 }  # fmt: skip
 
@@ -183,7 +186,7 @@ class Agent(nn.Module):
     def __init__(self, args: Args):
         super().__init__()
         parts = SO101ResidualVectorEnv.parts | extra_parts(args.task, args.base.observe_base)
-        derived = [SHEET_TO_TIP, contact_features(1.0)] if args.networks.sheet_feature else []
+        derived = [SHEET_TO_TIP, contact_features(args.networks.contact_gain)] if args.networks.sheet_feature else []
         if args.task.arrival_yaw_weight > 0:
             derived.append(EXPECTED_YAW)
         self.features = Features(parts, derived, args.networks.symmetry)

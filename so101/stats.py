@@ -5,8 +5,6 @@ A *run* is one trained model with its evaluation. All intervals are for 95 %, al
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 MANY = 10  # runs from which a percentile bootstrap over runs is not too narrow
@@ -35,10 +33,8 @@ def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
     return trim_mean(values, 0.25, axis=axis)
 
 
-def bootstrap_interval(
-    values: np.ndarray, statistic: Callable[..., np.ndarray] = interquartile_mean
-) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile bootstrap 95 % interval of a statistic over seeds, axis 0.
+def bootstrap_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile bootstrap 95 % interval of the interquartile mean over seeds, axis 0.
 
     With one task there is one stratum, so resampling seeds is the stratified bootstrap of Agarwal et al. (2021). With
     fewer than ten seeds it is too narrow, see `rate_interval`.
@@ -49,7 +45,7 @@ def bootstrap_interval(
         return values[0], values[0]
     generator = np.random.default_rng(0)
     result = bootstrap(
-        (values,), statistic, axis=0, n_resamples=2000, method="percentile", vectorized=True, rng=generator
+        (values,), interquartile_mean, axis=0, n_resamples=2000, method="percentile", vectorized=True, rng=generator
     )
     return result.confidence_interval.low, result.confidence_interval.high
 

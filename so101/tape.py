@@ -28,7 +28,6 @@ class Tape:
     """The tape as found in a picture."""
 
     homography: np.ndarray  # (3, 3) from the table, m, to pixels
-    width_m: float
     sides_m: np.ndarray  # (2,) of the opening, along x and y, if the camera stands where the homography says
     residual_m: float  # root mean square distance of the inner edges from the fitted rectangle
     points: int  # on the edges, on which the fit is based
@@ -366,7 +365,7 @@ def _refine(
     off_m = [np.median(each) for each in inner_m]
     sides_m = 2 * half_m + (off_m[1] + off_m[3], off_m[0] + off_m[2])
     residual_m = float(np.sqrt(np.mean(np.concatenate(inner_m) ** 2)))
-    return Tape(homography, width_m, sides_m, residual_m, int(good.sum()))
+    return Tape(homography, sides_m, residual_m, int(good.sum()))
 
 
 def _fit_camera(

@@ -29,10 +29,10 @@ from zmq.utils.monitor import recv_monitor_message
 
 from so101.groot import KINDS, Modality, PolicyError, identity_of, make_request
 
-DIALECTS = ("n1.5", "n1.6", "main")
 MAX_MESSAGE_BYTES = 2**28
 MAX_ERROR_LETTERS = 500  # of a server's error message
 MAX_STEPS = 10_000  # largest distance of a time step from now
+FIRST_TIMEOUT_S = 60.0  # for the first answer and the first action, when the server may still be loading
 POLL_S = 0.2  # while waiting for an answer, how often to check that the connection still exists
 
 
@@ -94,18 +94,15 @@ class PolicyClient:
     Args:
         host, port: address of the server.
         timeout_s: how long to wait for an answer, and for a server that is restarting.
-        first_timeout_s: the same for the first answer and the first action, when the server may still be loading.
         api_token: sent with each request, in clear text.
 
     Raises:
         PolicyError: there is no server, it does not answer, or it uses none of the known dialects.
     """
 
-    def __init__(
-        self, host: str, port: int, timeout_s: float = 15.0, first_timeout_s: float = 60.0, api_token: str | None = None
-    ):
+    def __init__(self, host: str, port: int, timeout_s: float = 15.0, api_token: str | None = None):
         self.host, self.port, self.api_token = host, port, api_token
-        self.timeout_s, self.first_timeout_s = timeout_s, max(first_timeout_s, timeout_s)
+        self.timeout_s, self.first_timeout_s = timeout_s, max(FIRST_TIMEOUT_S, timeout_s)
         self._socket, self.dialect, self._checking = None, "", False
         self._warm = False  # whether the server has returned an action
         self._probe: dict[str, Any] | None = None

@@ -169,13 +169,13 @@ class ArmVectorEnv(gym.vector.VectorEnv):
         self.metadata = {**self.metadata, "autoreset_mode": AutoresetMode(autoreset_mode)}
         self._own_dim = sum(len(part.names) for part in self.parts.values())
         self.parts = {**self.parts, **(extra_parts or {})}
+        self._where = slices(self.parts)
         obs_dim = sum(len(part.names) for part in self.parts.values())
         self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
         self.observe_pixels, self.image_size = observe_pixels, tuple(image_size)
         self.cameras = tuple(cameras) if observe_pixels else ()
         if observe_pixels:
-            where = slices(self.parts)
-            columns = [where[name] for name in (*measured, *(extra_parts or {}))]
+            columns = [self._where[name] for name in (*measured, *(extra_parts or {}))]
             self._measured = np.concatenate([np.arange(obs_dim)[each] for each in columns])
             picture = gym.spaces.Box(0, 255, (*self.image_size, 3), np.uint8)
             state = gym.spaces.Box(-np.inf, np.inf, (len(self._measured),), np.float32)
@@ -531,7 +531,7 @@ class ArmVectorEnv(gym.vector.VectorEnv):
         else:
             self._obs[mask, : self._own_dim] = obs[mask]
         if "load" in self.parts:
-            self._obs[mask, slices(self.parts)["load"]] = self.arms.load[mask]
+            self._obs[mask, self._where["load"]] = self.arms.load[mask]
         self.extend_observation(mask)
         for camera, pixels in self._pixels.items() if mask.any() else ():
             pixels[mask] = self._current_images(camera, np.flatnonzero(mask), self.image_size)

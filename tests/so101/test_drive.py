@@ -12,13 +12,15 @@ from conftest import ROOT, error_of
 
 from so101 import drive, simulated_arm
 from so101.base import BasePolicy
+from so101.camera import NotSeen
+from so101.locator import SheetLocator
 from so101.loop import ASIDE_RAD, RAISED_RAD, Blind, Loop, resize
 from so101.opencv import OpenCVPolicy
 from so101.policies import load_policy
 from so101.robot import Picture, RobotError
 from so101.simulated_arm import SimulatedRobot
 from so101.virtual_time import VirtualClock, VirtualRobot
-from so101_env import HOME_RAD, Task, load_model
+from so101_env import HOME_RAD, Task, load_model, sheet_inside
 from so101_sim.control import BACKLASH_RAD, LATENCY_S, Controller
 from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ, Renderer
@@ -89,6 +91,48 @@ def test_the_script_with_another_tape(monkeypatch, tmp_path):
     for episode in result["episode_list"]:
         assert episode["error_mm"] < 5
         assert episode["success"] == episode["seen_inside"]
+
+
+def test_only_pictures_that_show_the_sheet_make_a_success(monkeypatch):
+    """One does, then the view is lost: the pose that is remembered lies inside, wherever the sheet is by now."""
+    loop, locate, inside = make_loop(), SheetLocator.locate, []
+    loop.robot.arm.reset(SEED)
+
+    def once(locator, *args):
+        if inside:
+            raise NotSeen("a hand is in the way")
+        pose = locate(locator, *args)
+        inside.extend([1] * bool(sheet_inside(pose[None, :2], pose[None, 2], 0.03)[0]))
+        return pose
+
+    monkeypatch.setattr(SheetLocator, "locate", once)
+    with pytest.raises(Blind, match="a hand is in the way"):
+        loop.episode(400, TASK.tape_margin)
+    assert inside
+
+
+def test_an_episode_that_ends_without_a_view_counts_its_steps(monkeypatch, tmp_path):
+    robots, act = [], OpenCVPolicy.act
+
+    def make_robot(args, task):
+        robots.append(RecordingRobot(task))
+        return robots[0]
+
+    def lost(policy, obs, mask):
+        delta = act(policy, obs, mask)
+        if len(robots[0].sent) > 60:  # some of them are of the way home
+            policy.trouble, policy.estimate = "the lens is covered", np.full((1, 3), np.nan)
+        return delta
+
+    monkeypatch.setattr(drive, "make_robot", make_robot)
+    monkeypatch.setattr(drive, "Clock", lambda: VirtualClock(robots[0]))
+    monkeypatch.setattr(OpenCVPolicy, "act", lost)
+    path = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", ["so101.drive", "--episodes", "1", "--json", str(path)])
+    assert drive.main() == 0
+    (episode,) = json.loads(path.read_text(), parse_constant=pytest.fail)["episode_list"]
+    assert episode["trouble"] == "the lens is covered" and episode["error_mm"] is None
+    assert 5 < episode["ticks"] < 60
 
 
 def test_an_arm_whose_commands_end_comes_to_rest():

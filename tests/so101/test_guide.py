@@ -1,6 +1,5 @@
 """The guided check of an arm that is off, in virtual time: what it finds, what it keeps, and what it is good for."""
 
-import builtins
 import json
 import os
 import signal
@@ -26,7 +25,7 @@ class Person:
     def __init__(self, evening, answers=100):
         self.evening, self.asked, self.answers = evening, [], answers
 
-    def __call__(self, prompt):
+    def __call__(self, prompt, idle):
         self.asked.append(prompt)
         virtual = self.evening.virtual
         self.evening.time.sleep(0.1)
@@ -47,7 +46,7 @@ def make_evening(monkeypatch, capsys, tmp_path):
         evening = Evening(monkeypatch, capsys, tmp_path, **settings)
         evening.person = Person(evening, answers)
         evening.profile = tmp_path / "so101" / "mine.json"
-        monkeypatch.setattr(builtins, "input", evening.person)
+        monkeypatch.setattr("so101.loop.read_line", evening.person)
         return evening
 
     return make

@@ -4,7 +4,6 @@ With LEROBOT_PYTHON the main events run once more in LeRobot's environment, in r
 a pseudo-terminal.
 """
 
-import builtins
 import errno
 import io
 import json
@@ -20,7 +19,7 @@ from conftest import ROOT
 from lerobot_stub import Time, install
 from virtual import VirtualProcess
 
-from so101 import capture, drive, lerobot_arm
+from so101 import capture, drive, lerobot_arm, loop
 from so101.cli import Stop, Stoppable, run_script
 from so101.feetech import REGISTERS as TABLE
 from so101.loop import REST_RAD, Clock
@@ -29,7 +28,7 @@ from so101.virtual_arm import VirtualArm, factory_calibration, parse_fault
 from so101.virtual_time import VirtualClock
 from so101_sim.control import JOINTS, SPANS_DEG, read_calibration
 from so101_sim.errors import SO101Error
-from so101_sim.scene import Renderer
+from so101_sim.scene import CONTROL_HZ, Renderer
 
 pytest.importorskip("cv2")
 pytest.importorskip("onnxruntime")
@@ -67,9 +66,9 @@ class Evening:
         monkeypatch.setattr(lerobot_arm, "time", self.time)
         monkeypatch.setattr(lerobot_arm, "Camera", lambda source: VirtualCamera(self.virtual, self.time))
         monkeypatch.setattr(drive, "Clock", lambda: VirtualClock(self.time))
-        monkeypatch.setattr(builtins, "input", self.enter)
+        monkeypatch.setattr(loop, "read_line", self.enter)
 
-    def enter(self, prompt):
+    def enter(self, question, idle):
         self.enters -= 1
         if self.enters < 0:
             raise EOFError
@@ -183,6 +182,54 @@ def test_what_ends_a_run(evening, fault, text, under_torque):
         assert evening.off_rest_deg() < 10 and "torque off at rest" in err
     if fault.startswith("overload"):  # it is not asked to move any more
         assert "not moved any more" in err and evening.off_rest_deg() > 20
+
+
+def test_an_overload_ends_the_run_although_every_servo_also_reports_a_low_supply(evening):
+    """The overload of a later joint than the first one that reports anything, and what an overload does to a supply."""
+    evening.virtual.faults += [parse_fault("overload:elbow_flex@8"), parse_fault("voltage:3.5@6")]
+    code, err = evening.run()
+    assert code == 2 and "elbow_flex reports an error: overload" in err.splitlines()[-1]
+    assert "the arm is not moved any more" in err and torque(evening) == []
+
+
+def test_an_arm_that_waits_for_a_person_is_watched(evening, monkeypatch):
+    """It holds itself up meanwhile, and a servo gets hot."""
+    waits = []
+
+    def wait(question, idle):
+        waits.append(question)
+        if len(waits) == 2:  # the arm is raised and under torque
+            evening.virtual.faults.append(parse_fault("hot:shoulder_lift"))
+            for _ in range(150):
+                evening.time.sleep(1 / CONTROL_HZ)
+                idle()
+            raise AssertionError("nothing was noticed in five seconds")
+        return ""
+
+    monkeypatch.setattr(loop, "read_line", wait)
+    code, err = evening.run("--episodes", "2")
+    assert code == 2 and "shoulder_lift has 75 degrees" in err.splitlines()[-1] and torque(evening) == []
+
+
+def test_a_line_is_read_while_something_else_is_done(monkeypatch, capsys):
+    """Two answers that come at once are two answers; and after the last one the input has ended."""
+    source, sink = os.pipe()
+    with open(source) as stdin, open(sink, "w") as person:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        done = []
+
+        def answer():
+            done.append(1)
+            if len(done) == 3:
+                person.write("yes\nno\n")
+                person.flush()
+
+        assert loop.read_line("sure? ", answer) == "yes\n" and len(done) == 3
+        assert loop.read_line("sure? ", answer) == "no\n" and len(done) == 3
+        person.close()
+        with pytest.raises(EOFError):
+            loop.read_line("sure? ", answer)
+    assert capsys.readouterr().out == 3 * "sure? "
 
 
 @pytest.mark.parametrize("fault, text", [("overload:shoulder_lift@11", "overload"), ("silent:gripper@11", "gripper")])
@@ -352,10 +399,10 @@ def test_a_signal_that_had_to_wait_comes_afterwards():
 
 @pytest.mark.parametrize("stdin", ["closed", "gone"])
 def test_without_a_terminal_nothing_moves(evening, monkeypatch, stdin):
-    def gone(prompt):
+    def gone(question, idle):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(builtins, "input", gone)
+    monkeypatch.setattr(loop, "read_line", gone)
     if stdin == "closed":
         monkeypatch.setattr(sys, "stdin", None)
     code, err = evening.run()

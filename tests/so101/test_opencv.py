@@ -116,7 +116,7 @@ def test_a_rectangle_of_the_wrong_size_is_refused_and_the_message_says_how_to_go
     assert abs(x - 220) <= 3 and abs(y - 282) <= 3
     measured = locator.measure_tape(image)
     np.testing.assert_allclose(measured.sides_mm, (220, 282), atol=3)
-    assert measured.residual_mm < 1.5 and 17 < measured.width_mm < 27
+    assert measured.residual_mm < 1.5
     told = SheetLocator(float(re.search(r"--tape-margin (\S+)", str(error.value))[1]))
     np.testing.assert_allclose(told.locate(image, told.find_tape(image))[:2], pose[:2], atol=0.004)
 

@@ -1,5 +1,6 @@
 """Practice on an arm: rewards, learner, files, and what ends a run; in virtual time."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -13,11 +14,13 @@ from conftest import assert_equal_training_state, load, run_script
 from PIL import Image
 
 from so101 import drive, practice, sac
+from so101.checkpoints import save_tensors
+from so101.cli import Stop
 from so101.learner import MODEL, Episode, Judge, Learner, LearnerProcess, Lesson, LocalLearner, Run, Worker
 from so101.loop import REST_RAD, Loop
 from so101.robot import RobotError
 from so101.settings import restore_settings
-from so101.simulated_arm import SimulatedArm
+from so101.simulated_arm import Flaws, SimulatedArm
 from so101.virtual_time import VirtualClock, VirtualRobot
 from so101_env import HOME_RAD, SO101ResidualVectorEnv, Task
 
@@ -146,10 +149,26 @@ def test_a_lesson_that_was_given_is_learned_although_the_run_ends(tmp_path):
     assert load(tmp_path / MODEL)["global_step"] == 20
 
 
+def test_a_lesson_that_was_interrupted_is_not_learned_twice(tmp_path, monkeypatch):
+    """Ctrl+C between its steps: what is in the buffer already must not come again."""
+    learner, learn = LocalLearner(Run(SETTINGS, 200, tmp_path, "")), Learner.learn
+
+    def interrupted(own, episode):
+        learn(own, episode)
+        raise Stop(signal.SIGINT)
+
+    monkeypatch.setattr(Learner, "learn", interrupted)
+    learner.give(make_lesson(0))
+    with pytest.raises(Stop):
+        learner.take()
+    learner.close()
+    assert learner.worker.learner.buffer.rows == 20
+
+
 def test_a_learner_that_hangs_is_given_up_and_the_arm_is_watched_meanwhile(tmp_path, monkeypatch):
     learner, watched = LearnerProcess(Run(SETTINGS, 200, tmp_path, "")), []
     learner.take()
-    monkeypatch.setattr("so101.learner.TAKE_S", 0.3)
+    learner.limit_s = 0.3
     with pytest.raises(practice.SO101Error, match="the learner has not answered for 0 s"):
         learner.take(lambda: watched.append(1))  # it has no lesson, and so never answers
     assert 1 <= len(watched) <= 12
@@ -438,6 +457,8 @@ def test_a_sheet_that_cannot_be_reset_needs_a_hand_and_shows_a_picture(monkeypat
         (["--alpha", "2"], "--alpha"),
         (["--resume", "none.pt"], "none.pt: no such file"),
         (["--resume", "none.pt", "--run-name", "x"], "--run-name"),
+        (["--resume", "none.pt", "--log-dir", "x"], "--log-dir: a resumed run goes on in its own directory"),
+        (["--picture-latency-s", "0.2"], "--picture-latency-s: only the camera of so101.virtual_arm"),
     ],
 )
 def test_flags_that_cannot_be_used(monkeypatch, capsys, flags, reason):
@@ -447,10 +468,44 @@ def test_flags_that_cannot_be_used(monkeypatch, capsys, flags, reason):
 
 
 def test_what_was_learned_cannot_change(practised, monkeypatch, capsys):
-    for flag, value in (("--gamma", "0.9"), ("--alpha", "0.5"), ("--base-policy", "onnx:assets/arm.onnx")):
+    for flag, value in (
+        ("--gamma", "0.9"), ("--alpha", "0.5"), ("--base-policy", "onnx:assets/arm.onnx"), ("--gain", "0.7"),
+    ):  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["practice.py", "--resume", str(practised / MODEL), flag, value])
         assert practice.run_script(practice.main) == 2
         assert f"{flag} " in (line := capsys.readouterr().err) and "was trained with" in line
+
+
+def test_a_resumed_run_is_on_the_same_arm(practised, tmp_path, monkeypatch, capsys):
+    """Its steps must not be mixed with those of another arm, and no port or camera is taken from a file."""
+    saved = load(practised / MODEL)
+    assert saved["ranks"][0]["arm"]["flaws"]["gain"] == 1.0
+
+    def resume(*flags, **arm):
+        saved["ranks"][0]["arm"] |= arm
+        save_tensors(tmp_path / MODEL, saved)
+        monkeypatch.setattr(sys, "argv", ["practice.py", "--resume", str(tmp_path / MODEL), *flags])
+        return practice.parse_args()[0]
+
+    flaws = dataclasses.asdict(Flaws(gain=0.7))
+    args = resume(flaws=flaws, virtual_time=True)
+    assert args.flaws == Flaws(gain=0.7) and args.virtual_time and args.robot == "sim"
+    for flags, arm, reason in (
+        (["--robot", "lerobot:/nowhere"], {}, "practised on a simulated arm; begin a new run"),
+        ([], {"robot": "lerobot", "robot_id": "mine"}, "practised on the arm mine; name its --robot and --camera"),
+        (["--robot", "lerobot:/nowhere", "--robot-id", "yours"], {}, "practised on the arm mine"),
+    ):
+        with pytest.raises(practice.SO101Error, match=reason):
+            resume(*flags, **arm)
+    named = ("--robot", "lerobot:/nowhere", "--robot-id", "mine", "--camera", "http://127.0.0.1:8090/video")
+    args = resume(*named)
+    assert (args.robot, args.robot_id, args.virtual_time) == ("lerobot:/nowhere", "mine", False)
+    assert practice.arm_flags(args) == " " + " ".join(named)
+    for key in ("robot", "flaws"):
+        damaged = {name: value for name, value in saved["ranks"][0]["arm"].items() if name != key}
+        saved["ranks"][0]["arm"] = damaged
+        with pytest.raises(practice.SO101Error, match=str(tmp_path / MODEL)):
+            resume(*named)
 
 
 def test_steps_from_aside_and_after_the_view_is_lost_do_not_count():

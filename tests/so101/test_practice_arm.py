@@ -58,14 +58,14 @@ def test_a_sheet_that_is_gone_is_asked_for(arm, monkeypatch):
     """The arm waits raised, and goes on when a hand has laid it."""
     prompts, enter = [], arm.enter
 
-    def lay(prompt):
+    def lay(prompt, idle):
         prompts.append(prompt)
         if len(prompts) > 1:
             arm.virtual.arm.lay_sheet(7)
-        return enter(prompt)
+        return enter(prompt, idle)
 
     arm.at(3, lambda: arm.virtual.arm.lay_sheet(None))
-    monkeypatch.setattr("builtins.input", lay)
+    monkeypatch.setattr("so101.loop.read_line", lay)
     code, err = arm.practise()
     assert code == 0, err
     assert len(prompts) >= 2 and "hand.png" in prompts[1]
