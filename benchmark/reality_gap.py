@@ -1,4 +1,4 @@
-"""How a policy bears an arm that is not the one it was trained on: success with one thing wrong at a time.
+"""How a policy copes with an arm that is not the one it was trained on: success with one thing wrong at a time.
 
     python benchmark/reality_gap.py --json gap.json
     python benchmark/reality_gap.py --model policy.onnx --episodes 100 --first-seed 200 --pose true

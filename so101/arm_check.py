@@ -614,7 +614,7 @@ class ArmCheck:
         """Move one joint by five degrees in its positive direction and back, after taking up friction and backlash.
 
         Raises:
-            RobotError: the joint did not move so far, or another one moved.
+            RobotError: the joint did not move that far, or another one moved.
         """
         self.go(RAISED_OPEN_RAD)
         before = self._step(joint, SLACK_RAD)

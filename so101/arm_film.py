@@ -34,7 +34,7 @@ class CameraFilm:
         path: ends in .mp4.
         tape_margin: m between sheet and tape on every side.
         outlines: draw what was seen; small pictures are then enlarged twice.
-        every: keep one picture of so many.
+        every: keep every n-th picture.
         progress: show a progress bar while the film is written.
     """
 

@@ -64,7 +64,7 @@ def camera_names() -> tuple[str, ...]:
 
 
 class StackedPolicy(BasePolicy):
-    """A frozen residual on a base policy of its own: residuals stack. A subclass writes `act`.
+    """A frozen residual on a base policy of its own: residuals stack. A subclass writes `residual_rad`, or `act`.
 
     Args:
         base: its own base policy; None: it has none.
@@ -118,6 +118,17 @@ class StackedPolicy(BasePolicy):
         seen = obs.replace({RESIDUAL: obs[RESIDUAL] + self.residual})
         return self.base.act(seen.sized(self.base.image_size), mask)
 
+    def residual_rad(self, obs: BaseObservation, base_delta: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Its residual (N, 6), rad, for the joint deltas (N, 6), rad, of its own base policy; zero outside mask."""
+        raise NotImplementedError
+
+    def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
+        """Joint deltas in rad (N, 6): those of its own base policy plus its residual."""
+        base = self.base_delta(obs, mask)
+        residual = self.residual_rad(obs, base, mask)
+        self.residual[mask] = residual[mask]
+        return base + residual
+
     def close(self) -> None:
         """Close its own base policy."""
         if self.base is not None:
@@ -142,7 +153,7 @@ def flat_observation(obs: Mapping[str, np.ndarray]) -> np.ndarray:
 def extend_observation(
     flat: np.ndarray, obs: Mapping[str, np.ndarray], observe_load: bool, base_delta: np.ndarray | None
 ) -> np.ndarray:
-    """Observations (N, D) with what a residual may observe beside them, as so101_env.extra_parts orders it.
+    """Observations (N, D) with what a residual may observe in addition, as so101_env.extra_parts orders it.
 
     Args:
         flat: (N, D).

@@ -44,12 +44,9 @@ class CheckpointPolicy(StackedPolicy):
         residual[mask] = self.agent.act(pixels | {"state": flat} if pixels else flat)
         return residual
 
-    def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
-        """Joint deltas in rad (N, 6): those of its own base policy plus its residual."""
-        base = self.base_delta(obs, mask)
-        residual = self.scale_rad * self.agent_residual(obs, base, mask).astype(np.float64)
-        self.residual[mask] = residual[mask]
-        return base + residual
+    def residual_rad(self, obs: BaseObservation, base_delta: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """See StackedPolicy."""
+        return self.scale_rad * self.agent_residual(obs, base_delta, mask).astype(np.float64)
 
 
 def load_checkpoint_policy(path: str, trust: Trust) -> BasePolicy:

@@ -56,8 +56,8 @@ class Hub:
             status = getattr(getattr(error, "response", None), "status_code", None)
             ways = {
                 401: "the hub does not accept the token; log in with `hf auth login`",
-                403: "the token must not write there; name your own repository, or make a token that can write",
-                404: "the hub does not have it, or the token must not see it; check the name",
+                403: "the token may not write there; name your own repository, or make a token that can write",
+                404: "the hub does not have it, or the token may not see it; check the name",
                 409: "the hub has something else of this name, or is busy; name another one, or try later",
             }
             lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -40,7 +40,7 @@ RECENT = 20  # episodes that the success rate averages over
 FILM_EVERY = 3  # control steps per picture of a film
 GIF_WIDTH = 160  # pixels
 NICENESS = 5  # of the learner's process: the arm's comes first
-TAKE_S, UPDATE_S = 120.0, 0.1  # longest wait for a lesson to be learned: so much, and so much per gradient step
+TAKE_S, UPDATE_S = 120.0, 0.1  # s; longest wait for a lesson: a fixed time, and a time per gradient step
 
 
 class Episode(NamedTuple):
@@ -82,15 +82,12 @@ class Judge:
         """Rewards (T,) float32 of an episode, of which nothing may be left; arguments as in Episode."""
         if not len(actions):
             return np.zeros(0, np.float32)
-        potentials = [float(self.env.potential(seen_scene(row[None]))[0]) for row in obs]
-        rewards = np.zeros(len(actions), np.float32)
-        for i, action in enumerate(actions):
-            ended = np.array([success and i == len(actions) - 1])
-            scene = seen_scene(obs[i + 1 : i + 2])
-            terms = self.env.reward_terms(scene, action[None].astype(np.float64), ended, np.zeros(1, bool))
-            rewards[i] = float(sum(terms.values())[0])
-            if self.gamma is not None:  # zero at terminal states, as in the environment
-                rewards[i] += self.gamma * potentials[i + 1] * (not ended[0]) - potentials[i]
+        ended = success & (np.arange(len(actions)) == len(actions) - 1)
+        terms = self.env.reward_terms(seen_scene(obs[1:]), actions.astype(np.float64), ended, np.zeros_like(ended))
+        rewards = sum(terms.values()).astype(np.float32)
+        if self.gamma is not None:  # the potential is zero at terminal states, as in the environment
+            potential = self.env.potential(seen_scene(obs))
+            rewards += (self.gamma * potential[1:] * ~ended - potential[:-1]).astype(np.float32)
         return rewards
 
 
@@ -338,7 +335,7 @@ def _run_learner(pipe: Connection, run: Run) -> None:
 
 
 class LearnerProcess:
-    """The learner in a process of its own; methods as of LocalLearner. They raise SO101Error if it has ended."""
+    """The learner in a process of its own; with the methods of LocalLearner. They raise SO101Error if it has ended."""
 
     def __init__(self, run: Run):
         self.process, self.pipe = spawn(_run_learner, run, blocked=(signal.SIGINT, signal.SIGHUP))

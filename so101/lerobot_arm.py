@@ -1,8 +1,8 @@
 """An SO-101 follower through LeRobot's driver.
 
-LeRobot opens the port, names the servos and encodes their registers. What may go wrong on an evening is handled here: a
-lost answer is asked for again, a servo that does not answer is named, and on the way out the torque of every servo is
-switched off, also when one of them fails.
+LeRobot opens the port, names the servos and encodes their registers. What may go wrong with real hardware is handled
+here: a lost answer is asked for again, a servo that does not answer is named, and on the way out the torque of every
+servo is switched off, also when one of them fails.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from so101.feetech import MODEL_NUMBER
 from so101.robot import LEROBOT_P, SAY_AGAIN_S, Picture, Robot, RobotError, ServoFault, signals_wait
 from so101_sim.control import ACT_DIM, JOINTS, TICKS_PER_TURN, WATCHDOG_S, from_rad, read_calibration, to_rad
 
-ANSWER_S = 0.025  # a servo that has not answered for so long has not got the request; it takes about 1 ms
+ANSWER_S = 0.025  # a servo that has not answered by then has not got the request; it takes about 1 ms
 TRIES = 4  # for requests outside of the control loop
 # A reading is plausible if the joint can have got there: the fastest variant of the servo turns at 5.5 rad/s unloaded
 MAX_SERVO_SPEED_RAD_S, JUMP_RAD = 8.0, 0.1

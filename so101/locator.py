@@ -27,11 +27,11 @@ MIN_CONTRAST = 8.0  # between sheet and table, on the scale of `whiteness_of`
 HIGH_CONTRAST = 20.0  # an edge this much higher counts fully in the search
 SHARE_OF_CONTRAST = 0.25  # an edge must be at least this high, relative to the sheet's distinct edges
 # Bright paper spills over its edges in the picture. All sides may appear this far outside; without evidence from
-# opposite sides they appear in place, as if so many points said so.
+# opposite sides they appear in place, as if many points agreed.
 MAX_SPILL_M, SPILL_POINTS = 0.003, 6
 TAPE_EDGE_M = 0.006  # a sheet's edge on the tape, this far from the tape's own edges, is not one of these
 STARTS = 12  # number of rough poses that are refined
-RECENT_STEPS = 5  # a pose that was seen so many control steps ago still helps to find the sheet
+RECENT_STEPS = 5  # a pose that was seen this many control steps ago still helps to find the sheet
 # the sheet as a ruler: points required on a side; how much larger it appears by blur, and at most where it is clipped
 MIN_RULER_POINTS, BLUR_M, CLIPPED, CLIPPED_BLUR_M = 14, 0.001, 250.0, 0.006
 MAX_SCALE_ERROR, MAX_ASPECT_ERROR, MAX_SHEAR_RAD = 0.02, 0.025, np.deg2rad(1.5)

@@ -90,15 +90,13 @@ class OnnxPolicy(StackedPolicy):
             raise SO101Error(f"{self.path}: {text}; export it again")
         return np.clip(action[:count], -1.0, 1.0)
 
-    def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
-        """Joint deltas in rad (N, 6): those of its own base policy plus its residual."""
-        base = self.base_delta(obs, mask)
-        seen_base = base if self.observe_base else None
+    def residual_rad(self, obs: BaseObservation, base_delta: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """See StackedPolicy."""
+        seen_base = base_delta if self.observe_base else None
         flat = extend_observation(flat_observation(obs), obs, self.task.observe_load, seen_base)
         residual = np.zeros((len(mask), ACT_DIM))
         residual[mask] = self.scale_rad * self.residuals(flat[mask]).astype(np.float64)
-        self.residual[mask] = residual[mask]
-        return base + residual
+        return residual
 
 
 def _read(path: str) -> bytes:

@@ -58,9 +58,9 @@ from so101_sim.errors import SO101Error
 from so101_sim.scene import ASSETS, CONTROL_HZ
 
 SCRIPT = Path(__file__).name
-FILMED = 10  # one episode of so many is filmed, with the reset before it; the first one, too
+FILMED = 10  # every tenth episode is filmed, with the reset before it; the first one, too
 PRIOR_BATCH = 0.1  # --base-batch with a prior: simulation and arm differ, and more of the one delays learning the other
-MAX_HANDS = 5  # a sheet that cannot be reset after a person has laid it so often ends the run
+MAX_HANDS = 5  # a sheet that cannot be reset after a person has laid it this often ends the run
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings: every field is a flag
@@ -115,7 +115,7 @@ class Args:
 
 
 RANGES = {**trainer.RANGES, "minutes": (0.1, 10_000), "num_envs": (1, 1)}
-# flags that a resumed run may not change, beside those of sac and networks, and that must be those of the prior
+# flags that a resumed run may not change, in addition to those of sac and networks, and that must be those of the prior
 LEARNED = ("base_policy", "firmware_p", "tape_margin", "alpha", "observe_base", "seed")
 FROM_PRIOR = {"": LEARNED[:-1], "sac": ("gamma", "reward_scale", "shaping")}
 # settings of the task that must be those of the prior: what networks see, what residuals do, and how they are rewarded
@@ -260,17 +260,15 @@ class PractisingPolicy(StackedPolicy):
         super().reset(mask)
         self.rows = []
 
-    def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
-        """Joint deltas in rad (1, 6): those of its base policy plus its residual."""
-        base = self.base_delta(obs, mask)
-        seen_base = base if self.observe_base else None
+    def residual_rad(self, obs: BaseObservation, base_delta: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """See StackedPolicy, (1, 6)."""
+        seen_base = base_delta if self.observe_base else None
         flat = extend_observation(flat_observation(obs), obs, self.task.observe_load, seen_base)
         residual = np.zeros((len(mask), ACT_DIM), np.float32)
         if self.exploring:
             residual = self.agent.explore(flat, torch.randn(len(mask), ACT_DIM, generator=self.generator))
         self.rows.append((flat[0].astype(np.float32), residual[0]))
-        self.residual = self.scale_rad * residual.astype(np.float64)
-        return base + self.residual
+        return self.scale_rad * residual.astype(np.float64)
 
     def steps(self, moves: int, complete: bool) -> tuple[np.ndarray, np.ndarray]:
         """Observations (T + 1, D) and residuals (T, 6) of the episode.

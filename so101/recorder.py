@@ -428,7 +428,7 @@ class Recorder:
             self.before = self._content()
 
     def _model_name(self, step: int) -> str:
-        """File name of the model after so many steps."""
+        """File name of the model after a number of steps."""
         return f"{stem_of(self.script)}_{step}_steps.pt"
 
     def _find_finalists(self, finalists: list[dict[str, Any]]) -> None:

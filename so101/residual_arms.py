@@ -25,8 +25,8 @@ from so101_env import (
 from so101_sim.control import ACT_DIM, BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Calibration, Controller
 from so101_sim.scene import CONTROL_HZ
 
-BEYOND_MODEL_RAD = float(np.deg2rad(20))  # a folded arm may be measured so far beyond the model's limits
-NEAR_HOME_RAD = 0.2  # a joint so far from the start pose is moved there first
+BEYOND_MODEL_RAD = float(np.deg2rad(20))  # a folded arm may be measured this far beyond the model's limits
+NEAR_HOME_RAD = 0.2  # a joint this far from the start pose is moved there first
 LOCATOR_HEIGHT, LOCATOR_ASPECT = 240, 4 / 3  # larger or wider pictures are scaled and cut, as so101.drive does
 
 log = logging.getLogger(__name__)

@@ -364,8 +364,8 @@ def update(
 ) -> dict[str, float]:  # fmt: skip
     """Improve the agent by num_updates gradient steps; returns the metrics averaged over them.
 
-    Target critics and mean actor stay as they are meanwhile, and then follow by as much as a still target would have
-    drawn them in single steps.
+    Target critics and mean actor stay fixed meanwhile. One Polyak update follows, by the share that num_updates single
+    ones would add up to.
     """
     size, signs = num_updates * args.batch_size, agent.features.signs
     batch = buffer.sample(size, args.n_step, args.gamma, generator, first_rows, args.base_batch)
@@ -486,7 +486,8 @@ def main() -> int:
     agent = Agent(args)
     optimizers = make_optimizers(agent, args.sac)
     capacity = -(-min(args.sac.buffer_size, args.total_timesteps) // num_envs)
-    check_memory("--buffer-size", 8 * capacity * num_envs * (agent.features.dim + ACT_DIM))
+    copies = 1 if args.base.base_policy == "zero" else 3  # of the buffer: the recorder keeps one, and makes a new one
+    check_memory("--buffer-size", 8 * copies * capacity * num_envs * (agent.features.dim + ACT_DIM))
     buffer = ReplayBuffer(capacity, num_envs, agent.features.dim)
     envs, eval_envs = make_envs(args, num_envs), make_envs(args, args.run.eval_envs, evaluation=True)
     if saved:

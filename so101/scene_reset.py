@@ -43,10 +43,10 @@ from so101_sim.scene import CONTROL_HZ
 RISE, REACH, LOWER, DRAG, LIFT, DONE = range(6)  # stages
 INSET_M = 0.03  # press the sheet at least this far inside its edges
 NEAR_M, FAR_M = 0.085, 0.285  # from the shoulder_pan axis: here the gripper reaches the table and points down
-LEAN_M, LEAN_RAD_PER_M = 0.27, 6.3  # farther out it has to lean outwards, by so much more per m
+LEAN_M, LEAN_RAD_PER_M = 0.27, 6.3  # farther out it has to lean outwards, by this much more per m
 GRID = np.stack(np.meshgrid(*[np.linspace(-1, 1, 13)] * 2, indexing="ij"), -1).reshape(-1, 2) * (SHEET_HALF_M - INSET_M)
 WRIST_TURN_RAD, TURN_M_PER_RAD = 0.25, 0.6  # by this much the wrist turns a sheet; distance from the centre for more
-PATIENCE_STEPS = {REACH: 75, LOWER: 45, DRAG: 150}  # after so many control steps the drag ends without success
+PATIENCE_STEPS = {REACH: 75, LOWER: 45, DRAG: 150}  # after this many control steps the drag ends without success
 RISE_STEPS = 20
 
 
@@ -79,10 +79,13 @@ class DragPolicy(TipPolicy):
 
     HOVER_M, RAISED_M, LEAD_RAD = 0.028, 0.02, 0.03
     MIN_PRESS, MAX_PRESS, PRESS_STEP = 0.3, 2.5, 0.1  # in units of PRESS_N; change per control step
-    MOVING_M, STILL_M = 0.0015, 0.0008  # a tip moves, or stands still, if it does so much per control step
+    MOVING_M, STILL_M = (
+        0.0015,
+        0.0008,
+    )  # a tip moves, or stands still, if it moves more, or less, than this per control step
     FOLLOWS = 0.5  # a sheet follows if it moves by this share of the tip's motion
     RESTING_M, STUCK_STEPS = 0.0001, 60  # a sheet is stuck if it still moves less than this per control step
-    TOLERANCE_M, COAST_STEPS = 0.006, 3  # near enough to the goal, where the sheet will be in so many control steps
+    TOLERANCE_M, COAST_STEPS = 0.006, 3  # near enough to the goal, where the sheet will be in this many control steps
     SHARE, AIR_RAD = 0.12, 0.02  # of the remaining way in the air per control step; largest motion of a joint in it
     SINK_M, LOWER_SHARE = 0.0022, 0.25  # lowered slowly: with backlash the tip drifts meanwhile
     PITCH_GAIN = 0.1  # an arm with latency oscillates with more
@@ -93,7 +96,7 @@ class DragPolicy(TipPolicy):
     FIRST_LEAD_M, LEAD_SHARE, MAX_LEAD_M = 0.004, 0.25, 0.012
     BRAKE_SHARE = 0.5  # and less, where it is faster than wanted
     MEAN_SHARE = 0.25  # of the newest step in the running mean of motions
-    # share of the error in yaw corrected per control step, and at most so much; farthest from home: it may not help
+    # share of the error in yaw corrected per control step, and at most this much; farthest from home: it may not help
     ROLL_SHARE, ROLL_RAD, MAX_ROLL_RAD = 0.2, 0.03, 0.8
     SINKING_M_S = -0.03  # a tip that sinks more slowly has met the table
     ROLL = ARM  # the joint that turns the gripper
@@ -222,7 +225,7 @@ GOAL_DRAWS = 300
 NEAR_TRIES, MAX_TRIES = 3, 6
 DRAG_STEPS = RISE_STEPS * 2 + sum(PATIENCE_STEPS.values()) + 10  # a drag ends by itself before
 TEXT_COLUMNS = 50  # of text that fit into a picture
-VIEW_PIXELS = 3.0  # a start's corners are at least so far inside the picture
+VIEW_PIXELS = 3.0  # a start's corners are at least this far inside the picture
 # the point to press at may be this far out of reach at a start, where the gripper leans a bit, and before a drag
 BEYOND_M, FARTHEST_M = 0.01, 0.05
 GOAL_M, STRAY_M, STRAY_RAD = 0.015, 0.01, 0.05  # see SceneReset

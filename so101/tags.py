@@ -2,10 +2,10 @@
 
     python -m so101.tags --write DIR
 
-writes tags.svg and tags.pdf, one A4 page in true size (assets/ has both). Print it at 100 %, check the ruler, and cut
-out the four cards. Lay each card outside the rectangle, its marked corner on a corner of the rectangle, its edges in
-line with the rectangle's sides, and its arrow pointing away from the arm. The rectangle is the one that red tape would
-enclose: 228 x 290 mm in the standard task.
+writes tags.pdf, one A4 page in true size (assets/ has it). Print it at 100 %, check the ruler, and cut out the four
+cards. Lay each card outside the rectangle, its marked corner on a corner of the rectangle, its edges in line with the
+rectangle's sides, and its arrow pointing away from the arm. The rectangle is the one that red tape would enclose: 228 x
+290 mm in the standard task.
 
 Tag n, of OpenCV's dictionary DICT_4X4_50, lies at the rectangle's corner n: 0 far from the arm on the left, 1 near the
 arm on the left, 2 near the arm on the right, 3 far from the arm on the right. Its centre is CARD_M / 2 outside the
@@ -174,23 +174,6 @@ class Page:
                     (left, top, line, height), (left + width - line, top, line, height)):  # fmt: skip
             self.boxes.append((*box, grey))
 
-    def svg(self) -> bytes:
-        """The page as SVG."""
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{self.width:g}mm" height="{self.height:g}mm" '
-        lines = [
-            head + f'viewBox="0 0 {self.width:g} {self.height:g}">',
-            '<rect width="100%" height="100%" fill="white"/>',
-        ]
-        for x, y, width, height, grey in self.boxes:
-            shade = round(255 * grey)
-            box = f'<rect x="{x:.3f}" y="{y:.3f}" width="{width:.3f}" height="{height:.3f}"'
-            lines.append(f'{box} fill="rgb({shade},{shade},{shade})"/>')
-        for x, y, size, text in self.texts:
-            lines.append(
-                f'<text x="{x:.3f}" y="{y:.3f}" font-size="{size:.2f}" font-family="Helvetica,Arial">{text}</text>'
-            )
-        return "\n".join([*lines, "</svg>", ""]).encode()
-
     def pdf(self) -> bytes:
         """The page as PDF 1.4, of vectors and one of the fonts that every reader has."""
         unit = 72 / 25.4  # points in a mm
@@ -270,19 +253,18 @@ class Args:
     """Write the page with the four tags."""
 
     write: str
-    """directory for tags.svg and tags.pdf"""
+    """directory for tags.pdf"""
 
 
 def main() -> int:
-    """Write both files; returns the exit code."""
+    """Write the file; returns the exit code."""
     args = parse(Args, __doc__)
     directory = Path(args.write)
     if not directory.is_dir():
         raise SO101Error(f"--write {directory}: no such directory; create it first")
-    sheet = page()
-    for name, content in (("tags.svg", sheet.svg()), ("tags.pdf", sheet.pdf())):
-        write_atomic(directory / name, lambda temporary, content=content: temporary.write_bytes(content))
-        print(f"wrote {directory / name}")
+    path, content = directory / "tags.pdf", page().pdf()
+    write_atomic(path, lambda temporary: temporary.write_bytes(content))
+    print(f"wrote {path}")
     return 0
 
 

@@ -66,10 +66,10 @@ HAND_WAIT_S = 1.0  # in which the hand moves the arm to where its motion begins
 
 
 class Kind(NamedTuple):
-    """What a fault is told."""
+    """The arguments that a fault takes, and what it does."""
 
-    joint: bool  # which joint
-    number: tuple[float, float] | None  # range of a number
+    joint: bool  # whether it needs a joint
+    number: tuple[float, float] | None  # range of its number; None: it needs none
     does: str
 
 
@@ -339,7 +339,7 @@ class VirtualArm:
         return [answer for answer in answers if answer]
 
     def _disturb(self, data: bytes) -> bytes:
-        """What arrives of a packet, which is what arrives at one time."""
+        """What is left of bytes on the bus: nothing if they are lost, maybe a flipped bit."""
         if not data:
             return data
         for fault in self._active("lost"):

@@ -85,7 +85,7 @@ class Arms:
     ):
         self.model, self.num_arms, self.ranges = model, num_arms, ranges or ArmRandomization()
         ranges = self.ranges
-        # it knows what is known of a real arm: bounds on backlash and latency, not what is drawn for an episode; and it
+        # it gets what is known of a real arm: bounds on backlash and latency, not what is drawn for an episode; and it
         # assumes no more than typical backlash, because the window, and with it a finger's force, grows with it
         latency_s, backlash_rad = ranges.latency_steps / CONTROL_HZ, min(ranges.backlash_rad[1], BACKLASH_RAD)
         self.controller = Controller(model, firmware_p, backlash_rad, latency_s)

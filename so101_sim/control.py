@@ -159,7 +159,7 @@ def from_rad(joints_rad: np.ndarray, unit: str, ranges: Calibration | None = Non
 # the controller
 
 
-BEYOND_RANGE_RAD = float(np.deg2rad(5.0))  # a joint may be measured so far outside of its range
+BEYOND_RANGE_RAD = float(np.deg2rad(5.0))  # a joint may be measured this far outside of its range
 WATCHDOG_S = 0.1  # a measurement older than this is not used
 
 
@@ -272,7 +272,7 @@ class Controller:
     # -- one arm that is measured
 
     def reset(self) -> None:
-        """Forget measurements, commands and the learned gain: the next measurement is taken as of an arm at rest."""
+        """Forget measurements, commands and the learned gain: the next measurement counts as that of an arm at rest."""
         self.gain_factor, self.gain_floor = self._expected_gain
         self.time_s = -np.inf  # time of the last measurement
         self.joints_rad, self.velocity_rad_s = np.zeros(ACT_DIM), np.zeros(ACT_DIM)

@@ -191,8 +191,7 @@ def test_the_page_of_tags_is_in_true_size_and_can_be_read():
     grey, x, y, width, height = np.array(drawing, float).T
     found = np.column_stack([x, 297 * 72 / 25.4 - y - height, width, height]) * 25.4 / 72
     np.testing.assert_allclose(np.column_stack([found, grey]), sheet.boxes, atol=0.001)
-    for name, content in (("tags.svg", sheet.svg()), ("tags.pdf", sheet.pdf())):
-        assert (ROOT / "assets" / name).read_bytes() == content, f"python -m so101.tags --write assets ({name})"
+    assert (ROOT / "assets" / "tags.pdf").read_bytes() == sheet.pdf(), "python -m so101.tags --write assets"
 
 
 def test_what_was_found_is_drawn(scenes):
