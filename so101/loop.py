@@ -33,7 +33,7 @@ from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ
 
 HOME_SPEED_RAD_S, HOME_NEAR_RAD = 0.4, 0.015  # slow motions, between poses
-HOME_WAIT_S, HOME_WAITS = 10.0, 1.5  # s and factor: they may take this long, plus this many times the time at full speed
+HOME_WAIT_S, HOME_WAITS = 10.0, 1.5  # s, and a factor of the time at full speed: what they may take
 # an arm that stops this near its goal for this long has met the table: its zero or the table's height is off
 HOME_TOUCH_RAD, HOME_STILL_RAD, HOME_STILL_S = float(np.deg2rad(5.0)), 0.002, 1.0
 REST_S = 0.5  # until an arm that was moving is at rest

@@ -186,7 +186,7 @@ def test_what_ends_a_run(evening, fault, text, under_torque):
 
 def test_an_overload_ends_the_run_although_every_servo_also_reports_a_low_supply(evening):
     """The overload of a later joint than the first one that reports anything, and what an overload does to a supply."""
-    evening.virtual.faults += [parse_fault("overload:elbow_flex@8"), parse_fault("voltage:3.5@6")]
+    evening.virtual.faults += [parse_fault("overload:elbow_flex@6"), parse_fault("voltage:3.5@4")]
     code, err = evening.run()
     assert code == 2 and "elbow_flex reports an error: overload" in err.splitlines()[-1]
     assert "the arm is not moved any more" in err and torque(evening) == []
