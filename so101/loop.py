@@ -192,6 +192,24 @@ def observe(
     return base_observation(flat, command, load=load, cameras=policy.cameras, render=render, size=policy.image_size)
 
 
+def count_inside(streak: np.ndarray, policy: BasePolicy, tape_margin: float) -> np.ndarray:
+    """How many successive pictures of each of N sheets have shown it inside the tape, (N,) int.
+
+    Pictures that do not show the sheet do not count: the estimate of its pose is then that of an earlier one.
+
+    Args:
+        streak: the same before the last step, (N,) int.
+        policy: with estimates of the poses in the last step.
+        tape_margin: m between sheet and tape.
+    """
+    pose = policy.estimate
+    if pose is None:
+        return np.zeros_like(streak)
+    seen = np.isfinite(pose).all(1) if policy.sees is None else policy.sees
+    inside = sheet_inside(pose[:, :2], pose[:, 2], tape_margin - POSE_ERROR_M)
+    return np.where(seen, (streak + 1) * inside, streak)
+
+
 class Loop:
     """The control loop of a policy on an arm.
 
@@ -334,7 +352,7 @@ class Loop:
             RobotError: the arm or its camera is lost.
             Blind: tape or sheet cannot be seen.
         """
-        mask, streak, done, clear_m = np.ones(1, bool), 0, False, tape_margin - POSE_ERROR_M
+        mask, streak, done = np.ones(1, bool), np.zeros(1, np.int64), False
         self.moves = 0
         self.policy.reset(mask)
         self.measure()
@@ -353,11 +371,9 @@ class Loop:
             self.moves += 1
             self.clock.wait()
             self.measure()
-            delta, pose = self.act(mask), self.policy.estimate
-            seen = pose is not None and np.isfinite(pose).all()
-            if seen and (self.policy.sees is None or self.policy.sees.all()):  # else it is that of an earlier picture
-                streak = (streak + 1) * bool(sheet_inside(pose[:, :2], pose[:, 2], clear_m)[0])
-            if done := streak >= SUCCESS_STEPS:
+            delta = self.act(mask)
+            streak = count_inside(streak, self.policy, tape_margin)
+            if done := bool(streak[0] >= SUCCESS_STEPS):
                 break
         ticks, missed = self.clock.ticks - before[0], self.clock.missed - before[1]
         return {"seen_inside": done, "ticks": ticks, "missed": missed}

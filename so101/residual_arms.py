@@ -12,16 +12,10 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from so101.camera import CAMERA
-from so101.loop import POSE_ERROR_M, observe, way_from, way_up
+from so101.loop import count_inside, observe, way_from, way_up
 from so101.opencv import OpenCVPolicy
 from so101.robot import RobotError
-from so101_env import (
-    HOME_RAD,
-    SUCCESS_STEPS,
-    BaseObservation,
-    load_model,
-    sheet_inside,
-)
+from so101_env import HOME_RAD, SUCCESS_STEPS, BaseObservation, load_model
 from so101_sim.control import ACT_DIM, BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Calibration, Controller
 from so101_sim.scene import CONTROL_HZ
 
@@ -107,7 +101,7 @@ class ResidualArms:
         self.policy.image_size = round(scale * height), round(scale * min(width, LOCATOR_ASPECT * height))
         self.policy.reset(np.ones(len(joints_rad), bool))
         self.count, self.said, self.ways, self.controllers = 0, "", [], []
-        self.streak = np.zeros(len(joints_rad), np.int64)  # steps in a row in which the sheet is seen inside the tape
+        self.streak = np.zeros(len(joints_rad), np.int64)  # see count_inside
         gain, floor = self.servo_gain or 1.0, 1.0 if self.servo_gain else GAIN_FLOOR
         for joints in joints_rad:
             controller = Controller(
@@ -132,9 +126,8 @@ class ResidualArms:
 
     def _judge(self, acting: np.ndarray) -> None:
         """Let those of the acting arms, (N,) bool, rest whose sheet is seen inside the tape; say what is not seen."""
-        pose, trouble = self.policy.estimate, self.policy.trouble
-        inside = sheet_inside(pose[:, :2], pose[:, 2], self.tape_margin - POSE_ERROR_M)
-        self.streak[acting] = (self.streak[acting] + 1) * inside[acting]
+        self.streak[acting] = count_inside(self.streak, self.policy, self.tape_margin)[acting]
+        trouble = self.policy.trouble
         for i in np.flatnonzero(acting & (self.streak >= SUCCESS_STEPS)):
             log.info("the sheet is seen inside the tape: the arm lifts, and rests until the next episode")
             self.ways[i] = way_up(self.controllers[i])

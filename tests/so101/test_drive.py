@@ -14,13 +14,13 @@ from so101 import drive, simulated_arm
 from so101.base import BasePolicy
 from so101.camera import NotSeen
 from so101.locator import SheetLocator
-from so101.loop import ASIDE_RAD, POSE_ERROR_M, RAISED_RAD, Blind, Loop, resize
+from so101.loop import ASIDE_RAD, POSE_ERROR_M, RAISED_RAD, Blind, Loop, count_inside, resize
 from so101.opencv import OpenCVPolicy
 from so101.policies import load_policy
 from so101.robot import Picture, RobotError
 from so101.simulated_arm import SimulatedRobot
 from so101.virtual_time import VirtualClock, VirtualRobot
-from so101_env import HOME_RAD, Task, load_model, sheet_inside
+from so101_env import HOME_RAD, TAPE_CENTER_M, Task, load_model, sheet_inside
 from so101_sim.control import BACKLASH_RAD, LATENCY_S, Controller
 from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ, Renderer
@@ -109,6 +109,18 @@ def test_only_pictures_that_show_the_sheet_make_a_success(monkeypatch):
     with pytest.raises(Blind, match="a hand is in the way"):
         loop.episode(400, TASK.tape_margin)
     assert inside
+
+
+def test_pictures_in_which_sheets_are_inside_are_counted():
+    """For each of three sheets: inside, outside, and inside an earlier picture."""
+    policy, (x, y), off = BasePolicy(), TAPE_CENTER_M, TASK.tape_margin - 0.001
+    policy.estimate = np.array([[x, y, 0.0], [x + off, y, 0.0], [x, y, 0.0]])
+    policy.sees = np.array([True, True, False])
+    assert count_inside(np.array([2, 2, 2]), policy, TASK.tape_margin).tolist() == [3, 0, 2]
+    policy.sees, policy.estimate[2] = None, np.nan
+    assert count_inside(np.array([0, 4, 4]), policy, TASK.tape_margin).tolist() == [1, 0, 4]
+    policy.estimate = None
+    assert count_inside(np.array([4, 4, 4]), policy, TASK.tape_margin).tolist() == [0, 0, 0]
 
 
 def test_an_episode_that_ends_without_a_view_counts_its_steps(monkeypatch, tmp_path):
