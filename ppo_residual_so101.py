@@ -392,7 +392,7 @@ def main() -> int:
     world = World()
     num_envs = saved["num_envs"] if saved else min(args.ppo.num_envs, args.total_timesteps)
     own_envs, _ = world.share(num_envs, "--num-envs"), world.share(args.ppo.minibatch_size, "--minibatch-size")
-    generator = world.seed(args.seed)  # of exploration and minibatches
+    generator = world.seed(args.seed)  # for exploration and minibatches
 
     agent = Agent(args)
     optimizer = Adam(agent.parameters(), lr=args.ppo.learning_rate, eps=1e-5, fused=True)

@@ -30,7 +30,7 @@ from so101.virtual_time import VirtualClock, VirtualRobot
 from so101_env import Task, load_model
 from so101_sim.control import BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Controller
 
-START_SEED = 1_700_000_000  # of the starts; used nowhere else
+START_SEED = 1_700_000_000  # seeds of the starts begin here; used nowhere else
 
 
 @dataclasses.dataclass

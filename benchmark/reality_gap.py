@@ -47,7 +47,7 @@ from so101_sim.errors import SO101Error
 from so101_sim.geometry import rotate
 
 ROOT = Path(__file__).resolve().parent.parent
-SEED = 1_540_000_000  # of the first episode; used nowhere else
+SEED = 1_540_000_000  # first episode's seed; used nowhere else
 
 
 @dataclasses.dataclass
@@ -133,7 +133,7 @@ class RowRobot(VirtualRobot):
     def reset(self, seed: int) -> None:
         """Start an episode."""
         super().reset(seed)
-        self.rng = np.random.default_rng(seed)  # of lost views and pose noise
+        self.rng = np.random.default_rng(seed)  # for lost views and pose noise
         self.dark_until_s = -np.inf
         self.views: list[tuple[float, np.ndarray]] = []  # times and true positions of the last pictures
 

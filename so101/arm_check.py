@@ -108,7 +108,7 @@ def _is_number(value: Any) -> bool:
 # kinematics of the fingertip
 
 WRIST_FLEX = 3
-OPEN_RAD = 0.4  # of the gripper: only the fixed finger touches the table
+OPEN_RAD = 0.4  # the gripper, open: only the fixed finger touches the table
 
 
 class Place(NamedTuple):
@@ -202,7 +202,7 @@ class Gain(NamedTuple):
     factor: float  # mean of shoulder_lift and elbow_flex
     error: float  # half of their difference, plus the standard error of the fit
     joints: tuple[float, float]  # factors of shoulder_lift and elbow_flex
-    backlash_rad: tuple[float, float]  # of shoulder_lift and elbow_flex
+    backlash_rad: tuple[float, float]  # backlash of shoulder_lift and elbow_flex
 
 
 MAX_BACKLASH_RAD = float(np.deg2rad(1.75))  # with more, the included policy succeeds less often

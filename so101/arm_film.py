@@ -82,7 +82,7 @@ def replay_film(path: str, locator: SheetLocator, video: CameraFilm | None = Non
 
     Args:
         path: a film that OpenCV can read.
-        locator: of the table in it.
+        locator: finds the table in it.
         video: also film what it has seen.
 
     Returns:

@@ -68,7 +68,7 @@ class StackedPolicy(BasePolicy):
 
     Args:
         base: its own base policy; None: it has none.
-        cameras, image_size: of its own, if it sees; its base policy's pictures may have another size.
+        cameras, image_size: its own, if it sees; its base policy's pictures may have another size.
     """
 
     def __init__(

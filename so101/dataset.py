@@ -516,7 +516,7 @@ def joints_rad(
         info: the result of read_info.
         episode: a value of the result of read_dataset.
         given: the user's unit, for a dataset without a unit.
-        name: of the episode, for messages.
+        name: the episode's name, for messages.
 
     Raises:
         DatasetError: as unit_of, or the numbers are impossible in this unit.

@@ -446,7 +446,7 @@ def main() -> int:
     if saved and saved["training"] is None:
         raise SO101Error(f"--resume {args.run.resume}: is finished; there is nothing to continue")
     teacher = CheckpointPolicy(args.model, trust=args.trust)
-    generator = World().seed(args.seed)  # of minibatches; after the teacher, whose networks draw random weights, too
+    generator = World().seed(args.seed)  # for minibatches; after the teacher, whose networks draw random weights, too
     pool = ThreadPoolExecutor(SHARDS, initializer=torch.set_num_threads, initargs=(1,))
     task = dataclasses.replace(teacher.args.task, visual_randomization=args.visual_randomization)
     base, num_envs = teacher.args.base, min(args.dagger.num_envs, args.total_timesteps)

@@ -74,7 +74,7 @@ class World:
     def _call(self, function: Callable[..., Any], *args: Any) -> None:
         try:
             function(*args)
-        except RuntimeError as error:  # of gloo, and of the store in which ranks find each other
+        except RuntimeError as error:  # from gloo, or from the store in which ranks find each other
             if self.rank:
                 raise SystemExit(2) from error  # rank 0 reports it
             raise SO101Error("a rank of this run was lost; resume from the newest checkpoint") from error

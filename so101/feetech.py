@@ -213,7 +213,7 @@ class Servo:
             raw: the encoder's position, ticks.
             velocity: ticks/s.
             load: torque as a share of the stall torque, -1 to 1.
-            volts, celsius: of the supply, of the motor.
+            volts, celsius: voltage of the supply, temperature of the motor.
         """
         self.raw = raw
         self.set("Present_Position", round(self.position) % TICKS_PER_TURN)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-JOINT_GROUPS = {"single_arm": slice(0, 5), "gripper": slice(5, 6)}  # of state and action, in the order of the joints
+JOINT_GROUPS = {"single_arm": slice(0, 5), "gripper": slice(5, 6)}  # in state and action, in the order of the joints
 KINDS = ("video", "state", "action", "language")
 
 
@@ -52,7 +52,7 @@ def identity_of(dialect: str, config: str, weights: str, answer: str) -> str:
     """SHA-256 of what identifies a policy.
 
     Args:
-        dialect: of the server that describes it, see so101/wire.py.
+        dialect: dialect of the server that describes it, see so101/wire.py.
         config: its description, as JSON with sorted keys.
         weights: hash of its weights, or "".
         answer: hash of its answer to a fixed request, if there is no hash of the weights, or "".

@@ -39,7 +39,7 @@ UPDATES_AT_ONCE = 16  # gradient steps in a call of sac.update
 RECENT = 20  # episodes that the success rate averages over
 FILM_EVERY = 3  # control steps per picture of a film
 GIF_WIDTH = 160  # pixels
-NICENESS = 5  # of the learner's process: the arm's comes first
+NICENESS = 5  # the learner's process: the arm's comes first
 TAKE_S, UPDATE_S = 120.0, 0.1  # s; longest wait for a lesson: a fixed time, and a time per gradient step
 
 
@@ -58,7 +58,7 @@ class Lesson(NamedTuple):
     episode: Episode
     record: dict[str, Any]  # the line about it in episodes.jsonl
     arm: dict[str, Any]  # plain values and tensors from which the arm's process can be resumed
-    film: list[Frame]  # of the reset and the episode; empty if they were not filmed
+    film: list[Frame]  # pictures of the reset and the episode; empty if they were not filmed
 
 
 def seen_scene(obs: np.ndarray) -> Scene:
@@ -189,7 +189,7 @@ class Run:
     args: sac.Args  # complete settings of so101/sac.py
     capacity: int  # steps that the buffer keeps at most
     run_dir: Path
-    base_fingerprint: str  # of the base policy
+    base_fingerprint: str  # see BasePolicy.fingerprint
     resume: str | None = None  # checkpoint to continue
     prior: str | None = None  # checkpoint to begin with
 

@@ -96,7 +96,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.ticks, self.missed, self.worst_s = 0, 0, 0.0
-        self._late = collections.deque([0.0] * CONTROL_HZ, CONTROL_HZ)  # of the last second, s
+        self._late = collections.deque([0.0] * CONTROL_HZ, CONTROL_HZ)  # s, in the last second
         self._said_s = -np.inf
         self.start()
 
@@ -227,7 +227,7 @@ class Loop:
         offset_rad: np.ndarray | None = None,
     ):  # fmt: skip
         self.robot, self.policy, self.controller, self.clock = robot, policy, controller, clock
-        self.film: CameraFilm | None = None  # of what the policy sees
+        self.film: CameraFilm | None = None  # what the policy sees
         self.moves = 0  # control steps of the present episode
         self.dry_run, self.offset_rad = dry_run, np.zeros(ACT_DIM) if offset_rad is None else offset_rad
 
@@ -259,7 +259,7 @@ class Loop:
 
         Args:
             goal_rad: the joint positions.
-            share: of the remaining distance per step; weak servos need a smaller one.
+            share: share of the remaining distance per step; weak servos need a smaller one.
             touch_rad: how far from the goal the table may stop the arm; 0: the arm must arrive.
 
         Raises:

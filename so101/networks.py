@@ -102,7 +102,7 @@ class Features(nn.Module):
     so they are saved with the weights.
 
     Args:
-        parts: of the observation.
+        parts: parts of the observation.
         derived: features to compute from it.
         symmetry: also show the mirror image.
     """

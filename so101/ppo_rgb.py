@@ -464,7 +464,7 @@ def main() -> int:
     """Train; returns the exit code."""
     args, saved = parse_run(Args, __doc__, SCRIPT, CHECKPOINT, check_args, one_rank=True)
     num_envs = saved["num_envs"] if saved else min(args.ppo.num_envs, args.total_timesteps)
-    generator = World().seed(args.seed)  # of exploration and minibatches
+    generator = World().seed(args.seed)  # for exploration and minibatches
     pool = ThreadPoolExecutor(SHARDS, initializer=torch.set_num_threads, initargs=(1,))
 
     agent = Agent(args)

@@ -244,7 +244,7 @@ class PractisingPolicy(StackedPolicy):
         task: with scale and observation of the residual.
         agent: gives the residual.
         observe_base: whether the residual observes the base policy's action.
-        seed: of the exploration.
+        seed: seed of the exploration.
     """
 
     def __init__(self, base: BasePolicy, task: Task, agent: trainer.Agent, observe_base: bool, seed: int):
@@ -322,7 +322,7 @@ class Practice:
     Args:
         args: settings.
         loop: the control loop, with an OpenCVPolicy on a PractisingPolicy.
-        task: of the residual.
+        task: the residual's task.
         learner: a LocalLearner or a LearnerProcess.
         run_dir: where pictures go.
     """
@@ -333,7 +333,7 @@ class Practice:
         env = SO101ResidualVectorEnv(1, task=task, max_episode_steps=args.sac.train_episode_steps)
         self.judge = Judge(env, args.sac.gamma if args.sac.shaping else None)
         self.scene_reset = SceneReset(loop, task, loop.policy.locator)
-        self.rng = np.random.default_rng((args.seed, 1))  # of starts; the simulated arm draws its own by the seed alone
+        self.rng = np.random.default_rng((args.seed, 1))  # for starts; the simulated arm's own use the seed alone
         self.records: list[dict[str, Any]] = []
         self.steps, self.hands, self.earlier_s = 0, 0, 0.0  # steps learned from; arm time of earlier runs
         self.demonstrations = 0 if args.prior else args.sac.learning_starts  # steps of the base alone
@@ -381,7 +381,7 @@ class Practice:
             before = self.loop.clock.ticks
             filmed = len(self.records) % FILMED == 0
             film = CameraFilm("episode.mp4", self.task.tape_margin, every=FILM_EVERY) if filmed else None
-            self.loop.film = film  # of the reset, too
+            self.loop.film = film  # it shows the reset, too
             hands = self.reset_scene()
             reset_ticks = self.loop.clock.ticks - before
             began = time.perf_counter()

@@ -34,7 +34,7 @@ class TipPolicy(BasePolicy):
     DAMPING = 1e-4  # m^2 per rad^2
     LEAD_RAD = COMMAND_WINDOW_RAD  # largest lead of a joint's target, at P = 32
     LEAD_S = 0.012  # targets of joints in motion may lead by this much more: a command takes effect late
-    gain_factor = 1.0  # of the servos: ratio of their gain to the one that firmware_p implies
+    gain_factor = 1.0  # ratio of the servos' gain to the one that firmware_p implies
 
     def __init__(self) -> None:
         self.model = load_model()
@@ -83,7 +83,7 @@ class TipPolicy(BasePolicy):
         Args:
             obs: (N, 25) float64.
             command: last commanded joint targets (N, 6), rad.
-            jacobian: of tip_jacobian for the same obs, whose gravity torques are used, too.
+            jacobian: result of tip_jacobian for the same obs, whose gravity torques are used, too.
             motion_m, rise_m: wanted motion in this step, horizontally (N, 2) and upwards (N,).
             pressing: (N,) bool, whether to press by PRESS_N on what is below; or float, by how many times PRESS_N.
         """

@@ -149,13 +149,13 @@ class Recorder:
         self.recent: deque[dict[str, float]] = deque(maxlen=RECENT)  # training episodes
         self.finalists: list[dict[str, Any]] = []  # steps and scores of the best models, best first
         self.metrics: dict[str, float] = {}
-        self.result: dict[str, Any] | None = None  # of the last evaluation
+        self.result: dict[str, Any] | None = None  # result of the last evaluation
         self.fresh = saved is None
         self.signum = 0  # signal that requests a stop, on this rank
         self.stop_signum = 0  # the one that all ranks have agreed on
         self.evaluation_due = False  # whether this iteration's evaluation is still to be done
         self.before: dict[str, Any] | None = None  # checkpoint from which to resume if the base policy fails
-        self.weights: dict[int, dict[str, torch.Tensor]] = {}  # of the finalists, by step
+        self.weights: dict[int, dict[str, torch.Tensor]] = {}  # weights of the finalists, by step
         if saved:
             with restoring(self.run.resume):
                 self.recent.extend(dict(episode) for episode in saved["recorder"]["recent_episodes"])

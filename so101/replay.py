@@ -140,7 +140,7 @@ def main() -> int:
     feature = info["features"].get(ENVIRONMENT)
     if (
         isinstance(feature, dict) and feature.get("names") == ENVIRONMENT_NAMES
-    ):  # of this project, with the sheet's pose
+    ):  # a dataset of this project, with the sheet's pose
         keys += (ENVIRONMENT,)
         info = read_info(path, keys)
     episodes = read_dataset(path, info, keys)

@@ -33,8 +33,8 @@ from so101_env import SO101Error
 
 FORMAT = "so101 report 1"
 FILES = ("report.json", "report.md", "report.png")
-LEVEL = 0.05  # of significance
-CODE_CHARACTERS = 4000  # of a text from a file, at most
+LEVEL = 0.05  # level of significance
+CODE_CHARACTERS = 4000  # longest text that is taken from a file
 
 
 @dataclasses.dataclass

@@ -47,8 +47,8 @@ class ResidualArms:
     Args:
         policy: the residual; its firmware_p is that of the arms.
         tape_margin: m between sheet and tape on every side.
-        servo_gain: of the servos, as a factor of the 12 V STS3215's at the same P; None: estimated on the way to the
-            start pose, and on an arm that is there already taken as 1.
+        servo_gain: gain of the servos, as a factor of the 12 V STS3215's at the same P; None: estimated on the way to
+            the start pose, and on an arm that is there already taken as 1.
         start_at_home: whether an arm that is elsewhere moves to the start pose.
     """
 

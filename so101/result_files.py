@@ -28,11 +28,11 @@ class Policy:
     rates: np.ndarray  # (n,) success rate of each run
     episodes: int  # m
     outcomes: np.ndarray | None  # (n, m) success, if the files list the episodes
-    seeds: list[Any] | None  # of the episodes, if known
-    starts: list[Any] | None  # of the episodes, if known
-    settings: dict[str, Any] | None  # of the task, if known
-    training_seeds: list[int] | None  # of the runs, if known
-    sources: list[dict[str, str]]  # of each file: what is known about it
+    seeds: list[Any] | None  # one per episode, if known
+    starts: list[Any] | None  # one per episode, if known
+    settings: dict[str, Any] | None  # the task's, if known
+    training_seeds: list[int] | None  # one per run, if known
+    sources: list[dict[str, str]]  # what is known about each file
 
 
 def not_finite(name: str) -> float:

@@ -299,7 +299,7 @@ class ReplayBuffer:
             size: number of samples.
             n_step: rewards that are summed, fewer where an episode or the buffer ends.
             gamma: discount of each of them.
-            generator: of random numbers.
+            generator: source of random numbers.
             first_rows, share: the share of the samples that is drawn from the first rows.
 
         Returns:
@@ -308,7 +308,7 @@ class ReplayBuffer:
         """
         age = torch.randint(self.size, (size,), generator=generator)  # 0: the oldest
         column = torch.randint(self.num_envs, (size,), generator=generator)
-        first = first_rows - (self.rows - self.size)  # of them are kept
+        first = first_rows - (self.rows - self.size)  # number of them that are kept
         if share and 0 < first < self.size:
             others = torch.randint(first, self.size, (size,), generator=generator)
             chosen = torch.rand(size, generator=generator) < share
@@ -481,12 +481,12 @@ def main() -> int:
     """Train; returns the exit code."""
     args, saved = parse_run(Args, __doc__, SCRIPT, CHECKPOINT, check_args, one_rank=True)
     num_envs = saved["num_envs"] if saved else min(args.sac.num_envs, args.total_timesteps)
-    generator = World().seed(args.seed)  # of exploration and samples
+    generator = World().seed(args.seed)  # for exploration and samples
 
     agent = Agent(args)
     optimizers = make_optimizers(agent, args.sac)
     capacity = -(-min(args.sac.buffer_size, args.total_timesteps) // num_envs)
-    copies = 1 if args.base.base_policy == "zero" else 3  # of the buffer: the recorder keeps one, and makes a new one
+    copies = 1 if args.base.base_policy == "zero" else 3  # the recorder keeps a copy of the buffer, and makes a new one
     check_memory("--buffer-size", 8 * copies * capacity * num_envs * (agent.features.dim + ACT_DIM))
     buffer = ReplayBuffer(capacity, num_envs, agent.features.dim)
     envs, eval_envs = make_envs(args, num_envs), make_envs(args, args.run.eval_envs, evaluation=True)

@@ -86,7 +86,7 @@ class DragPolicy(TipPolicy):
     FOLLOWS = 0.5  # a sheet follows if it moves by this share of the tip's motion
     RESTING_M, STUCK_STEPS = 0.0001, 60  # a sheet is stuck if it still moves less than this per control step
     TOLERANCE_M, COAST_STEPS = 0.006, 3  # near enough to the goal, where the sheet will be in this many control steps
-    SHARE, AIR_RAD = 0.12, 0.02  # of the remaining way in the air per control step; largest motion of a joint in it
+    SHARE, AIR_RAD = 0.12, 0.02  # per control step in the air: share of the remaining way; largest motion of a joint
     SINK_M, LOWER_SHARE = 0.0022, 0.25  # lowered slowly: with backlash the tip drifts meanwhile
     PITCH_GAIN = 0.1  # an arm with latency oscillates with more
     PASSING_M = 0.02  # a sheet this near that slides past the goal is let go
@@ -95,7 +95,7 @@ class DragPolicy(TipPolicy):
     # the tip is sent ahead of its way by this much at first in a drag, by this share of its lag more, and at most
     FIRST_LEAD_M, LEAD_SHARE, MAX_LEAD_M = 0.004, 0.25, 0.012
     BRAKE_SHARE = 0.5  # and less, where it is faster than wanted
-    MEAN_SHARE = 0.25  # of the newest step in the running mean of motions
+    MEAN_SHARE = 0.25  # weight of the newest step in the running mean of motions
     # share of the error in yaw corrected per control step, and at most this much; farthest from home: it may not help
     ROLL_SHARE, ROLL_RAD, MAX_ROLL_RAD = 0.2, 0.03, 0.8
     SINKING_M_S = -0.03  # a tip that sinks more slowly has met the table
@@ -224,7 +224,7 @@ class DragPolicy(TipPolicy):
 GOAL_DRAWS = 300
 NEAR_TRIES, MAX_TRIES = 3, 6
 DRAG_STEPS = RISE_STEPS * 2 + sum(PATIENCE_STEPS.values()) + 10  # a drag ends by itself before
-TEXT_COLUMNS = 50  # of text that fit into a picture
+TEXT_COLUMNS = 50  # columns of text that fit into a picture
 VIEW_PIXELS = 3.0  # a start's corners are at least this far inside the picture
 # the point to press at may be this far out of reach at a start, where the gripper leans a bit, and before a drag
 BEYOND_M, FARTHEST_M = 0.01, 0.05

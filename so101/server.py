@@ -79,7 +79,7 @@ class ChunkPolicy(BasePolicy):
     every predicted chunk are executed, see follow_chunks.
 
     Args:
-        spec: of the base policy, for messages.
+        spec: the base policy's spec, for messages.
         client: has what the policy sees and returns, `modalities` by kind, and the methods get_action, identify and
             close of so101.wire.PolicyClient. The policy closes it.
         options: unit of the joints, picture size and so on.

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from so101.trust import Trust
 from so101_sim.errors import SO101Error, check_ranges
 
-MAX_COUNT = 10**12  # of steps and environments in a file
+MAX_COUNT = 10**12  # most steps, or environments, in a file
 
 
 def restore_settings(cls: type, values: Any, path: str | Path) -> Any:

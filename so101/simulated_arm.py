@@ -150,7 +150,7 @@ class SimulatedArm:
         """Draw another start of the sheet and another look; if drawn, also another arm and latency.
 
         Args:
-            seed: of everything that is drawn.
+            seed: seed of everything that is drawn.
             start_rad: where the joints rest, (6,), rad; None: at home.
         """
         rng = seeding.np_random(seed)[0]
@@ -244,7 +244,7 @@ class RealTime:
     TURN_S = 0.004  # wall time of a turn, at most, but for its last step
     MAX_LAG_S = 0.1
     REPORT_S = 5.0
-    REPORTED_SHARE = 0.95  # of real time; a slower simulation is reported
+    REPORTED_SHARE = 0.95  # share of real time; a slower simulation is reported
 
     def __init__(
         self,

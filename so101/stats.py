@@ -17,7 +17,7 @@ def wilson(rate: float, count: float, quantile: float = Z) -> list[float]:
     Args:
         rate: share of successes.
         count: number of independent episodes, also an effective one.
-        quantile: of the normal distribution, or of Student's where the variance is estimated.
+        quantile: quantile of the normal distribution, or of Student's where the variance is estimated.
     """
     square = quantile**2
     centre = (rate + square / (2 * count)) / (1 + square / count)
@@ -144,9 +144,9 @@ def welch(difference: float, variances: tuple[float, float], runs: tuple[int, in
     """p value of Welch's t test for two mean success rates, and the 95 % interval of their difference.
 
     Args:
-        difference: of the two means.
-        variances: of the two means, see `rate_variance`. That of a policy with one run is known from the number of its
-            episodes, and has no degrees of freedom.
+        difference: difference of the two means.
+        variances: variances of the two means, see `rate_variance`. That of a policy with one run is known from the
+            number of its episodes, and has no degrees of freedom.
         runs: number of runs of each policy.
     """
     from scipy.stats import t

@@ -28,14 +28,14 @@ from so101.files import write_atomic
 from so101.tape import half_turn
 from so101_env import SHEET_HALF_M, TAPE_CENTER_M, TAPE_MARGIN_M, SO101Error
 
-CELLS = 6  # of a tag, with its black border
+CELLS = 6  # along the side of a tag, with its black border
 TAG_M, CARD_M = 0.054, 0.072  # a tag, and the white card around it
 CORNERS = ("far from the arm, left", "near the arm, left", "near the arm, right", "far from the arm, right")
 MIN_TAGS = 3
 MAX_SPILL_M = 0.0025  # by which bright paper makes each side of a dark tag appear farther in
 MAX_RESIDUAL_M = 0.002  # root mean square distance of the tags from where they should lie
 ENLARGE = 3  # small pictures are enlarged before tags are searched in them
-SIGNS = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])  # of x and y, at the rectangle's corners
+SIGNS = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])  # signs of x and y at the rectangle's corners
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def find_tags(image: np.ndarray, opening_half_m: np.ndarray) -> tuple[np.ndarray
     def fit(order: tuple[int, ...]) -> tuple[float, np.ndarray, np.ndarray]:
         """Residual, m, of these tags; the homography; how far each of them lies from it, m."""
         homography, misses_m = _fit(camera, places[list(order)], np.array([pixels[n] for n in order]))
-        off_m = np.median(misses_m, axis=1)  # of each tag; the edge of a shadow may shift single corners
+        off_m = np.median(misses_m, axis=1)  # one per tag; the edge of a shadow may shift single corners
         return float(np.sqrt(np.mean(off_m**2))), homography, off_m
 
     order = tuple(sorted(seen))

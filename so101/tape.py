@@ -19,7 +19,7 @@ TAPE_POINTS, MIN_TAPE_POINTS = 48, 6  # points on each side of the tape: examine
 WIDTHS_M = np.arange(0.008, 0.055, 0.002)  # widths of tape that are tried
 MAX_RESIDUAL_M = 0.002  # root mean square distance of the tape's inner edges from a rectangle of the known size
 DARK = 24.0  # in 1/255: below this brightness a hue means little
-MIN_REDNESS = 0.10  # of the tape, more than of what lies next to it
+MIN_REDNESS = 0.10  # by how much the tape is at least redder than what lies next to it
 STEP_M, FLANK_M = 0.001, 0.006  # between samples across the tape; of the strips next to it that must not be red
 
 
@@ -199,7 +199,7 @@ def _contrast(sums: np.ndarray, width: int) -> np.ndarray:
 
     Args:
         sums: (..., K + 1), cumulated redness across the tape.
-        width: of the tape, in samples.
+        width: width of the tape, in samples.
 
     Returns:
         (..., K - width - 2 * flank + 1), with flank = FLANK_M / STEP_M.
@@ -257,7 +257,7 @@ def _edges(values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, np.n
 
     Args:
         values: (4, count, K, 2), redness and red excess along the normals.
-        width: of the tape, in samples.
+        width: width of the tape, in samples.
 
     Returns:
         Both edges, samples with fractions, and how much redder the tape is than what lies next to it: (4, count) each.
@@ -284,7 +284,7 @@ def _outer_edges(values: np.ndarray, width: int, first: int) -> tuple[np.ndarray
 
     Args:
         values: (4, count, K, 2), redness and red excess along the normals.
-        width: of the tape, in samples.
+        width: width of the tape, in samples.
         first: the sample at which the tape is expected to begin.
 
     Returns:
@@ -315,7 +315,7 @@ def _refine(
         camera: the nominal camera.
         half_m: half the sides (2,) of the opening.
         start: approximate deviation (7,), see `NominalCamera.homography`.
-        names: of the four sides, in the order of `rectangle`.
+        names: names of the four sides, in the order of `rectangle`.
 
     Raises:
         NotSeen: see `find_tape`.

@@ -222,7 +222,7 @@ class VirtualArm:
         servo: "12V" or "7.4V".
         start_rad: where the arm rests at the start, (6,).
         calibration: by joint, what the EEPROM holds of it; None: that of the factory.
-        seed: of the sheet's start, of the look, and of the random faults.
+        seed: seed of the sheet's start, the look, and the random faults.
     """
 
     def __init__(
@@ -254,7 +254,7 @@ class VirtualArm:
         for servo in self.servos:
             servo.set("Torque_Enable", 0)
         self.arm.reset(seed, self.start_rad)
-        self.seed = seed  # of the sheet's start and the look
+        self.seed = seed  # for the sheet's start and the look
         self.arm.strength, self.arm.max_torque_n_m = np.zeros((1, ACT_DIM)), np.zeros((1, ACT_DIM))
         self._target_rad = self.arm.target_rad
         if self.hand is not None:

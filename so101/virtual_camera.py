@@ -45,7 +45,7 @@ class Camera:
         zmq_port: for LeRobot's cameras of type zmq; None: not for them.
         size: height and width, pixels.
         visual: whether the scene looks as drawn from the seed.
-        flaws, tape_margin: of the arm.
+        flaws, tape_margin: those of the arm.
 
     Raises:
         SO101Error: a port is in use, or this machine cannot render.

@@ -30,7 +30,7 @@ from zmq.utils.monitor import recv_monitor_message
 from so101.groot import KINDS, Modality, PolicyError, identity_of, make_request
 
 MAX_MESSAGE_BYTES = 2**28
-MAX_ERROR_LETTERS = 500  # of a server's error message
+MAX_ERROR_LETTERS = 500  # longest part of a server's error message that is shown
 MAX_STEPS = 10_000  # largest distance of a time step from now
 FIRST_TIMEOUT_S = 60.0  # for the first answer and the first action, when the server may still be loading
 POLL_S = 0.2  # while waiting for an answer, how often to check that the connection still exists

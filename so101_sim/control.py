@@ -53,7 +53,7 @@ def clamp(x: np.ndarray, low: object, high: object) -> np.ndarray:
 
 
 UNITS = ("rad", "deg", "deg-old", "norm")
-OLD_UNIT = "deg-old"  # of recordings from before LeRobot's change of calibration
+OLD_UNIT = "deg-old"  # recordings from before LeRobot's change of calibration
 
 
 class Calibration(NamedTuple):

@@ -28,7 +28,7 @@ def distance_to_rectangle(
     """Distance of points (N, 2) to the nearest point at least inset_m inside the edges of turned rectangles, (N,).
 
     Args:
-        center_xy_m, angle_rad: of the rectangles, (N, 2) and (N,).
+        center_xy_m, angle_rad: the rectangles' centres (N, 2) and rotations (N,).
         half_m: half of their sides, (2,).
     """
     point = np.abs(in_axes(point_xy_m, center_xy_m, angle_rad))

@@ -31,7 +31,7 @@ IMAGES = "observation.images."  # prefix of a camera's name, as LeRobot has it
 class Part(NamedTuple):
     """A named part of the observation, and how a network should see it: as (x - mean) / scale."""
 
-    names: tuple[str, ...]  # of the components
+    names: tuple[str, ...]  # its components
     mean: Any
     scale: Any
     mirror: Any  # sign of each component in the left-right mirror image of the scene
@@ -122,7 +122,7 @@ class ArmVectorEnv(gym.vector.VectorEnv):
         cameras, image_size: cameras of pixel observations; height and width of their pictures.
         visuals: visual randomisation; None: nominal look.
         render_mode: None or "rgb_array".
-        width, height: of rendered frames, pixels.
+        width, height: size of rendered frames, pixels.
         camera_name: camera of rendered frames; None looks from the side.
         autoreset_mode: SAME_STEP, NEXT_STEP, or DISABLED: then a finished environment rests, unsimulated, until it is
             reset.

@@ -29,7 +29,7 @@ extensions = ["myst_nb"]
 myst_heading_anchors = 4
 myst_disable_syntax = ["myst_line_comment", "myst_block_break", "myst_target"]  # GitHub prints these lines
 smartquotes = False
-highlight_language = "none"  # of blocks that do not name theirs, as on GitHub
+highlight_language = "none"  # for blocks that do not name theirs, as on GitHub
 nb_execution_mode = "off"  # the notebook is shown with the outputs that it holds; .ci/run executes it
 suppress_warnings = ["misc.highlighting_failure"]  # shell lines of the notebook that end with a backslash
 

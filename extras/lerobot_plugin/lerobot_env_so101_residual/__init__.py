@@ -49,7 +49,7 @@ class PaperInSquareEnv(gym.Env):
 
     Args:
         cameras: names of the cameras, "top" and "wrist".
-        observation_height, observation_width: of the pictures, pixels.
+        observation_height, observation_width: size of the pictures, pixels.
         render_mode: "rgb_array"; other modes are not supported.
         max_episode_steps: control steps until truncation; that of gym.make wins.
         settings: fields of so101_env.Task.

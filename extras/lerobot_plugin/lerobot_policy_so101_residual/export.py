@@ -23,7 +23,7 @@ from so101_sim.control import ACT_DIM
 from so101_sim.errors import SO101Error
 
 ALONE = ("zero", "jacobian")  # base policies that are part of the project, and so of no directory
-TRAINING = "train_config.json"  # of the base: has paths of the machine that trained it, and no part in its actions
+TRAINING = "train_config.json"  # the base's; it has paths of the machine that trained it, and no part in its actions
 
 CARD = """---
 library_name: lerobot
@@ -144,7 +144,7 @@ class Draft:
 
         Args:
             columns: summaries of the evaluations, by title.
-            seeds: of their episodes.
+            seeds: seeds of their episodes.
             task: settings of the task in the evaluations.
         """
         rows = []

@@ -71,7 +71,7 @@ class SO101ResidualPolicy(PreTrainedPolicy):
         Args:
             pretrained_name_or_path: directory, or name of the repository.
             config: its options; None: those in its config.json.
-            revision: of the repository.
+            revision: the repository's branch, tag or commit.
             options: for huggingface_hub.snapshot_download: force_download, token, cache_dir, local_files_only.
         """
         directory = Path(pretrained_name_or_path)
