@@ -29,6 +29,7 @@ from so101.stats import wilson
 from so101.virtual_time import VirtualClock, VirtualRobot
 from so101_env import Task, load_model
 from so101_sim.control import BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Controller
+from so101_sim.errors import SO101Error
 
 START_SEED = 1_700_000_000  # seeds of the starts begin here; used nowhere else
 
@@ -77,7 +78,10 @@ def main() -> int:
     check_flags(args.flaws, Flaws.RANGES)
     check_output("--json", args.json, (".json",), args.model)
     torch.set_num_threads(1)
+    if args.flaws.picture_latency_s:
+        raise SO101Error("--picture-latency-s: only the camera of so101.virtual_arm has it; drop the flag")
     policy, task = make_policy(DriveArgs(model=args.model))
+    policy.locator.turned = args.flaws.camera_turned
     robot = VirtualRobot(task, args.flaws)
     controller = Controller(
         load_model(task.tape_margin), task.firmware_p, BACKLASH_RAD, LATENCY_S, gain_floor=GAIN_FLOOR

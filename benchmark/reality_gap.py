@@ -170,7 +170,8 @@ class TruePosePolicy(StackedPolicy):
 
     def act(self, obs: BaseObservation, mask: np.ndarray) -> np.ndarray:
         """See BasePolicy."""
-        if self.estimate is None or self.robot.in_view:
+        self.sees = np.array([self.estimate is None or self.robot.in_view])
+        if self.sees[0]:
             noise = self.robot.rng.standard_normal(3) * (NOISE_SHEET_M / 2, NOISE_SHEET_M / 2, NOISE_YAW_RAD / 2)
             self.estimate = (self.robot.sheet(self.robot.views[0][1]) + noise)[None]
         return self.base_delta(with_sheet(obs, self.estimate), mask)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# How few steps SAC needs compared with PPO: success over steps and over wall time, for every checkpoint of a sweep of seeds.
+# How few steps SAC needs compared with PPO: success over steps and over CPU time, for every checkpoint of a sweep.
 #
 #   bash benchmark/steps_and_time.sh              # every row, about two hours on two cores
 #   ROWS="standard" SEEDS="1 2 3" bash benchmark/steps_and_time.sh

@@ -231,11 +231,11 @@ def run_episode(loop: Loop, args: Args, task: Task, number: int) -> dict[str, An
     loop.measure()
     if not args.dry_run:
         loop.home()
-    episode, missed = {"episode": number, "trouble": "", "seen_inside": False}, loop.clock.missed
+    episode = {"episode": number, "trouble": "", "seen_inside": False}
     try:
         episode |= loop.episode(args.episode_steps, task.tape_margin)
     except Blind as blind:
-        episode |= {"trouble": str(blind), "ticks": loop.moves, "missed": loop.clock.missed - missed}
+        episode |= {"trouble": str(blind), "ticks": loop.moves, "missed": loop.missed}
         if not sim:
             say(f"stopped: {blind}")
     if sim:

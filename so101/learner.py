@@ -71,7 +71,7 @@ class Judge:
     """Computes the rewards of the task from observations, hence from what an arm and its camera give.
 
     Args:
-        task_env: an environment of the task, for its reward terms and its potential; it is never stepped.
+        task_env: one environment of the task, for its reward terms and its potential; it is never stepped.
         gamma: discount of the shaping; None: no shaping.
     """
 
@@ -373,9 +373,10 @@ class LearnerProcess:
         """Wait until the learner has learned and saved the last lesson, and end its process."""
         self.pipe.close()
         self.process.join(self.limit_s)
-        if self.process.is_alive():
-            print("the learner was still busy and was killed: its last episode is lost", file=sys.stderr, flush=True)
+        busy = self.process.is_alive()
         self.process.kill()
+        if busy:
+            print("the learner was still busy and was killed: its last episode is lost", file=sys.stderr, flush=True)
 
 
 def set_weights(agent: torch.nn.Module, weights: Mapping[str, np.ndarray]) -> None:

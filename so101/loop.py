@@ -61,7 +61,7 @@ def ask(question: str, robot: Robot) -> str:
 
     Raises:
         SO101Error: there is no terminal.
-        ServoFault: a servo must not hold the arm any longer.
+        RobotError: the arm is lost, or a servo must not hold it any longer.
     """
     try:
         if sys.stdin is None:  # started with its descriptor closed
@@ -81,8 +81,10 @@ def read_line(question: str, idle: Callable[[], Any]) -> str:
         while not select.select([descriptor], [], [], 1 / CONTROL_HZ)[0]:
             idle()
         letter = os.read(descriptor, 1)  # not more: select does not see what Python has read ahead
-        if not letter:
+        if not letter and not line:
             raise EOFError("it has ended")
+        if not letter:
+            break
         line += letter
     return line.decode()
 
@@ -228,7 +230,7 @@ class Loop:
     ):  # fmt: skip
         self.robot, self.policy, self.controller, self.clock = robot, policy, controller, clock
         self.film: CameraFilm | None = None  # what the policy sees
-        self.moves = 0  # control steps of the present episode
+        self.moves, self.missed = 0, 0  # control steps of the present episode, and deadlines missed in them
         self.dry_run, self.offset_rad = dry_run, np.zeros(ACT_DIM) if offset_rad is None else offset_rad
 
     def enable(self) -> None:
@@ -353,7 +355,7 @@ class Loop:
             Blind: tape or sheet cannot be seen.
         """
         mask, streak, done = np.ones(1, bool), np.zeros(1, np.int64), False
-        self.moves = 0
+        self.moves = self.missed = 0
         self.policy.reset(mask)
         self.measure()
         try:
@@ -363,20 +365,20 @@ class Loop:
                 raise
             delta = self.look_from_aside(mask, blind)
         self.clock.start()
-        before = self.clock.ticks, self.clock.missed
+        before = self.clock.missed
         for _ in range(max_steps):
             if self.policy.quit:
                 break
             self.move(delta)
             self.moves += 1
             self.clock.wait()
+            self.missed = self.clock.missed - before
             self.measure()
             delta = self.act(mask)
             streak = count_inside(streak, self.policy, tape_margin)
             if done := bool(streak[0] >= SUCCESS_STEPS):
                 break
-        ticks, missed = self.clock.ticks - before[0], self.clock.missed - before[1]
-        return {"seen_inside": done, "ticks": ticks, "missed": missed}
+        return {"seen_inside": done, "ticks": self.moves, "missed": self.missed}
 
     def look_from_aside(self, mask: np.ndarray, blind: Blind) -> np.ndarray:
         """Move the arm out of the view, look, and return home; the policy's joint deltas (6,), rad, there.

@@ -419,7 +419,7 @@ class Practice:
     def episode(self, record: dict[str, Any], film: CameraFilm | None) -> Lesson:
         """One episode; its lesson for the learner, with the record completed, and the film."""
         self.residual.exploring = self.steps >= self.demonstrations
-        missed, result, trouble = self.loop.clock.missed, {"seen_inside": False}, ""
+        result, trouble = {"seen_inside": False}, ""
         try:
             result = self.loop.episode(self.args.sac.train_episode_steps, self.task.tape_margin)
         except Blind as blind:
@@ -430,7 +430,7 @@ class Practice:
         record |= {
             "episode": len(self.records) + 1, "success": result["seen_inside"], "steps": self.loop.moves,
             "return": float(rewards.sum()), "arm_time_s": self.arm_time_s, "trouble": trouble,
-            "exploring": self.residual.exploring, "missed": self.loop.clock.missed - missed,
+            "exploring": self.residual.exploring, "missed": self.loop.missed,
             "residual_magnitude": float(np.linalg.norm(actions, axis=1).mean()) if len(actions) else 0.0,
         }  # fmt: skip
         episode = Episode(obs, actions, rewards, bool(result["seen_inside"]))
@@ -438,9 +438,9 @@ class Practice:
 
 
 def arm_flags(args: Args) -> str:
-    """The flags that name a real arm, for a command that is printed."""
-    names = ("robot", "robot_id", "camera", "servo_gain", "max_speed", "marks")
-    named = [name for name in names if args.robot != "sim" and getattr(args, name) != getattr(Args, name)]
+    """The flags that name the arm and its scene, for a command that is printed."""
+    names = ("max_speed", "marks", *(() if args.robot == "sim" else ("robot", "robot_id", "camera", "servo_gain")))
+    named = [name for name in names if getattr(args, name) != getattr(Args, name)]
     return "".join(f" {flag_of(name)} {shlex.quote(str(getattr(args, name)))}" for name in named)
 
 

@@ -229,7 +229,7 @@ def how_compared(each: dict[str, Any], policies: dict[str, dict[str, Any]]) -> l
     elif runs > 1:
         lines += ["The test looks at the means of the training runs, and at how much the runs of a policy differ."]
     else:
-        lines += ["The comparison is unpaired: each policy has episodes of its own. Pairs need fewer episodes."]
+        lines += ["The comparison is unpaired, as if each policy had episodes of its own. Pairs need fewer episodes."]
     single = [name for name in (one, other) if policies[name]["runs"] == 1]
     if len(single) == 1:
         lines += [

@@ -486,7 +486,7 @@ def main() -> int:
     agent = Agent(args)
     optimizers = make_optimizers(agent, args.sac)
     capacity = -(-min(args.sac.buffer_size, args.total_timesteps) // num_envs)
-    copies = 1 if args.base.base_policy == "zero" else 3  # the recorder keeps a copy of the buffer, and makes a new one
+    copies = 2 if args.base.base_policy == "zero" else 3  # with that of a checkpoint, and one in case the base fails
     check_memory("--buffer-size", 8 * copies * capacity * num_envs * (agent.features.dim + ACT_DIM))
     buffer = ReplayBuffer(capacity, num_envs, agent.features.dim)
     envs, eval_envs = make_envs(args, num_envs), make_envs(args, args.run.eval_envs, evaluation=True)

@@ -79,10 +79,8 @@ class DragPolicy(TipPolicy):
 
     HOVER_M, RAISED_M, LEAD_RAD = 0.028, 0.02, 0.03
     MIN_PRESS, MAX_PRESS, PRESS_STEP = 0.3, 2.5, 0.1  # in units of PRESS_N; change per control step
-    MOVING_M, STILL_M = (
-        0.0015,
-        0.0008,
-    )  # a tip moves, or stands still, if it moves more, or less, than this per control step
+    # a tip moves, or stands still, if it covers more, or less, than this per control step
+    MOVING_M, STILL_M = 0.0015, 0.0008
     FOLLOWS = 0.5  # a sheet follows if it moves by this share of the tip's motion
     RESTING_M, STUCK_STEPS = 0.0001, 60  # a sheet is stuck if it still moves less than this per control step
     TOLERANCE_M, COAST_STEPS = 0.006, 3  # near enough to the goal, where the sheet will be in this many control steps

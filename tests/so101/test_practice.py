@@ -165,7 +165,7 @@ def test_a_lesson_that_was_interrupted_is_not_learned_twice(tmp_path, monkeypatc
     assert learner.worker.learner.buffer.rows == 20
 
 
-def test_a_learner_that_hangs_is_given_up_and_the_arm_is_watched_meanwhile(tmp_path, monkeypatch):
+def test_a_learner_that_hangs_is_given_up_and_the_arm_is_watched_meanwhile(tmp_path):
     learner, watched = LearnerProcess(Run(SETTINGS, 200, tmp_path, "")), []
     learner.take()
     learner.limit_s = 0.3
@@ -501,9 +501,9 @@ def test_a_resumed_run_is_on_the_same_arm(practised, tmp_path, monkeypatch, caps
     args = resume(*named)
     assert (args.robot, args.robot_id, args.virtual_time) == ("lerobot:/nowhere", "mine", False)
     assert practice.arm_flags(args) == " " + " ".join(named)
+    arm = dict(saved["ranks"][0]["arm"])
     for key in ("robot", "flaws"):
-        damaged = {name: value for name, value in saved["ranks"][0]["arm"].items() if name != key}
-        saved["ranks"][0]["arm"] = damaged
+        saved["ranks"][0]["arm"] = {name: value for name, value in arm.items() if name != key}
         with pytest.raises(practice.SO101Error, match=str(tmp_path / MODEL)):
             resume(*named)
 
