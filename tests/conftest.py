@@ -86,7 +86,7 @@ def assert_same(a, b, where: str = "") -> None:
         assert a.keys() == b.keys(), where
         for key in a:
             assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list):
+    elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), where
         for i, (x, y) in enumerate(zip(a, b)):
             assert_same(x, y, f"{where}[{i}]")
@@ -94,6 +94,24 @@ def assert_same(a, b, where: str = "") -> None:
         assert torch.equal(a, b), where
     else:
         assert a == b, where
+
+
+def assert_same_info(ours: dict, gymnasiums: dict, where: np.ndarray) -> None:
+    """The same keys, and equal values where Gymnasium's mask says that they are valid."""
+    assert {key for key in ours if key[0] != "_"} == {key for key in gymnasiums if key[0] != "_"}
+    for key in (key for key in gymnasiums if key[0] != "_"):
+        rows = where & gymnasiums[f"_{key}"]
+        if isinstance(gymnasiums[key], dict):
+            assert_same_info(ours[key], gymnasiums[key], rows)
+        for i in np.flatnonzero(rows) if isinstance(gymnasiums[key], np.ndarray) else ():
+            np.testing.assert_equal(ours[key][i], gymnasiums[key][i], err_msg=key)
+
+
+def plain(value):
+    """Results of step with lists in place of object arrays, which NumPy cannot compare."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, np.ndarray) and value.dtype.kind == "O" else value
 
 
 def assert_equal_training_state(one: Path, other: Path) -> None:

@@ -4,6 +4,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 import pytest
+from conftest import assert_same_info, plain
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
@@ -540,25 +541,7 @@ def test_a_finished_environment_rests_until_it_is_reset():
         assert later[-1]["episode_summary"][key][0] == info["episode_summary"][key][0]
 
 
-def assert_same_info(ours: dict, gymnasiums: dict, where: np.ndarray) -> None:
-    """The same keys, and equal values where Gymnasium's mask says that they are valid."""
-    assert {key for key in ours if key[0] != "_"} == {key for key in gymnasiums if key[0] != "_"}
-    for key in (key for key in gymnasiums if key[0] != "_"):
-        rows = where & gymnasiums[f"_{key}"]
-        if isinstance(gymnasiums[key], dict):
-            assert_same_info(ours[key], gymnasiums[key], rows)
-        for i in np.flatnonzero(rows) if isinstance(gymnasiums[key], np.ndarray) else ():
-            np.testing.assert_equal(ours[key][i], gymnasiums[key][i], err_msg=key)
-
-
 PIXELS = {"observe": "pixels", "image_size": (20, 24), "visual_randomization": True, "observe_base": True}
-
-
-def plain(value):
-    """Results of step with lists in place of object arrays, which NumPy cannot compare."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, np.ndarray) and value.dtype.kind == "O" else value
 
 
 @pytest.mark.parametrize(

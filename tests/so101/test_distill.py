@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import error_of, module_of, run_script, train
+from conftest import assert_same, error_of, load, module_of, run_script, train
 from gymnasium.vector import AutoresetMode
 
 from so101 import distill
@@ -54,27 +54,6 @@ def run(teacher, tmp_path_factory) -> Path:
     (run,) = log_dir.iterdir()
     assert f"--model {run / 'best_model' / 'best_model.pt'}" in done.stdout and ", teacher " in done.stdout
     return run
-
-
-def load(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
-
-
-def assert_same(a: object, b: object) -> None:
-    """Equal to the bit, all the way down."""
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same(x, y)
-    else:
-        assert a == b
 
 
 # -- what the student may know, and what it is told

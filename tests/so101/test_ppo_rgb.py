@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import error_of, run_script, train
+from conftest import assert_same, error_of, load, run_script, train
 from gymnasium.vector import AutoresetMode
-from test_distill import assert_same, load
 
 import ppo_residual_so101 as state_trainer
 from so101 import ppo_rgb as rgb

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import error_of, load, run_script, train
-from test_distill import assert_same
+from conftest import assert_same, error_of, load, run_script, train
 
 from so101 import sac
 from so101_sim.control import ACT_DIM, JOINT_MIRROR

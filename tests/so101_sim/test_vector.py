@@ -7,7 +7,7 @@ import sys
 import mujoco
 import numpy as np
 import pytest
-from conftest import environment
+from conftest import assert_same_info, environment, plain
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from small_task import HOME_QPOS, SmallEnv, SmallVectorEnv
@@ -33,17 +33,6 @@ def arrays(obs):
 @pytest.mark.parametrize("kwargs", [{}, {"ranges": RANGES}, PIXELS], ids=["state", "ranges", "pixels"])
 def test_gymnasium_check_env(kwargs):
     check_env(SmallEnv(**kwargs), skip_render_check=True)
-
-
-def assert_same_info(ours: dict, gymnasiums: dict, where: np.ndarray) -> None:
-    """The same keys, and equal values where Gymnasium's mask says that they are valid."""
-    assert {key for key in ours if key[0] != "_"} == {key for key in gymnasiums if key[0] != "_"}
-    for key in (key for key in gymnasiums if key[0] != "_"):
-        rows = where & gymnasiums[f"_{key}"]
-        if isinstance(gymnasiums[key], dict):
-            assert_same_info(ours[key], gymnasiums[key], rows)
-        for i in np.flatnonzero(rows) if isinstance(gymnasiums[key], np.ndarray) else ():
-            np.testing.assert_equal(ours[key][i], gymnasiums[key][i], err_msg=key)
 
 
 @pytest.mark.parametrize(
@@ -102,13 +91,6 @@ def test_disabled_autoreset_lets_finished_environments_rest():
     assert later[1][0] == 0.0 and later[3].tolist() == [False, True]
     with pytest.raises(RuntimeError, match="reset"):
         envs.step(np.zeros((2, ACT_DIM)))
-
-
-def plain(value):
-    """Results of step with lists in place of object arrays, which NumPy cannot compare."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, np.ndarray) and value.dtype.kind == "O" else value
 
 
 @pytest.mark.parametrize("kwargs", [{"ranges": RANGES}, PIXELS], ids=["state", "pixels"])
