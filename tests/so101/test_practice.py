@@ -17,7 +17,7 @@ from so101 import drive, practice, sac
 from so101.checkpoints import save_tensors
 from so101.cli import Stop
 from so101.learner import MODEL, Episode, Judge, Learner, LearnerProcess, Lesson, LocalLearner, Run, Worker
-from so101.loop import REST_RAD, Loop
+from so101.loop import ASIDE_RAD, RAISED_RAD, REST_RAD, Loop
 from so101.robot import RobotError
 from so101.settings import restore_settings
 from so101.simulated_arm import Flaws, SimulatedArm
@@ -506,6 +506,19 @@ def test_a_resumed_run_is_on_the_same_arm(practised, tmp_path, monkeypatch, caps
         saved["ranks"][0]["arm"] = {name: value for name, value in arm.items() if name != key}
         with pytest.raises(practice.SO101Error, match=str(tmp_path / MODEL)):
             resume(*named)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_locator_knows_on_which_side_the_simulated_camera_stands(turned):
+    args = practice.Args(base_policy="jacobian", flaws=Flaws(camera_turned=turned))
+    base, task = practice.load_base(args)
+    policy = practice.make_policy(args, sac.Agent(practice.learner_args(args, task, 100)), base, task)
+    robot = VirtualRobot(task, args.flaws)
+    robot.arm.reset(5, RAISED_RAD + ASIDE_RAD)  # out of the view
+    image = robot.picture().image
+    seen = policy.locator.locate(image, policy.locator.find_tape(image))
+    np.testing.assert_allclose(seen[:2], robot.truth()["sheet"][:2], atol=0.01)
+    robot.close()
 
 
 def test_steps_from_aside_and_after_the_view_is_lost_do_not_count():
