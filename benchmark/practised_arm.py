@@ -23,13 +23,13 @@ from so101.drive import Args as DriveArgs
 from so101.drive import make_policy
 from so101.files import write_json
 from so101.loop import RAISED_RAD, Blind, Loop
+from so101.practice import check_flaws
 from so101.scene_reset import HandNeeded, SceneReset
 from so101.simulated_arm import Flaws
 from so101.stats import wilson
 from so101.virtual_time import VirtualClock, VirtualRobot
 from so101_env import Task, load_model
 from so101_sim.control import BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Controller
-from so101_sim.errors import SO101Error
 
 START_SEED = 1_700_000_000  # seeds of the starts begin here; used nowhere else
 
@@ -75,11 +75,9 @@ def main() -> int:
     """Run the episodes; returns the exit code."""
     args = parse(Args, __doc__)
     check_flags(args, {"seed": (0, 2**31), "episodes": (1, 100_000), "episode_steps": (1, 10**6)})
-    check_flags(args.flaws, Flaws.RANGES)
+    check_flaws(args.flaws)
     check_output("--json", args.json, (".json",), args.model)
     torch.set_num_threads(1)
-    if args.flaws.picture_latency_s:
-        raise SO101Error("--picture-latency-s: only the camera of so101.virtual_arm has it; drop the flag")
     policy, task = make_policy(DriveArgs(model=args.model))
     policy.locator.turned = args.flaws.camera_turned
     robot = VirtualRobot(task, args.flaws)

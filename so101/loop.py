@@ -81,9 +81,9 @@ def read_line(question: str, idle: Callable[[], Any]) -> str:
         while not select.select([descriptor], [], [], 1 / CONTROL_HZ)[0]:
             idle()
         letter = os.read(descriptor, 1)  # not more: select does not see what Python has read ahead
-        if not letter and not line:
-            raise EOFError("it has ended")
         if not letter:
+            if not line:
+                raise EOFError("it has ended")
             break
         line += letter
     return line.decode()

@@ -122,12 +122,19 @@ FROM_PRIOR = {"": LEARNED[:-1], "sac": ("gamma", "reward_scale", "shaping")}
 SAME_TASK = ("observe_load", "arrival_yaw_weight", "act_scale", "residual_penalty")
 
 
+def check_flaws(flaws: Flaws) -> None:
+    """Raise SO101Error with the name of the first flaw that is out of range, or that an arm in this process lacks."""
+    check_flags(flaws, Flaws.RANGES)
+    if flaws.picture_latency_s:
+        raise SO101Error("--picture-latency-s: only the camera of so101.virtual_arm has it; drop the flag")
+
+
 def check_args(args: Args) -> None:
     """Raise SO101Error with the name of the first flag that cannot be used."""
     drive.check_args(drive_args(args))
     for settings in (args, args.sac, args.networks, args.server):
         check_flags(settings, {name: limits for name, limits in RANGES.items() if hasattr(settings, name)})
-    check_flags(args.flaws, Flaws.RANGES)
+    check_flaws(args.flaws)
     Run(run_name=args.run_name).check_name()
     if args.base_policy == "zero":
         raise SO101Error("--base-policy zero: an arm needs a policy to start from; name one")
@@ -135,8 +142,6 @@ def check_args(args: Args) -> None:
         raise SO101Error(f"--base-policy {args.base_policy}: the sheet is located anyway; drop opencv:")
     if args.robot != "sim" and args.virtual_time:
         raise SO101Error(f"--virtual-time: --robot {args.robot} runs in real time; drop one of them")
-    if args.flaws.picture_latency_s:
-        raise SO101Error("--picture-latency-s: only the camera of so101.virtual_arm has it; drop the flag")
     if args.robot != "sim":
         for field in dataclasses.fields(Flaws):
             if getattr(args.flaws, field.name) != field.default:

@@ -19,7 +19,7 @@ TAPE_POINTS, MIN_TAPE_POINTS = 48, 6  # points on each side of the tape: examine
 WIDTHS_M = np.arange(0.008, 0.055, 0.002)  # widths of tape that are tried
 MAX_RESIDUAL_M = 0.002  # root mean square distance of the tape's inner edges from a rectangle of the known size
 DARK = 24.0  # in 1/255: below this brightness a hue means little
-MIN_REDNESS = 0.10  # by how much the tape is at least redder than what lies next to it
+MIN_REDNESS = 0.10  # least difference in redness between the tape and what lies next to it
 STEP_M, FLANK_M = 0.001, 0.006  # between samples across the tape; of the strips next to it that must not be red
 
 

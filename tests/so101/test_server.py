@@ -198,8 +198,8 @@ ODD_FIELDS = [
     *({"more": value} for value in (np.zeros(2), b"1", {1.5: 2, "1": 2})),
 ]  # fmt: skip
 ODD_CONFIGS = [
-    *((f"{each}", described("video") | {"video": each}) for each in ODD_ENTRIES),
-    *((f"{each}", described("language", **each)) for each in ODD_FIELDS),
+    *((str(each), described("video") | {"video": each}) for each in ODD_ENTRIES),
+    *((str(each), described("language", **each)) for each in ODD_FIELDS),
 ]
 ODD_CONFIGS += [("bytes key", described("video") | {b"more": 1})]
 

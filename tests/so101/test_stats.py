@@ -103,9 +103,8 @@ def test_interquartile_mean_and_its_interval():
     resampled = [values[rng.integers(0, 8, 8)] for _ in range(4000)]
     middles = [np.sort(each, axis=0)[2:6].mean(0) for each in resampled]
     expected = np.percentile(middles, [2.5, 97.5], axis=0)
-    np.testing.assert_allclose(
-        stats.bootstrap_interval(values), expected, atol=0.1
-    )  # two bootstraps, 2,000 and 4,000: 0.03 apart
+    # two bootstraps, 2,000 and 4,000: 0.03 apart
+    np.testing.assert_allclose(stats.bootstrap_interval(values), expected, atol=0.1)
 
 
 def simulate(rng, runs, episodes, level, spread, difficulty):
