@@ -54,7 +54,7 @@ PRECISE="--tape-margin 0.02"
 row standard 20 python -m so101.sac --total-timesteps 20000
 row standard_ppo 20 python ppo_residual_so101.py --total-timesteps 50000
 row precise 5 python -m so101.sac $PRECISE --total-timesteps 50000
-row precise_jacobian 10 python -m so101.sac $PRECISE --base-policy jacobian --observe-base --total-timesteps 20000 \
+row precise_jacobian 10 python -m so101.sac $PRECISE --base-policy jacobian --observe-base --total-timesteps 50000 \
   --train-episode-steps 150 --gamma 0.99 --arrival-yaw-weight 0.5
 [ -z "$ACT" ] || row act 10 python -m so101.sac --base-policy "lerobot:$ACT" --units deg --chunk-steps 16 --observe-base \
   --train-episode-steps 300 --total-timesteps 20000
