@@ -16,8 +16,8 @@ if __name__ == "__main__":  # Ctrl+C during the imports ends the program without
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
-import itertools
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -25,19 +25,28 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from so101.cli import check_flags, check_output, check_rendering, command_line, command_of, parse, run_script
+from so101.cli import (
+    check_flags,
+    check_output,
+    check_rendering,
+    check_unused,
+    command_line,
+    command_of,
+    parse,
+    run_script,
+)
 from so101.evaluation import BLOCK, TEST_SEED, evaluate, no_residual, residual_to_base, summarize
 from so101.files import sha256, write_json
-from so101.films import HOLD_S, plot, write_video
+from so101.films import play, plot, write_video
 from so101.hub import connect
 from so101.run_dirs import describe_run
-from so101.subject import Loaded, Subject, base_envs, parse_subject
+from so101.subject import CONDITIONS, Loaded, Subject, base_envs, parse_subject
 from so101.trust import Trust, allow_flags
 from so101_env import SO101Error
-from so101_sim.vector import ArmVectorEnv
-from so101_sim.viewer import Viewer, check_display
+from so101_sim.viewer import check_display
 
 BATCH = 50  # episodes that run at once
+OF_AN_EXPORT = {"subject", "export", "export_lerobot", "push_to_hub"}  # what --export depends on, and what it refuses
 
 
 @dataclasses.dataclass
@@ -79,10 +88,14 @@ def check_args(args: EvalArgs) -> None:
     if args.size is not None and not all(64 <= side <= 4096 and side % 2 == 0 for side in args.size):
         raise SO101Error(f"--size {args.size[0]} {args.size[1]}: give even numbers from 64 to 4096")
     check_flags(args, {"episodes": (1, 100_000), "video_episodes": (1, 100_000), "seed": (0, 1000)})
-    check_output("--json", args.json, (".json",), args.subject.model)
-    check_output("--video", args.video, (".mp4", ".gif"), args.subject.model)
-    check_output("--plot", args.plot, (".png",), args.subject.model)
-    check_output("--export", args.export, (".onnx",), args.subject.model)
+    outputs = {"json": (".json",), "video": (".mp4", ".gif"), "plot": (".png",), "export": (".onnx",)}
+    for name, suffixes in outputs.items():
+        check_output(f"--{name}", getattr(args, name), suffixes, args.subject.model)
+    if not args.video:
+        check_unused(args, ("video_episodes", "size"), "needs --video")
+    if args.export:
+        check_unused(args, vars(args).keys() - OF_AN_EXPORT, "--export evaluates nothing")
+        check_unused(args.subject, CONDITIONS, "--export evaluates nothing")
     if args.export and args.subject.model is None:
         raise SO101Error("--export needs --model: the checkpoint to export")
     if args.export_lerobot:
@@ -108,7 +121,7 @@ def export(model: str, path: str, trust: Trust) -> None:
     print(f"{model} ({made['global_step']} steps, base policy {made['base_policy']}) exported to {path}")
     print(f"largest difference on {CHECKED_OBSERVATIONS} observations: {made['difference']:.1g}")
     allow = allow_flags([made["base_policy"]])
-    print(f"evaluate: {command_of('eval_so101.py')} --model {path}{allow}")
+    print(f"evaluate: {command_of('eval_so101.py')} --model {shlex.quote(path)}{allow}")
 
 
 def draft_policy(args: EvalArgs, kind: str) -> Any:
@@ -177,21 +190,6 @@ def listed(episodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in episode.items() if not isinstance(v, np.ndarray)} for episode in episodes]
 
 
-def play(envs: ArmVectorEnv, episodes: list[dict[str, Any]]) -> None:
-    """Show traced episodes in MuJoCo's viewer, in a loop until it is closed."""
-    viewer, fps = Viewer(envs.model), envs.metadata["render_fps"]
-    print("space: pause; right arrow: next episode; close the window to end")
-    try:
-        for number, episode in itertools.cycle(enumerate(episodes)):
-            result = f"{'success' if episode['success'] else 'no success'}, {episode['length'] / fps:.1f} s"
-            viewer.write(f"episode {number + 1} of {len(episodes)}\nspace\nright arrow", f"{result}\npause\nnext")
-            rest = [episode["qpos"][-1]] * round(HOLD_S * fps)
-            if not all(viewer.show(qpos) for qpos in [*episode["qpos"], *rest]) and not viewer.running:
-                break
-    finally:
-        viewer.close()
-
-
 def main() -> int:
     """Evaluate; returns the exit code."""
     check_args(parse(EvalArgs, __doc__))
@@ -249,16 +247,16 @@ def main() -> int:
             "base_episode_list": listed(alone) if base else None,
         }
         write_json(Path(args.json), result)
+    if args.plot:
+        plot(envs, episodes, args.subject.model or f"base policy {loaded.base_policy}", Path(args.plot))
+    if args.video:
+        write_video(envs, films, Path(args.video), args.size, blind=["teacher"])
     print(describe(loaded, args, task, len(episodes)))
     if loaded.command:
         print("trained by: " + "".join(each if each.isprintable() else "?" for each in loaded.command[:1000]))
     print_table(columns)
     if ratios:
         print("residual to base, per joint  " + "  ".join(f"{joint} {ratio:.2f}" for joint, ratio in ratios.items()))
-    if args.plot:
-        plot(envs, episodes, args.subject.model or f"base policy {loaded.base_policy}", Path(args.plot))
-    if args.video:
-        write_video(envs, films, Path(args.video), args.size, blind=["teacher"])
     if args.render_mode:
         play(envs, episodes)
     envs.close()

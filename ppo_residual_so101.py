@@ -26,7 +26,7 @@ from gymnasium.vector import AutoresetMode
 
 from so101.base import check_base
 from so101.checkpoints import CHECKPOINT, load_weights, restore_optimizer, restoring, to_numpy, to_plain
-from so101.cli import check_flags, run_script
+from so101.cli import check_flags, check_unused, run_script
 from so101.distributed import World
 from so101.evaluation import training_seeds
 from so101.networks import EXPECTED_YAW, SHEET_TO_TIP, Features, contact_features
@@ -150,6 +150,8 @@ def check_args(args: Args) -> None:
         )
     if args.base.observe_base and args.base.base_policy == "zero":
         raise SO101Error("--observe-base needs a base policy: name one with --base-policy")
+    if not args.networks.sheet_feature:
+        check_unused(args.networks, ["contact_gain"], "--no-sheet-feature leaves out the features that it scales")
 
 
 def make_envs(args: Args, num_envs: int, evaluation: bool = False, num_threads: int | None = None):

@@ -22,8 +22,8 @@ import numpy as np
 from gymnasium.envs.registration import load_env_creator
 
 from so101_sim.batch import FULL_ARM, KIT_ARM, ArmRandomization, Arms, log_uniform
-from so101_sim.control import ACT_DIM, FIRMWARE_P, JOINT_MIRROR, JOINTS
-from so101_sim.errors import SO101Error, check_ranges, require
+from so101_sim.control import ACT_DIM, FIRMWARE_P, JOINT_MIRROR, JOINTS, valid_delta
+from so101_sim.errors import BasePolicyError, SO101Error, check_ranges, require
 from so101_sim.geometry import distance_to_rectangle, in_axes, wrap_angle
 from so101_sim.scene import ASSETS, Paint, VisualRandomization, load_spec, tinted
 from so101_sim.vector import LOAD, ArmEnv, ArmVectorEnv, BaseObservation, Part, slices
@@ -60,15 +60,10 @@ NOISE_JOINT_RAD, NOISE_VELOCITY_RAD_S, NOISE_TIP_M, NOISE_SHEET_M, NOISE_YAW_RAD
 # makes a base policy of a spec string; named as text, as Gymnasium names entry points, so that torch is not imported
 POLICY_LOADER = "so101.policies:load_policy"
 BASE_POLICY_NAMES = ("reset", "act", "close", "memory", "fingerprint", "cameras", "image_size", "max_envs", "quit")
-MAX_DELTA_RAD = 6.3  # no joint has a wider range: a base policy that asks for more has its units wrong
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings
-
-
-class BasePolicyError(SO101Error):
-    """A base policy that cannot act, or whose action is invalid. It ends the run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +102,10 @@ class Task:
 
     def randomization(self) -> DomainRandomization:
         """The ranges that the three flags of randomisation stand for. Raises SO101Error if they contradict."""
+        if self.arm_randomization and self.full_randomization:
+            raise SO101Error(
+                "--full-randomization contradicts --arm-randomization: drop it, or add --no-arm-randomization"
+            )
         wide = "arm" if self.arm_randomization else "full" if self.full_randomization else ""
         if wide and not self.randomize:
             raise SO101Error(f"--{wide}-randomization contradicts --no-randomize: drop one of them")
@@ -675,24 +674,16 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
 
     def _base_delta(self, mask: np.ndarray) -> np.ndarray:
         """The base policy's joint deltas (N, 6), rad, for the observations of the environments in mask, validated."""
-        policy, name, expected = self.base_policy, type(self.base_policy).__name__, (self.num_envs, ACT_DIM)
+        policy = self.base_policy
         if not mask.any():
-            return np.zeros(expected)
+            return np.zeros((self.num_envs, ACT_DIM))
         start = time.perf_counter()
         known = (self.full_observation, self.arms.command, self._residual, self.arms.load)
         pictures = {"cameras": policy.cameras, "render": self._current_images, "size": policy.image_size}
         seen = base_observation(*known, **pictures)
-        base = np.asarray(policy.act(seen, mask), np.float64)
+        base = policy.act(seen, mask)
         self.base_time_s += time.perf_counter() - start
-        if base.shape != expected or not np.isfinite(base).all():
-            raise BasePolicyError(f"base policy {name}: act() must return finite {expected}, got {base.shape}")
-        largest = float(np.abs(base[mask]).max())
-        if largest > MAX_DELTA_RAD:
-            raise BasePolicyError(
-                f"base policy {name}: asks for a joint to move by {largest:.1f} rad in one step, at most "
-                f"{MAX_DELTA_RAD:.1f} is within reach; are its actions in degrees?"
-            )
-        return base
+        return valid_delta(policy, base, mask)
 
     # -- saving and closing
 

@@ -25,7 +25,7 @@ import tyro
 from scipy.stats import t
 
 from so101.checkpoints import load_script
-from so101.cli import flat_settings, parse, run_script, training_command
+from so101.cli import check_unused, flat_settings, parse, run_script, training_command
 from so101.stats import rate_interval
 from so101.trust import Trust
 from so101_env import SO101Error
@@ -167,6 +167,7 @@ def main() -> int:
     args = parse(Args, __doc__)
     rows = {path.parent.name: path for path in sorted(Path(args.results).glob("*/results.json"))}
     if args.list:
+        check_unused(args, ("row", "seeds", "first_seed", "runs"), "--list checks nothing")
         print("\n".join(f"{row:29} {describe(path, args.trust)}" for row, path in rows.items()))
         return 0
     if args.row not in rows:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from so101_env import COMMAND, ENVIRONMENT, LOADS, MEASURED, OBS, RESIDUAL, STATE, load_model, make_observation
-from so101_sim.control import ACT_DIM, FIRMWARE_P
+from so101_sim.control import ACT_DIM, FIRMWARE_P, valid_delta
 from so101_sim.errors import SO101Error
 from so101_sim.scene import camera_names as names_of_cameras
 from so101_sim.vector import BaseObservation
@@ -116,7 +116,7 @@ class StackedPolicy(BasePolicy):
         if self.base is None:
             return np.zeros((len(mask), ACT_DIM))
         seen = obs.replace({RESIDUAL: obs[RESIDUAL] + self.residual})
-        return self.base.act(seen.sized(self.base.image_size), mask)
+        return valid_delta(self.base, self.base.act(seen.sized(self.base.image_size), mask), mask)
 
     def residual_rad(self, obs: BaseObservation, base_delta: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Its residual (N, 6), rad, for the joint deltas (N, 6), rad, of its own base policy; zero outside mask."""

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,7 +77,7 @@ def run_script(main: Callable[[], int]) -> int:
             return 128 + signal.SIGPIPE
         if error.errno not in DISK_ERRORS:
             raise
-        message = disk_error(error.filename or "a file", error)
+        message = disk_error(error.filename or "standard output", error)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Stop as stop:
@@ -276,6 +276,29 @@ def check_flags(settings: Any, ranges: Mapping[str, tuple[float, float]]) -> Non
     check_ranges(settings, ranges, flag_of)
 
 
+def check_unused(settings: Any, names: Iterable[str], why: str) -> None:
+    """Raise SO101Error, naming the flag, for the first of these settings that is not the default: it would do nothing.
+
+    Args:
+        settings: the dataclass instance.
+        names: fields that have no effect here.
+        why: what they need, or what has no use for them.
+    """
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if field.name in names and value != default:
+            raise SO101Error(f"{flag_of(f'no_{field.name}' if value is False else field.name)}: {why}; drop the flag")
+
+
+def check_plain_name(flag: str, name: str | None) -> None:
+    """Raise SO101Error, naming the flag, unless a name can be that of one file in any directory; None passes."""
+    if name is not None and (Path(name).parts != (name,) or name == ".." or not name.isprintable()):
+        raise SO101Error(f"{flag} {name!r}: must be a plain name, without directories and control characters")
+    if name is not None and (name.strip() != name or name.startswith("-") or len(name.encode()) > 200):
+        raise SO101Error(f"{flag} {name!r:.80}: is too long, begins with -, or has a space at an end; shorten it")
+
+
 def check_cameras(flag: str, cameras: tuple[str, ...]) -> None:
     """Raise SO101Error, naming the flag, unless cameras are one or more of the scene's, each once."""
     if not cameras or len({*cameras}) < len(cameras) or not {*cameras} <= {*camera_names()}:
@@ -306,7 +329,7 @@ def check_output(flag: str, path: str | None, suffixes: tuple[str, ...] = (), so
     if suffixes and not {Path(path).suffix, target.suffix} <= {*suffixes}:
         raise SO101Error(f"{flag} {path}: must end in {' or '.join(suffixes)}, also where a link leads")
     if not Path(path).name or (suffixes and target.is_dir()):
-        raise SO101Error(f"{flag} {path!r}: is a directory; name a file in it")
+        raise SO101Error(f"{flag} {path!r}: is a directory; name {'a file' if suffixes else 'a new directory'} in it")
     if suffixes and os.path.lexists(target) and not target.is_file():
         raise SO101Error(f"{flag} {path}: exists and is not a file; name another one")
     if source is not None and target.is_relative_to(os.path.realpath(source)):

@@ -15,6 +15,7 @@ if __name__ == "__main__":  # Ctrl+C during the imports ends the program without
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -31,7 +32,7 @@ from so101.cli import check_flags, command_of, parse, run_script
 from so101.dataset import joints_rad, read_dataset, read_info
 from so101.files import write_json
 from so101.networks import Features
-from so101.run_dirs import describe_run, new_run_dir
+from so101.run_dirs import describe_run, new_run_dir, open_curves
 from so101.settings import restore_args
 from so101.trust import allow_flags
 from so101_env import ACT_DIM, ACTION, ENVIRONMENT, STATE, BaseObservation, SO101Error
@@ -200,9 +201,7 @@ def main() -> int:
     name = f"{Path(SCRIPT).stem}_{time.strftime('%Y%m%d-%H%M%S')}_s{args.seed}"
     run_dir = new_run_dir(Path(args.log_dir), name, "tensorboard")
     write_json(run_dir / "config.json", describe_run(SCRIPT, args))
-    from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-    writer, start = SummaryWriter(str(run_dir / "tensorboard")), time.perf_counter()
+    writer, start = open_curves(run_dir), time.perf_counter()
     valid_loss = float("nan")
     for step in (bar := tqdm(range(1, args.train_steps + 1), unit="step", dynamic_ncols=True, disable=None)):
         rows = torch.randint(len(obs), (args.batch_size,), generator=generator)
@@ -221,7 +220,6 @@ def main() -> int:
             writer.add_scalar("train/loss", loss.item(), step)
             writer.add_scalar("validation/loss", valid_loss, step)
             bar.set_postfix(loss=f"{loss.item():.4f}", validation=f"{valid_loss:.4f}")
-    writer.close()
 
     model, wall_time = run_dir / "final_model.pt", time.perf_counter() - start
     settings = dataclasses.asdict(args)
@@ -231,13 +229,14 @@ def main() -> int:
         "train_loss": loss.item(), "validation_loss": valid_loss, "wall_time_s": wall_time,
     }  # fmt: skip
     write_json(run_dir / "training_summary.json", summary)
+    writer.close()
     print(
         f"{len(parts[0])} episodes, {len(obs)} frames, {wall_time:.1f} s; validation loss {valid_loss:.4f} (variance 1)"
     )
-    allow = allow_flags([SCRIPT])
-    print(f"evaluate:  {command_of('eval_so101.py')} --base-policy bc:{model} --episodes 100{allow}")
+    allow, base = allow_flags([SCRIPT]), shlex.quote(f"bc:{model}")
+    print(f"evaluate:  {command_of('eval_so101.py')} --base-policy {base} --episodes 100{allow}")
     flags = "--log-std-init -1.5 --residual-penalty 0.05 --num-steps 256"
-    print(f"reinforce: {command_of('ppo_residual_so101.py')} --base-policy bc:{model} {flags}{allow}")
+    print(f"reinforce: {command_of('ppo_residual_so101.py')} --base-policy {base} {flags}{allow}")
     return 0
 
 

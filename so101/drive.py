@@ -29,7 +29,17 @@ from so101.arm_check import MAX_OFFSET_RAD, ArmProfile
 from so101.arm_film import CameraFilm, print_replay, replay_film
 from so101.base import BasePolicy
 from so101.camera import CAMERA
-from so101.cli import Stop, Stoppable, check_flags, check_output, parse, run_script, use_one_torch_thread
+from so101.cli import (
+    Stop,
+    Stoppable,
+    check_flags,
+    check_output,
+    check_plain_name,
+    check_unused,
+    parse,
+    run_script,
+    use_one_torch_thread,
+)
 from so101.evaluation import TEST_SEED
 from so101.extras import import_extra
 from so101.files import is_file, write_json
@@ -98,6 +108,9 @@ class Args:
     server: Server = dataclasses.field(default_factory=Server)
 
 
+OF_A_REPLAY = {"replay", "tape_margin", "marks", "json", "video", "server"}  # flags that --replay uses, and a group
+
+
 def check_args(args: Args) -> None:
     """Raise SO101Error with the name of the first flag that cannot be used."""
     ranges = {
@@ -117,12 +130,31 @@ def check_args(args: Args) -> None:
         raise SO101Error(f"{flag}: --check keeps its results in a file of its own; drop {flag}")
     if args.replay is not None and not is_file(args.replay):
         raise SO101Error(f"--replay {args.replay}: no such file")
-    if Path(args.robot_id).name != args.robot_id:
-        raise SO101Error(f"--robot-id {args.robot_id}: give a name, without directories")
+    check_plain_name("--robot-id", args.robot_id)
+    check_arm_flags(args)
     if args.model is not None and args.base_policy is not None:
         raise SO101Error(f"--base-policy {args.base_policy}: --model names a policy already; drop one of them")
     if args.model is not None and Path(args.model).suffix not in (".onnx", ".pt"):
         raise SO101Error(f"--model {args.model}: must end in .onnx or .pt")
+
+
+def check_arm_flags(args: Any) -> None:
+    """Raise SO101Error for the first flag, of these arguments or of so101.practice's, without effect on this arm."""
+    if args.robot == "sim":
+        check_unused(args, ("robot_id", "camera", "servo_gain"), "only a real arm, --robot lerobot:PORT, has it")
+
+
+def check_use(args: Args) -> None:
+    """Raise SO101Error for the first flag that does nothing in what the others ask for."""
+    if args.replay is not None:
+        check_unused(args, vars(args).keys() - OF_A_REPLAY, "--replay needs no arm and no policy, and draws outlines")
+    if args.robot != "sim":
+        check_unused(args, ("visual_randomization",), "only the simulated arm, --robot sim, has it")
+    if args.video is None:
+        check_unused(args, ("outlines",), "needs --video")
+    if args.check:
+        check_unused(args, ("episodes", "episode_steps"), "--check has steps of its own")
+    args.server.check_used(policy_spec(args))
 
 
 def policy_spec(args: Args) -> str:
@@ -324,6 +356,7 @@ def main() -> int:
     """Run the episodes, the check, or the locator over a film; returns the exit code."""
     args = parse(Args, __doc__)
     check_args(args)
+    check_use(args)
     import_extra("cv2", "arm", "python -m so101.drive")  # fails early, before the arm moves
     if args.replay is not None:
         return replay(args)

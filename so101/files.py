@@ -24,11 +24,11 @@ class DiskError(SO101Error):
     """A file cannot be written."""
 
 
-def disk_error(path: str | Path, error: OSError) -> DiskError:
+def disk_error(path: str | bytes | Path, error: OSError) -> DiskError:
     """The error message for a file that cannot be written."""
     reason = error.strerror or str(error).splitlines()[0]  # FFmpeg's own message has many lines
     full = "free the disk, or " if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None) else ""
-    return DiskError(f"{path}: cannot be written ({reason}); {full}name another place")
+    return DiskError(f"{os.fsdecode(path)}: cannot be written ({reason}); {full}name another place")
 
 
 def is_file(path: str | Path) -> bool:

@@ -1,7 +1,8 @@
-"""Films of episodes, and a plot of where a policy succeeds."""
+"""Films of episodes, in files and in MuJoCo's viewer, and a plot of where a policy succeeds."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from so101.files import write_atomic
 from so101.stats import wilson
 from so101_sim.vector import ArmVectorEnv
+from so101_sim.viewer import Viewer
 
 HOLD_S = 0.5  # how long a film shows the end of an episode
 
@@ -133,3 +135,18 @@ def plot(envs: ArmVectorEnv, episodes: list[dict[str, Any]], title: str, path: P
     right.set_title("paths of the object's centre, from the dot", fontsize=10)
     write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
     plt.close(figure)
+
+
+def play(envs: ArmVectorEnv, episodes: list[dict[str, Any]]) -> None:
+    """Show traced episodes in MuJoCo's viewer, in a loop until it is closed."""
+    viewer, fps = Viewer(envs.model), envs.metadata["render_fps"]
+    print("space: pause; right arrow: next episode; close the window to end")
+    try:
+        for number, episode in itertools.cycle(enumerate(episodes)):
+            result = f"{'success' if episode['success'] else 'no success'}, {episode['length'] / fps:.1f} s"
+            viewer.write(f"episode {number + 1} of {len(episodes)}\nspace\nright arrow", f"{result}\npause\nnext")
+            rest = [episode["qpos"][-1]] * round(HOLD_S * fps)
+            if not all(viewer.show(qpos) for qpos in [*episode["qpos"], *rest]) and not viewer.running:
+                break
+    finally:
+        viewer.close()

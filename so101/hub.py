@@ -10,6 +10,7 @@ repository is either complete or as it was. A repository with other content is r
 import dataclasses
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ class Hub:
 
 def upload_command(path: str | Path, repo: str) -> str:
     """The command that uploads what is at path, for messages."""
-    return f"{command_of('so101.hub')} --path {path} --repo {repo}"
+    return f"{command_of('so101.hub')} --path {shlex.quote(str(path))} --repo {repo}"
 
 
 def files_of(path: Path) -> dict[str, Path]:

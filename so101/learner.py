@@ -30,6 +30,7 @@ from so101.checkpoints import CHECKPOINT, load_file, load_weights, restore_optim
 from so101.distributed import World
 from so101.files import disk_error
 from so101.processes import spawn
+from so101.run_dirs import open_curves
 from so101_env import OBS, TAPE_CENTER_M, Scene, SO101ResidualVectorEnv, sheet_pose
 from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ
@@ -198,8 +199,6 @@ class Worker:
     """The learner with its files: what runs in the learner's process."""
 
     def __init__(self, run: Run):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
         self.run, self.learner = run, Learner(run.args, run.capacity)
         self.records: list[dict[str, Any]] = []
         if run.resume is not None:
@@ -208,7 +207,7 @@ class Worker:
             self.records = saved["recorder"]["recent_episodes"]
         elif run.prior is not None:
             self.learner.load_prior(load_file(run.prior, CHECKPOINT), run.prior)
-        self.writer = SummaryWriter(str(run.run_dir / "tensorboard"))
+        self.writer = open_curves(run.run_dir)
 
     def work(self, lesson: Lesson) -> dict[str, np.ndarray]:
         """Learn from a lesson, and write everything; returns the new weights.
@@ -226,8 +225,9 @@ class Worker:
         head = {"format": CHECKPOINT, "script": sac.SCRIPT, "args": settings}
         recorder = {"recent_episodes": self.records, "finalists": [], "evaluation_due": False}
         content |= {"base_fingerprint": self.run.base_fingerprint, "recorder": recorder}
-        save_tensors(self.run.run_dir / MODEL, head | content)
         try:
+            self.run.run_dir.mkdir(parents=True, exist_ok=True)  # it may have been removed: what was learned is kept
+            save_tensors(self.run.run_dir / MODEL, head | content)
             with open(self.run.run_dir / EPISODES, "a") as file:
                 file.write(json.dumps(lesson.record) + "\n")
             self._log(lesson, metrics)
@@ -331,7 +331,10 @@ def _run_learner(pipe: Connection, run: Run) -> None:
             print(f"the learner has stopped: {error}", file=sys.stderr, flush=True)
     finally:
         if worker is not None:
-            worker.close()
+            try:
+                worker.close()
+            except OSError as error:
+                print(f"the curves are incomplete: {disk_error(run.run_dir, error)}", file=sys.stderr, flush=True)
 
 
 class LearnerProcess:

@@ -28,7 +28,7 @@ from so101_env import (
     make_observation,
     sheet_inside,
 )
-from so101_sim.control import ACT_DIM, JOINTS, Controller, from_rad
+from so101_sim.control import ACT_DIM, JOINTS, Controller, from_rad, valid_delta
 from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ
 
@@ -404,7 +404,7 @@ class Loop:
         picture = self.robot.picture()
         if (age := self.clock.now() - picture.time_s) > PICTURE_AGE_S:
             raise RobotError(f"the camera's newest picture is {1000 * age:.0f} ms old")
-        delta = self.policy.act(self.observe(picture), mask)[0]
+        delta = valid_delta(self.policy, self.policy.act(self.observe(picture), mask), mask)[0]
         if self.film is not None:
             seen = self.policy.seen if isinstance(self.policy, OpenCVPolicy) else {}
             to_picture = scaled(seen["to_picture"][0], self.policy.image_size, picture.image) if seen else None

@@ -165,6 +165,7 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
     check_args(args)
     path = args.resume or args.prior
     if path is None:
+        args.server.check_used(args.base_policy or "onnx:")
         return args, None
     saved = load_file(path, CHECKPOINT)
     own = saved["ranks"][0] if saved["ranks"] else None
@@ -465,7 +466,7 @@ def print_report(practice: Practice, run_dir: Path, args: Args) -> None:
     print(f"waited for the learner {sum(each['waited_s'] for each in records):.1f} s")
     allow = allow_flags([*trust_of(args).allow, args.base_policy])
     drive.print_events(practice.loop.robot.events)
-    arm = arm_flags(args)
+    arm, model = arm_flags(args), shlex.quote(str(model))
     print(f"run:      {command_of('so101.drive')} --model {model}{arm}{allow}")
     print(f"evaluate: {command_of('eval_so101.py')} --model {model}{allow}")
     print(f"go on:    {command_of('so101.practice')} --resume {model} --minutes {2 * args.minutes:g}{arm}{allow}")
@@ -512,8 +513,8 @@ def main() -> int:
                 practice.set_state(saved, args.resume)
             follow(practice)
     except SO101Error as error:
-        model = run_dir / MODEL
-        raise SO101Error(f"{error}; resume with --resume {model}" if model.exists() else str(error)) from error
+        model, text = run_dir / MODEL, str(error)
+        raise SO101Error(f"{text}; resume with --resume {shlex.quote(str(model))}" * model.exists() or text) from error
     finally:
         if practice is not None:
             print_report(practice, run_dir, args)

@@ -15,6 +15,7 @@ if __name__ == "__main__":  # Ctrl+C during the imports ends the program without
 
 import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,12 +24,23 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from so101.cli import Stop, Stoppable, check_flags, check_output, command_of, parse, run_script, use_one_torch_thread
+from so101.cli import (
+    Stop,
+    Stoppable,
+    check_flags,
+    check_output,
+    check_unused,
+    command_of,
+    parse,
+    run_script,
+    use_one_torch_thread,
+)
 from so101.dataset import DatasetError, write_dataset
 from so101.evaluation import RECORD_SEED, evaluate, summarize
 from so101.extras import import_extra
 from so101.hub import connect, upload_command
 from so101.subject import Subject, parse_subject
+from so101.trust import SERVED
 from so101_env import ACTION, ENVIRONMENT, STATE, SO101Error
 from so101_sim.control import ACT_DIM
 from so101_sim.vector import ArmVectorEnv
@@ -63,6 +75,10 @@ def check_args(args: RecordArgs) -> None:
     check_output("--dataset", args.dataset)
     if os.path.lexists(args.dataset):
         raise SO101Error(f"--dataset {args.dataset}: exists; delete it or name another directory")
+    if not args.subject.server.cameras:
+        served = (args.subject.base_policy or "").removeprefix("opencv:").startswith(SERVED)
+        check_unused(args, ["environment_state"], "needs --cameras")
+        check_unused(args.subject.server, [] if served else ["image_size"], "needs --cameras")
 
 
 def write(args: RecordArgs, envs: ArmVectorEnv, episodes: list[dict[str, Any]]) -> None:
@@ -92,9 +108,9 @@ def write(args: RecordArgs, envs: ArmVectorEnv, episodes: list[dict[str, Any]]) 
             each.close()  # ends the line of its progress bar before an error is printed
     print(f"{len(demos)} episodes, {length} frames in {args.dataset}")
     if privileged:
-        print(f"clone: {command_of('so101.clone')} --dataset {args.dataset}")
+        print(f"clone: {command_of('so101.clone')} --dataset {shlex.quote(args.dataset)}")
     if cameras:
-        flags = f"--dataset.repo_id=local/demos --dataset.root={args.dataset} --policy.type=act"
+        flags = f"--dataset.repo_id=local/demos --dataset.root={shlex.quote(args.dataset)} --policy.type=act"
         print(f"train: lerobot-train {flags} --policy.push_to_hub=false --output_dir=outputs/act")
 
 

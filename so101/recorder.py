@@ -6,11 +6,9 @@ import contextlib
 import copy
 import dataclasses
 import json
-import os
 import shlex
 import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -24,13 +22,13 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from so101.checkpoints import load_file, load_weights, restoring, save_tensors
-from so101.cli import check_rendering, command_of, flat_settings, silence_output
+from so101.cli import check_plain_name, check_rendering, check_unused, command_of, flat_settings, silence_output
 from so101.distributed import World
 from so101.evaluation import VALIDATION_SEED, episode_mean, evaluate, no_residual, residual_to_base
 from so101.files import DiskError, copy_file, disk_error, write_atomic, write_json
 from so101.films import write_video
 from so101.resume import reason_for_new_dir
-from so101.run_dirs import ROOT, describe_run, new_run_dir, run_dir_of, stem_of
+from so101.run_dirs import ROOT, describe_run, new_run_dir, open_curves, run_dir_of, stem_of
 from so101.torchrun import RankError
 from so101.trust import allow_flags, trust_of
 from so101_env import BasePolicyError, SO101Error, SO101ResidualVectorEnv
@@ -88,8 +86,14 @@ class Run:
 
     def check_name(self) -> None:
         """Raise SO101Error for a run name that is not a name of a directory in log_dir."""
-        if self.run_name is not None and (Path(self.run_name).parts != (self.run_name,) or self.run_name == ".."):
-            raise SO101Error(f"--run-name {self.run_name!r}: must be a plain name; --log-dir says where")
+        check_plain_name("--run-name", self.run_name)
+
+    def check_used(self) -> None:
+        """Raise SO101Error for the first flag that does nothing in what the others ask for."""
+        if not self.track:
+            check_unused(self, ("wandb_project_name",), "needs --track")
+        if not self.eval_every:
+            check_unused(self, ("capture_video",), "films evaluations, and --eval-every 0 has none")
 
 
 class Recorder:
@@ -218,7 +222,7 @@ class Recorder:
             if self.before is not None:
                 path = self.run_dir / "interrupted_model.pt"
                 save_tensors(path, self.before)
-                text += f"; resume {self.before['global_step']} steps with --resume {path}{self._allow_flags()}"
+                text += f"; resume {self.before['global_step']} steps with {self._resume_flags(path)}"
             raise SO101Error(text) from error
         if isinstance(error, FloatingPointError):
             raise RankError(
@@ -236,7 +240,7 @@ class Recorder:
             save_tensors(path, self._content())
         except (OSError, DiskError):
             return "the run's state could not be saved"
-        return f"resume {self.global_step} steps with --resume {path}{self._allow_flags()}"
+        return f"resume {self.global_step} steps with {self._resume_flags(path)}"
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -244,7 +248,7 @@ class Recorder:
         try:
             yield
         except OSError as error:
-            raise disk_error(os.fsdecode(error.filename or self.run_dir), error) from error
+            raise disk_error(error.filename or self.run_dir, error) from error
 
     def stopped(self) -> bool:
         """Whether a signal requested a stop on any rank: the same answer on all of them."""
@@ -382,14 +386,14 @@ class Recorder:
             speed += f", {summary['base_time_s'] / summary['wall_time_s']:.0%} of the time for the base policy"
         self._say(f"{self.global_step} steps in {summary['wall_time_s']:.1f} s ({speed}), saved in {self.run_dir}")
         if self.stop_signum:
-            self._say(f"resume:   {self._own_command()} --resume {model}{self._allow_flags()}")
+            self._say(f"resume:   {self._own_command()} {self._resume_flags(model)}")
             return
         if best:
             text = f"success: best model (step {best['step']}, {best['episodes']} episodes) {best['success_rate']:.2f}"
             text += f", last {self.result['success_rate']:.2f}" if self.result else ""
             self._say(f"{text}, {self.reference} {self.reference_success:.2f}")
         allow = self._allow_flags(self.script)
-        self._say(f"evaluate: {command_of('eval_so101.py')} --model {summary['best_checkpoint']}{allow}")
+        self._say(f"evaluate: {command_of('eval_so101.py')} --model {shlex.quote(summary['best_checkpoint'])}{allow}")
 
     def _base_flag(self) -> str:
         """The flag that names the base policy of the training environments."""
@@ -403,6 +407,10 @@ class Recorder:
         """The flag that lets a command use the base policy of this run's files, and the script that wrote them."""
         spec = self.args.base.base_policy if hasattr(self.args, "base") else "zero"
         return allow_flags([*script, *trust_of(self.args).allow, spec])
+
+    def _resume_flags(self, model: Path) -> str:
+        """The flags that resume a model of this run."""
+        return f"--resume {shlex.quote(str(model))}{self._allow_flags()}"
 
     def _own_command(self) -> str:
         name = Path(self.script)
@@ -491,8 +499,6 @@ class Recorder:
             import wandb
 
             wandb.run.name = self.run_dir.name
-        from torch.utils.tensorboard import SummaryWriter  # after wandb, which patches it; and slow to import
-
         evaluations = self.run_dir / "eval_results" / "evaluations.jsonl"
         if self.continued and evaluations.is_file():  # what was evaluated after the checkpoint is evaluated again
             lines = self._evaluations(evaluations)
@@ -500,9 +506,8 @@ class Recorder:
             self.result = json.loads(lines[-1]) if lines else None
             if self.result and self.reference_success is None:
                 self.reference_success = self.result["reference_success_rate"]
-        threading.excepthook = _report_unless_kept
         purge = self.first_step + 1 if self.continued else None
-        self.writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge)
+        self.writer = open_curves(self.run_dir, purge_step=purge)  # after wandb, which patches TensorBoard's writer
         if not self.continued:
             write_json(self.run_dir / "config.json", describe_run(self.script, self.args))
             table = "".join(f"|{key}|{value}|\n" for key, value in settings.items())
@@ -604,12 +609,6 @@ class Recorder:
             "best_eval_episodes": best["episodes"] if best else None,
             "best_checkpoint": str(self.run_dir / "best_model" / "best_model.pt" if best else model),
         }
-
-
-def _report_unless_kept(args: threading.ExceptHookArgs) -> None:
-    """Report an error that ended a thread, unless TensorBoard's writer keeps it, to raise it where it is used."""
-    if type(args.thread).__name__ != "_AsyncWriterThread":
-        threading.__excepthook__(args)
 
 
 def _ranking(evaluation: dict[str, Any]) -> list[float]:

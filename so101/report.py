@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from so101 import stats
-from so101.cli import check_output, command_line, parse, run_script
+from so101.cli import check_output, check_unused, command_line, parse, run_script
 from so101.files import write_atomic, write_json
 from so101.result_files import NOT_RECORDED, Policy, commit_of, episodes_differ, read_policy, versions_of
 from so101.run_dirs import describe_run
@@ -65,6 +65,8 @@ def read_policies(args: Args) -> list[Policy]:
         policies.append(read_policy(name, pattern, False, args.lerobot_seed))
     if not policies:
         raise SO101Error("--results: give at least one NAME=FILE")
+    if not any("--lerobot-seed" in str(source.get("seed")) for policy in policies for source in policy.sources):
+        check_unused(args, ["lerobot_seed"], "none of --results is of lerobot-eval, whose seed it states")
     seen: dict[str, str] = {}
     for source in (source for policy in policies for source in policy.sources):
         if other := seen.get(source["SHA-256"]):

@@ -39,8 +39,11 @@ def parse_run(
     if one_rank and is_launched():
         raise SO101Error(f"{script} trains in one process: start it without torchrun")
     args = parse(cls, description)
+    args.run.check_used()
     if (path := args.run.resume) is None:
         check_args(args)
+        if hasattr(args, "base"):
+            args.base.server.check_used(args.base.base_policy)
         return args, None
     saved = load_file(path, kind)
     if saved["script"] != script:

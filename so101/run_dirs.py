@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,20 @@ def new_run_dir(log_dir: Path, name: str, *subdirectories: str) -> Path:
             text = f"--log-dir {log_dir}: cannot be written ({error.strerror}); name another directory"
             raise SO101Error(text) from error
     raise SO101Error(f"--log-dir {log_dir}: is not a directory; name another one")
+
+
+def open_curves(run_dir: Path, **options: Any) -> Any:
+    """TensorBoard's SummaryWriter of a run. An error of its own thread is raised where it is used, and only there."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    threading.excepthook = _report_unless_kept
+    return SummaryWriter(str(run_dir / "tensorboard"), **options)
+
+
+def _report_unless_kept(args: threading.ExceptHookArgs) -> None:
+    """Report an error that ended a thread, unless TensorBoard's writer keeps it."""
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(args)
 
 
 def run_dir_of(path: str) -> Path:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from so101.base import BasePolicy, camera_names, follow_chunks, new_chunks
+from so101.cli import check_unused
 from so101.extras import import_extra
 from so101.groot import JOINT_GROUPS, Modality, PolicyError, check_action, identity_of, make_request
 from so101.trust import Trust
@@ -51,6 +52,20 @@ class Server:
     trust: Trust = dataclasses.field(default_factory=Trust)
 
     RANGES: ClassVar[dict[str, tuple[float, float]]] = {"chunk_steps": (1, 1000), "server_timeout": (0.1, 3600)}
+
+    def check_used(self, spec: str, *recorded: str) -> None:
+        """Raise SO101Error for the first option without effect on the base policy that a person has named by spec.
+
+        Args:
+            spec: the base policy's spec string.
+            recorded: options that also are for a recording.
+        """
+        kind = spec.removeprefix("opencv:").partition(":")[0]
+        names = {"cameras", "image_size", "units", "chunk_steps", "instruction", "server_timeout"} - {*recorded}
+        if kind == "lerobot":
+            check_unused(self, ("server_timeout",), f"{spec} is no server")
+        elif kind != "server":
+            check_unused(self, names, f"only server:HOST:PORT and lerobot:DIR have it, {spec} has not")
 
     def camera_map(self) -> dict[str, str]:
         """Cameras of the scene, by their names in datasets and at the server."""

@@ -116,9 +116,11 @@ def parse_subject(
 def _load(subject: Subject, unused: tuple[str, ...]) -> Loaded:
     """What a subject names; options of the policy server named by unused must not be given with a model."""
     if subject.model is None:
+        recorded = {"cameras", "image_size"} - {*unused}
+        subject.server.check_used(subject.base_policy, *recorded)
         policy = load_policy(subject.base_policy, subject.server)
         return _base_loaded("base alone", subject.base_policy, policy, Task(), None, subject)
-    own = ("units", "chunk_steps", "instruction", *unused)
+    own = ("units", "chunk_steps", "instruction", "server_timeout", *unused)
     if given := [name for name in own if getattr(subject.server, name) != getattr(Server(), name)]:
         raise SO101Error(f"{flag_of(given[0])}: the model has its own; drop the flag")
     if Path(subject.model).suffix == ".onnx":

@@ -33,7 +33,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import tyro
 
-from so101.cli import Stop, Stoppable, check_flags, check_output, parse, run_script
+from so101.cli import Stop, Stoppable, check_flags, check_output, check_unused, parse, run_script
 from so101.feetech import ERRORS, MIDDLE, READ, REGISTERS, SYNC_READ, Bus, Packet, Reader, Servo
 from so101.files import write_json
 from so101.simulated_arm import Flaws, RealTime, SimulatedArm, report_speed
@@ -658,6 +658,9 @@ def main() -> int:
     check_flags(args.flaws, Flaws.RANGES)
     if not all(8 <= side <= 2048 for side in args.camera_size):
         raise SO101Error(f"--camera-size {args.camera_size}: both must be in [8, 2048]")
+    if args.camera is None:
+        check_unused(args, ("camera_size", "visual_randomization"), "needs --camera")
+        check_unused(args.flaws, ("camera_turned", "picture_latency_s"), "needs --camera")
     check_output("--write-calibration", args.write_calibration, (".json",))
     if args.camera_zmq is not None and args.camera is None:
         raise SO101Error("--camera-zmq needs --camera: --camera 0 takes any free port")

@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mujoco
 import numpy as np
 
-from so101_sim.errors import SO101Error
+from so101_sim.errors import BasePolicyError, SO101Error
 from so101_sim.scene import ASSETS, CONTROL_HZ
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
@@ -33,6 +33,7 @@ LATENCY_S = 2 / CONTROL_HZ  # upper bound on command latency; not measured on a 
 # of the 12 V servo, which is the model's, and joints differ. Then the same for a gain that `learn_gain` has found.
 GAIN_FLOOR, LEARNED_GAIN_FLOOR = 0.4, 0.8
 LARGEST_GAIN = 2.5  # that learn_gain can find, as a share of the expected one
+MAX_DELTA_RAD = 6.3  # no joint has a wider range: a base policy that asks for more has its units wrong
 HOLDING_N_M = 0.2  # a joint that carries more than this shows its servo's gain
 TICKS_PER_TURN = 4096  # encoder resolution
 # Accepted spans of the joints that a hand sweeps from stop to stop, degrees. In published calibrations of SO-101
@@ -46,6 +47,27 @@ SPANS_DEG = {
 def clamp(x: np.ndarray, low: object, high: object) -> np.ndarray:
     """np.clip for small arrays: np.clip takes three times as long on the few rows of a step, 1 % of a training run."""
     return np.minimum(np.maximum(x, low), high)
+
+
+def valid_delta(policy: Any, answer: Any, mask: np.ndarray) -> np.ndarray:
+    """What a base policy's `act` has returned, as joint deltas (N, 6), rad, for the rows in mask, (N,) bool.
+
+    Raises BasePolicyError unless they are finite numbers of this shape, and within reach.
+    """
+    name, expected = type(policy).__name__, (len(mask), ACT_DIM)
+    try:
+        delta = np.asarray(answer, np.float64)
+    except (TypeError, ValueError) as error:
+        raise BasePolicyError(f"base policy {name}: act() must return numbers {expected} ({error})") from error
+    if delta.shape != expected or not np.isfinite(delta).all():
+        found = "NaN or Inf" if delta.shape == expected else delta.shape
+        raise BasePolicyError(f"base policy {name}: act() must return finite {expected}, got {found}")
+    if (largest := float(np.abs(delta[mask]).max(initial=0.0))) > MAX_DELTA_RAD:
+        raise BasePolicyError(
+            f"base policy {name}: asks for a joint to move by {largest:.1f} rad in one step, at most "
+            f"{MAX_DELTA_RAD:.1f} is within reach; are its actions in degrees?"
+        )
+    return delta
 
 
 # ---------------------------------------------------------------------------------------------------------------------

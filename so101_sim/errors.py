@@ -13,6 +13,10 @@ class SO101Error(ValueError):
     """A user error: one line that says what is wrong and how to fix it. Scripts print it and exit with code 2."""
 
 
+class BasePolicyError(SO101Error):
+    """A base policy that cannot act, or whose action is invalid. It ends the run."""
+
+
 def require(condition: bool, name: str, value: Any, expected: str) -> None:
     """Raise SO101Error if an argument is not as expected."""
     if not condition:

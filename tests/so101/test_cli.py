@@ -141,6 +141,61 @@ def test_bad_flags_of_the_others(small_run, monkeypatch, script, flags, words):
     assert words.replace("MODEL", model) in line and "\n" not in line
 
 
+@pytest.mark.parametrize(
+    "script, flags, flag",
+    [
+        ("ppo_residual_so101.py", "--wandb-project-name p", "--wandb-project-name: needs --track"),
+        ("ppo_residual_so101.py", "--capture-video --eval-every 0", "--capture-video"),
+        ("ppo_residual_so101.py", "--no-sheet-feature --contact-gain 1", "--contact-gain"),
+        ("ppo_residual_so101.py", "--arm-randomization --full-randomization", "--full-randomization contradicts"),
+        ("ppo_residual_so101.py", "--units deg", "--units"),
+        ("so101.sac", "--base-policy opencv:jacobian --chunk-steps 4", "--chunk-steps"),
+        ("so101.ppo_rgb", "--base-policy lerobot:x --units deg --server-timeout 3", "--server-timeout"),
+        ("so101.sac", "--base-batch 0.3", "--base-batch: needs a base policy"),
+        ("so101.sac", "--no-sheet-feature --contact-gain 1", "--contact-gain"),
+        ("so101.distill", "--capture-video --eval-every 0", "--capture-video"),
+        ("eval_so101.py", "--base-policy jacobian --video-episodes 2", "--video-episodes: needs --video"),
+        ("eval_so101.py", "--base-policy jacobian --size 64 64", "--size: needs --video"),
+        ("eval_so101.py", "--base-policy jacobian --image-size 32", "--image-size"),
+        ("eval_so101.py", "--model assets/pretrained.pt --export new.onnx --episodes 3", "--episodes: --export"),
+        ("eval_so101.py", "--model assets/pretrained.pt --export new.onnx --json new.json", "--json: --export"),
+        ("eval_so101.py", "--model assets/pretrained.pt --export new.onnx --no-base", "--no-base: --export"),
+        ("eval_so101.py", "--model assets/pretrained.pt --export new.onnx --tape-margin 0.02", "--tape-margin"),
+        ("eval_so101.py", "--model assets/pretrained.pt --server-timeout 3", "--server-timeout"),
+        ("so101.record", "--base-policy jacobian --dataset new --environment-state", "--environment-state: needs"),
+        ("so101.record", "--base-policy jacobian --dataset new --image-size 32", "--image-size: needs --cameras"),
+        ("so101.record", "--base-policy jacobian --dataset new --units deg", "--units"),
+        ("so101.drive", "--servo-gain 1", "--servo-gain: only a real arm"),
+        ("so101.drive", "--no-outlines", "--no-outlines: needs --video"),
+        ("so101.drive", "--robot lerobot:PORT --no-visual-randomization", "--no-visual-randomization: only the sim"),
+        ("so101.drive", "--robot lerobot:PORT --check --episodes 3", "--episodes: --check"),
+        ("so101.drive", "--replay README.md --episodes 2", "--episodes: --replay"),
+        ("so101.drive", "--replay README.md --video new.mp4 --no-outlines", "--no-outlines: --replay"),
+        ("so101.drive", "--units deg", "--units"),
+        ("so101.practice", "--robot-id x", "--robot-id: only a real arm"),
+        ("so101.practice", "--base-policy jacobian --cameras top", "--cameras"),
+        ("so101.virtual_arm", "--port new --camera-size 96 96", "--camera-size: needs --camera"),
+        ("so101.virtual_arm", "--port new --camera-turned", "--camera-turned: needs --camera"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_an_error(tmp_path, monkeypatch, script, flags, flag):
+    monkeypatch.chdir(ROOT)
+    logs = ["--log-dir", str(tmp_path)] if script.startswith(("ppo", "so101.sac", "so101.ppo", "so101.dis")) else []
+    line = error_of(monkeypatch, script, *flags.split(), *logs)
+    assert line.startswith(flag) and "drop" in line and "\n" not in line
+    assert not list(tmp_path.iterdir()) and not list(ROOT.glob("new*"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["..", ".", "a/..", "a/../..", "/tmp/a", "./a", "a/", "a\nb", "a\tb", "\x1b[2J", "\0", " a", "a ", "-a", 201 * "a"],
+)
+def test_a_name_is_that_of_one_file_in_any_directory(monkeypatch, name):
+    for script, flag in (("so101.sac", "--run-name"), ("so101.practice", "--run-name"), ("so101.drive", "--robot-id")):
+        line = error_of(monkeypatch, script, f"{flag}={name}", *["--robot", "lerobot:x"] * (flag == "--robot-id"))
+        assert line.startswith(f"{flag} {name!r:.80}") and line.isprintable()
+
+
 def test_an_export_to_lerobot_says_what_is_missing(monkeypatch, small_run, tmp_path):
     monkeypatch.setitem(sys.modules, "lerobot_policy_so101_residual.export", None)
     flags = ["--model", str(small_run / "final_model.pt"), "--export-lerobot", str(tmp_path / "new")]

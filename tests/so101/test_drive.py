@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -169,15 +170,33 @@ def test_a_dry_run_prints_and_sends_nothing(capsys):
     assert loop.robot.sent == [] and len(lines) == 3 and all("would send  shoulder_pan" in line for line in lines)
 
 
-def test_a_policy_that_fails_stops_the_arm():
-    class Failing(OpenCVPolicy):
-        def act(self, obs, mask):
-            self.calls = getattr(self, "calls", 0) + 1
-            return super().act(obs, mask) * (np.nan if self.calls > 5 else 1.0)
+@pytest.mark.parametrize("own_view", [True, False])
+@pytest.mark.parametrize(
+    "answer, words",
+    [
+        (np.full((1, 6), np.nan), "must return finite (1, 6), got NaN or Inf"),
+        (np.full((1, 6), np.inf), "must return finite (1, 6), got NaN or Inf"),
+        (np.zeros((1, 5)), "must return finite (1, 6), got (1, 5)"),
+        (None, "must return finite (1, 6), got ()"),
+        ([["x"] * 6], "must return numbers (1, 6)"),
+        (np.full((1, 6), 57.0), "57.0 rad in one step, at most 6.3 is within reach; are its actions in degrees?"),
+    ],
+    ids=["nan", "inf", "shape", "none", "texts", "degrees"],
+)
+def test_a_policy_that_fails_stops_the_arm(answer, words, own_view):
+    """As in the simulation, whether it sees the camera itself or through OpenCV."""
 
-    loop = make_loop(Failing(None))
-    with pytest.raises(SO101Error, match="joint deltas must be 6 finite numbers, got .nan"):
+    class Failing(BasePolicy):
+        cameras, calls = ("top",) * own_view, 0
+
+        def act(self, obs, mask):
+            self.calls += 1
+            return answer if self.calls > 5 else np.zeros((1, 6))
+
+    loop = make_loop(Failing() if own_view else OpenCVPolicy(Failing()))
+    with pytest.raises(SO101Error, match=re.escape("base policy Failing: ")) as error:
         loop.episode(30, TASK.tape_margin)
+    assert words in str(error.value)
     assert len(loop.robot.sent) == 5 and np.isfinite(loop.robot.sent).all()
 
 

@@ -141,6 +141,23 @@ def test_the_learner_is_the_same_in_this_process_and_in_its_own(tmp_path):
     assert_equal_training_state(tmp_path / "local" / MODEL, directory / MODEL)
 
 
+@pytest.mark.parametrize("learner_class", [LocalLearner, LearnerProcess])
+def test_a_directory_that_is_removed_meanwhile_is_one_line_and_what_was_learned_is_kept(tmp_path, capfd, learner_class):
+    learner = learner_class(Run(SETTINGS, 200, tmp_path / "run", ""))
+    learner.give(make_lesson(0))
+    learner.take()
+    if learner_class is LearnerProcess:
+        learner.take()  # the weights of the beginning came first
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(practice.SO101Error, match="cannot be written"):
+        for number in range(1, 4):  # the curves are written by a thread
+            learner.give(make_lesson(number))
+            learner.take()
+    assert load(tmp_path / "run" / MODEL)["global_step"] >= 40 and "Traceback" not in capfd.readouterr().err
+    if learner_class is LearnerProcess:
+        learner.close()
+
+
 def test_a_lesson_that_was_given_is_learned_although_the_run_ends(tmp_path):
     learner = LearnerProcess(Run(SETTINGS, 200, tmp_path, ""))
     learner.take()

@@ -39,7 +39,9 @@ from so101.checkpoints import CHECKPOINT, load_checkpoint
 from so101.cli import flat_settings
 from so101.distributed import World
 from so101.evaluation import VALIDATION_SEED, episode_mean, evaluate
+from so101.files import disk_error
 from so101.recorder import Recorder
+from so101.run_dirs import open_curves
 
 # -- what a run leaves behind
 
@@ -356,6 +358,32 @@ def test_a_directory_that_is_removed_meanwhile_is_one_line_and_the_state_is_kept
     assert process.returncode == 2 and "Traceback" not in "".join(error), error
     assert "cannot be written" in error[-1] and f"--resume {model}" in error[-1]
     assert f"resume {load_checkpoint(model).saved['global_step']} steps" in error[-1]
+
+
+def test_curves_whose_directory_is_gone_raise_only_where_they_are_written(tmp_path, capfd):
+    writer = open_curves(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(OSError) as error:
+        for step in range(100):
+            writer.add_scalar("loss", 0.0, step)
+            writer.flush()
+    assert str(disk_error(error.value.filename, error.value)).startswith(str(tmp_path / "run" / "tensorboard"))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_printed_commands_work_with_any_path(tmp_path, monkeypatch, capsys):
+    train(tmp_path / "my runs; $x", "--total-timesteps", "64", "--num-envs", "2", "--minibatch-size", "32")
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert Path(words[words.index("--model") + 1]).is_file()
+
+
+def test_an_output_that_is_full_costs_no_file(tmp_path):
+    flags = ["--base-policy", "jacobian", "--episodes", "2", "--plot", "p.png", "--json", "r.json"]
+    words = f"{shlex.join([*command('eval_so101.py'), *flags])} > /dev/full"
+    env = environment(PYTHONUNBUFFERED="1")
+    done = subprocess.run(words, shell=True, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=60)
+    assert done.returncode == 2 and "standard output: cannot be written" in done.stderr and "Trace" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"p.png", "r.json"}
 
 
 def test_half_a_line_of_evaluations_does_not_stop_a_resumed_run(small_run, tmp_path):
