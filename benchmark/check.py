@@ -171,7 +171,7 @@ def main() -> int:
         print("\n".join(f"{row:29} {describe(path, args.trust)}" for row, path in rows.items()))
         return 0
     if args.row not in rows:
-        raise SO101Error(f"--row {args.row}: there is no such row; --list describes {', '.join(rows)}")
+        raise SO101Error(f"--row {args.row or 'is missing'}: there is no such row; --list describes {', '.join(rows)}")
     fresh = range(args.first_seed, args.first_seed + args.seeds)
     if not (1 <= args.seeds <= 1000 and 0 <= fresh.start and fresh.stop <= 2**32):
         raise SO101Error(f"--seeds {args.seeds} --first-seed {args.first_seed}: give 1 to 1000 seeds of 0 to 2**32 - 1")

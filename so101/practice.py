@@ -493,6 +493,9 @@ def main() -> int:
     if args.resume:
         check_time(saved, args)
         run_dir = Path(args.resume).parent
+        if (run_dir / MODEL).exists() and not (run_dir / MODEL).samefile(args.resume):
+            text = f"the run would replace {run_dir / MODEL}; copy the file into a directory of its own"
+            raise SO101Error(f"--resume {args.resume}: {text}")
     else:
         if args.prior:
             check_prior(saved, args, task)

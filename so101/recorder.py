@@ -441,13 +441,17 @@ class Recorder:
 
     def _find_finalists(self, finalists: list[dict[str, Any]]) -> None:
         """The best models of the resumed run, whose files must lie in its directory; prints which are missing."""
+        directory, lost = run_dir_of(self.run.resume) / "best_model", []
         for each in finalists:
-            path = run_dir_of(self.run.resume) / "best_model" / self._model_name(each["step"])
-            if path.is_file():
+            path = directory / self._model_name(each["step"])
+            saved = load_file(path, self.kind) if path.is_file() else None
+            if saved and each in saved["recorder"].get("finalists", ()):  # otherwise it is of another run
                 self.finalists.append(each)
-                self.weights[each["step"]] = load_file(path, self.kind)["agent"]
-            elif self.world.is_main:
-                print(f"{path} is missing: the best model is chosen without that of step {each['step']}", flush=True)
+                self.weights[each["step"]] = saved["agent"]
+            else:
+                lost.append(path.name)
+        if lost and self.world.is_main:
+            print(f"missing in {directory}: {', '.join(lost)}; the best model is chosen without", flush=True)
 
     def _make_run_dir(self) -> Path:
         """The directory of the run: that of the resumed one if the checkpoint is where it stopped, or a new one."""

@@ -17,7 +17,7 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -203,9 +203,17 @@ def serve(socket: Any, policy: LeRobotPolicy) -> None:
         socket.send(reply)
 
 
+class Parser(argparse.ArgumentParser):
+    """Reports an error in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print it, and exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def main() -> None:
     """Serve until Ctrl+C."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m so101.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, type=Path, help="directory with config.json and model.safetensors")

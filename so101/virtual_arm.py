@@ -643,6 +643,18 @@ class Args:
     flaws: Flaws = dataclasses.field(default_factory=Flaws)
 
 
+def write_calibration(path: str) -> None:
+    """Write LeRobot's calibration file of this arm. Raises SO101Error if another file is there, as a real arm's."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        if json.loads(Path(path).read_bytes()) == factory_calibration():
+            return
+    if os.path.lexists(path):
+        raise SO101Error(
+            f"--write-calibration {path}: exists, and may be of another arm; delete it, or name another place"
+        )
+    write_json(Path(path), factory_calibration())
+
+
 def main() -> int:
     """Run the virtual arm until a signal; returns the exit code."""
     args = parse(Args, __doc__)
@@ -666,7 +678,7 @@ def main() -> int:
         raise SO101Error("--camera-zmq needs --camera: --camera 0 takes any free port")
     faults = [parse_fault(text) for text in args.fault]
     if args.write_calibration:
-        write_json(Path(args.write_calibration), factory_calibration())
+        write_calibration(args.write_calibration)
     calibration = load_calibration(args.calibration) if args.calibration else None
     start_rad = REST_RAD if args.start == "rest" else HOME_RAD
     virtual = VirtualArm(args.flaws, args.tape_margin, args.servo, start_rad, calibration, args.seed)

@@ -1,5 +1,6 @@
 """The documentation site, GitHub's files, and the address of the repository in them."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment
+
+from so101.cli import _field_names
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
@@ -117,6 +120,38 @@ BREAKS = {  # what is put at the end of a page, and what the build must say abou
 
 
 @pytest.mark.slow
+def settings_of(script: str) -> type | None:
+    """The dataclass with the flags of a script; None if it has none, as so101.serve."""
+    path = next((p for p in (ROOT / script, ROOT / f"{script.replace('.', '/')}.py") if p.is_file()), None)
+    if path is None:  # an example of a script of your own
+        return None
+    spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    names = [name for name in vars(module) if name.endswith("Args") and vars(module)[name].__module__ == spec.name]
+    return vars(module)[names[0]] if len(names) == 1 else None
+
+
+def test_the_flags_of_documented_commands_exist(monkeypatch):
+    """On the pages, in the docstrings of scripts, and in the scripts that call them; the rest may be placeholders."""
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    files = {*ROOT.rglob("*.md"), *ROOT.rglob("*.sh"), *ROOT.glob("*.py"), *ROOT.glob("so101/*.py"), ROOT / ".ci/run"}
+    files |= {*ROOT.glob("benchmark/*.py")}
+    found: dict[str, set[tuple[str, str]]] = {}
+    for file in files - {ROOT / "CHANGELOG.md"}:  # it also has flags that are gone
+        text = re.sub(r"\\+\n\s*", " ", file.read_text())  # commands of several lines
+        for script, rest in re.findall(r"python3? (?:-m )?([\w./]+)((?: [^\n`|;&>#]*)?)", text):
+            for flag in re.findall(r"(?<= )--([a-z][a-z0-9-]*)", rest):
+                found.setdefault(script, set()).add((flag, file.name))
+    ours = {script: settings for script in found if (settings := settings_of(script))}
+    assert {"eval_so101.py", "ppo_residual_so101.py", "so101.drive", "benchmark/check.py"} <= {*ours}
+    unknown = []
+    for script, settings in ours.items():
+        names = {name.replace("_", "-") for name in _field_names(settings)}
+        unknown += [(script, *each) for each in found[script] if each[0].removeprefix("no-") not in {*names, "help"}]
+    assert not unknown
+
+
 def test_a_broken_link_fails_the_build(tmp_path):
     pytest.importorskip("myst_nb")
     source = tmp_path / "source"

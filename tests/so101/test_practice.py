@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import assert_equal_training_state, load, run_script
+from conftest import assert_equal_training_state, error_of, load, run_script
 from PIL import Image
 
 from so101 import drive, practice, sac
@@ -322,6 +322,17 @@ def test_the_film_of_reset_and_episode_is_a_gif_for_tensorboard(practised):
     assert film.width == 160 and film.height == 120 and film.encoded_image_string.startswith(b"GIF89a")
     assert Image.open(io.BytesIO(film.encoded_image_string)).n_frames > 20  # an episode alone has at most nine
     assert "Success/practice" in accumulator.Tags()["scalars"]
+
+
+def test_a_resumed_run_replaces_no_other_model(practised, tmp_path, monkeypatch):
+    """As the one that has gone further than the copy that is resumed."""
+    shutil.copytree(practised, copied := tmp_path / "copied")
+    saved = load(copied / MODEL)
+    save_tensors(copied / "older.pt", saved)
+    before = (copied / MODEL).read_bytes()
+    flags = ["--virtual-time", "--minutes", "9", "--resume", str(copied / "older.pt")]
+    assert f"the run would replace {copied / MODEL}; copy" in error_of(monkeypatch, "so101.practice", *flags)
+    assert (copied / MODEL).read_bytes() == before
 
 
 def test_a_resumed_run_goes_on_with_buffer_and_counters(practised, tmp_path, monkeypatch, capsys):

@@ -35,7 +35,7 @@ from conftest import (
 )
 
 from ppo_residual_so101 import Agent, Args, make_envs
-from so101.checkpoints import CHECKPOINT, load_checkpoint
+from so101.checkpoints import CHECKPOINT, load_checkpoint, save_tensors
 from so101.cli import flat_settings
 from so101.distributed import World
 from so101.evaluation import VALIDATION_SEED, episode_mean, evaluate
@@ -279,13 +279,22 @@ def test_a_resumed_run_continues_in_its_directory(tmp_path):
     assert steps == [*range(256, 9000, 256), 9000] and stopped in steps
 
 
-def test_a_lone_checkpoint_can_be_resumed(small_run, tmp_path):
+@pytest.mark.parametrize("beside", ["nothing", "best models of another run"])
+def test_a_lone_checkpoint_can_be_resumed(small_run, tmp_path, beside):
     """Its best models are missing, which is printed; training itself is exact."""
     lone = tmp_path / "lone.pt"
     shutil.copy(small_run / "checkpoints" / "ppo_residual_2048_steps.pt", lone)
+    if beside != "nothing":
+        (own,) = load(lone)["recorder"]["finalists"]
+        name = f"ppo_residual_{own['step']}_steps.pt"
+        saved = load(small_run / "best_model" / name)
+        saved["recorder"]["finalists"] = [{**own, "mean_return": own["mean_return"] - 1.0}]
+        (tmp_path / "best_model").mkdir()
+        save_tensors(tmp_path / "best_model" / name, saved)
     done = run_script("ppo_residual_so101.py", "--resume", str(lone), "--log-dir", str(tmp_path / "logs"))
-    assert done.returncode == 0 and "is missing: the best model is chosen without" in done.stdout, done.stderr
+    assert done.returncode == 0 and done.stdout.count("; the best model is chosen without\n") == 1, done.stderr
     (run,) = (tmp_path / "logs").iterdir()
+    assert {each["step"] for each in load(run / "final_model.pt")["recorder"]["finalists"]} == {3000}
     states = [load(each / "final_model.pt") for each in (run, small_run)]
     for key in ("agent", "optimizer", "ranks"):
         assert_same(states[0][key], states[1][key], key)

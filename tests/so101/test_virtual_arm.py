@@ -580,6 +580,17 @@ def test_flags_that_cannot_be_used_are_named_and_no_port_is_left(tmp_path, monke
     assert not os.path.lexists(port)
 
 
+def test_the_calibration_of_another_arm_is_not_replaced(tmp_path):
+    own, other = tmp_path / "own.json", tmp_path / "other.json"
+    for _ in range(2):  # its own file may be there already
+        virtual_arm.write_calibration(str(own))
+    changed = json.loads(own.read_text()) | {"gripper": {}}
+    other.write_text(json.dumps(changed))
+    with pytest.raises(SO101Error, match="other.json: exists, and may be of another arm"):
+        virtual_arm.write_calibration(str(other))
+    assert json.loads(other.read_text()) == changed
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # LeRobot
 
