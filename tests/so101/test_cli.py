@@ -16,6 +16,7 @@ from conftest import ROOT, error_of, run_script, train
 from so101 import cli
 from so101.cli import parse
 from so101.files import write_json
+from so101.recorder import Run
 from so101.server import Server
 from so101_env import SO101Error
 
@@ -190,10 +191,22 @@ def test_a_flag_that_would_do_nothing_is_an_error(tmp_path, monkeypatch, script,
     "name",
     ["..", ".", "a/..", "a/../..", "/tmp/a", "./a", "a/", "a\nb", "a\tb", "\x1b[2J", "\0", " a", "a ", "-a", 201 * "a"],
 )
-def test_a_name_is_that_of_one_file_in_any_directory(monkeypatch, name):
-    for script, flag in (("so101.sac", "--run-name"), ("so101.practice", "--run-name"), ("so101.drive", "--robot-id")):
-        line = error_of(monkeypatch, script, f"{flag}={name}", *["--robot", "lerobot:x"] * (flag == "--robot-id"))
-        assert line.startswith(f"{flag} {name!r:.80}") and line.isprintable()
+def test_a_name_is_that_of_one_file_in_any_directory(name):
+    with pytest.raises(SO101Error) as error:
+        Run(run_name=name).check_name()
+    assert str(error.value).startswith(f"--run-name {name!r:.80}") and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        *((script, "--run-name=..") for script in ("ppo_residual_so101.py", "so101.sac", "so101.ppo_rgb")),
+        *((script, "--run-name=..") for script in ("so101.distill", "so101.practice")),
+        ("so101.drive", "--robot lerobot:x --robot-id=.."),
+    ],
+)
+def test_scripts_check_the_names_they_are_given(monkeypatch, script, flags):
+    assert "'..': must be a plain name" in error_of(monkeypatch, script, *flags.split())
 
 
 def test_an_export_to_lerobot_says_what_is_missing(monkeypatch, small_run, tmp_path):

@@ -330,7 +330,7 @@ def test_a_resumed_run_replaces_no_other_model(practised, tmp_path, monkeypatch)
     saved = load(copied / MODEL)
     save_tensors(copied / "older.pt", saved)
     before = (copied / MODEL).read_bytes()
-    flags = ["--virtual-time", "--minutes", "9", "--resume", str(copied / "older.pt")]
+    flags = ["--virtual-time", "--minutes", "0.6", "--resume", str(copied / "older.pt")]
     assert f"the run would replace {copied / MODEL}; copy" in error_of(monkeypatch, "so101.practice", *flags)
     assert (copied / MODEL).read_bytes() == before
 
