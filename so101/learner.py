@@ -28,7 +28,7 @@ from so101 import sac
 from so101.arm_film import CameraFilm, Frame
 from so101.checkpoints import CHECKPOINT, load_file, load_weights, restore_optimizer, restoring, save_tensors
 from so101.distributed import World
-from so101.files import disk_error
+from so101.files import DiskError, disk_error
 from so101.processes import spawn
 from so101.run_dirs import open_curves
 from so101_env import OBS, TAPE_CENTER_M, Scene, SO101ResidualVectorEnv, sheet_pose
@@ -226,14 +226,22 @@ class Worker:
         recorder = {"recent_episodes": self.records, "finalists": [], "evaluation_due": False}
         content |= {"base_fingerprint": self.run.base_fingerprint, "recorder": recorder}
         try:
-            self.run.run_dir.mkdir(parents=True, exist_ok=True)  # it may have been removed: what was learned is kept
-            save_tensors(self.run.run_dir / MODEL, head | content)
+            self._save(head | content)
             with open(self.run.run_dir / EPISODES, "a") as file:
                 file.write(json.dumps(lesson.record) + "\n")
             self._log(lesson, metrics)
-        except OSError as error:
+        except (OSError, DiskError) as error:
+            if not (self.run.run_dir / MODEL).exists():  # it was removed with its directory
+                self._save(head | content)
+            if isinstance(error, DiskError):
+                raise
             raise disk_error(error.filename or self.run.run_dir, error) from error
         return self.learner.weights()
+
+    def _save(self, content: dict[str, Any]) -> None:
+        """Write the checkpoint, also into a directory that was removed meanwhile."""
+        self.run.run_dir.mkdir(parents=True, exist_ok=True)
+        save_tensors(self.run.run_dir / MODEL, content)
 
     def _log(self, lesson: Lesson, metrics: dict[str, float]) -> None:
         """Write an episode's curves and film for TensorBoard; the horizontal axis is arm time in s."""
@@ -316,7 +324,7 @@ class LocalLearner:
 def _run_learner(pipe: Connection, run: Run) -> None:
     """The learner's process: weights at first, then weights for every lesson; a text is an error, and the last word."""
     os.nice(NICENESS)
-    worker = None
+    worker, told = None, False
     try:
         worker = Worker(run)
         pipe.send(worker.learner.weights())
@@ -325,6 +333,7 @@ def _run_learner(pipe: Connection, run: Run) -> None:
     except (EOFError, ConnectionError):
         return  # the arm's process has closed the pipe, or has ended: so does this one
     except SO101Error as error:
+        told = True
         try:
             pipe.send(str(error))
         except ConnectionError:  # the arm's process does not read any more: a person may
@@ -334,7 +343,8 @@ def _run_learner(pipe: Connection, run: Run) -> None:
             try:
                 worker.close()
             except OSError as error:
-                print(f"the curves are incomplete: {disk_error(run.run_dir, error)}", file=sys.stderr, flush=True)
+                if not told:  # otherwise it is the same error again
+                    print(f"the curves are incomplete: {disk_error(run.run_dir, error)}", file=sys.stderr, flush=True)
 
 
 class LearnerProcess:

@@ -129,7 +129,7 @@ def test_refusals(monkeypatch, tmp_path):
         (["--check", "--robot", "lerobot:PORT", "--dry-run"], "--check: needs an arm"),
         (["--check", "--robot", "lerobot:PORT", "--json", "check.json"], "--json: --check keeps its results"),
         (["--check", "--robot", "lerobot:PORT", "--video", "check.mp4"], "--video: --check keeps its results"),
-        (["--robot", "lerobot:PORT", "--robot-id", "../me"], "--robot-id ../me: give a name"),
+        (["--robot", "lerobot:PORT", "--robot-id", "../me"], "--robot-id '../me': must be a plain name"),
         (["--replay", str(tmp_path / "none.mp4")], "none.mp4: no such file"),
     ):
         assert text in error_of(monkeypatch, "so101.drive", *flags)

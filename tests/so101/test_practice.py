@@ -16,6 +16,7 @@ from PIL import Image
 from so101 import drive, practice, sac
 from so101.checkpoints import save_tensors
 from so101.cli import Stop
+from so101.files import DiskError
 from so101.learner import MODEL, Episode, Judge, Learner, LearnerProcess, Lesson, LocalLearner, Run, Worker
 from so101.loop import ASIDE_RAD, RAISED_RAD, REST_RAD, Loop
 from so101.robot import RobotError
@@ -156,6 +157,19 @@ def test_a_directory_that_is_removed_meanwhile_is_one_line_and_what_was_learned_
     assert load(tmp_path / "run" / MODEL)["global_step"] >= 40 and "Traceback" not in capfd.readouterr().err
     if learner_class is LearnerProcess:
         learner.close()
+
+
+def test_a_directory_that_is_removed_while_a_lesson_is_learned_costs_no_model(tmp_path, monkeypatch):
+    def log(worker, *_):
+        shutil.rmtree(tmp_path / "run")
+        raise DiskError("film.mp4: cannot be written")
+
+    monkeypatch.setattr(Worker, "_log", log)
+    learner = LocalLearner(Run(SETTINGS, 200, tmp_path / "run", ""))
+    learner.give(make_lesson(0))
+    with pytest.raises(DiskError, match="film.mp4"):
+        learner.take()
+    assert load(tmp_path / "run" / MODEL)["global_step"] == 20
 
 
 def test_a_lesson_that_was_given_is_learned_although_the_run_ends(tmp_path):
