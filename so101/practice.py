@@ -516,8 +516,9 @@ def main() -> int:
                 practice.set_state(saved, args.resume)
             follow(practice)
     except SO101Error as error:
-        model, text = run_dir / MODEL, str(error)
-        raise SO101Error(f"{text}; resume with --resume {shlex.quote(str(model))}" * model.exists() or text) from error
+        if not (run_dir / MODEL).exists():
+            raise
+        raise SO101Error(f"{error}; resume with --resume {shlex.quote(str(run_dir / MODEL))}") from error
     finally:
         if practice is not None:
             print_report(practice, run_dir, args)
