@@ -50,12 +50,11 @@ row() { # NAME COUNT COMMAND...: the first COUNT of the seeds
   tr -s ' ' '\n' <<< "$SEEDS" | head -n "$count" | xargs -P "$JOBS" -I{} bash -c 'run_seed "$@"' _ "$name" {} "$@"
 }
 
-PRECISE="--tape-margin 0.02"
+PRECISE="--tape-margin 0.02 --train-episode-steps 150 --gamma 0.99 --arrival-yaw-weight 0.5 --total-timesteps 50000"
 row standard 20 python -m so101.sac --total-timesteps 20000
 row standard_ppo 20 python ppo_residual_so101.py --total-timesteps 50000
-row precise 5 python -m so101.sac $PRECISE --total-timesteps 50000
-row precise_jacobian 10 python -m so101.sac $PRECISE --base-policy jacobian --observe-base --total-timesteps 50000 \
-  --train-episode-steps 150 --gamma 0.99 --arrival-yaw-weight 0.5
+row precise 5 python -m so101.sac $PRECISE
+row precise_jacobian 10 python -m so101.sac $PRECISE --base-policy jacobian --observe-base
 [ -z "$ACT" ] || row act 10 python -m so101.sac --base-policy "lerobot:$ACT" --units deg --chunk-steps 16 --observe-base \
   --train-episode-steps 300 --total-timesteps 20000
 [ -z "$OUT" ] || python benchmark/steps_and_time.py --runs "$RUNS" --out "$OUT"
