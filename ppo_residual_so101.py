@@ -405,7 +405,7 @@ def main() -> int:
         load_weights(agent, saved["agent"], args.run.resume)
         with restoring(args.run.resume):
             own = world.own(saved["ranks"])
-            restore_optimizer(optimizer, saved["optimizer"])
+            restore_optimizer(optimizer, saved["optimizer"], saved["global_step"] > 0)
             generator.set_state(own["generator"])
             envs.set_state(to_numpy(own["envs"]))
             next_obs, global_step = envs.observation, saved["global_step"]

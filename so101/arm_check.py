@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from so101.loop import ASIDE_RAD, RAISED_RAD, Loop
 from so101.robot import RobotError
 from so101_env import FINGER_RADIUS_M, HOME_RAD, PAN_AXIS_M, SHEET_HALF_M, TAPE_CENTER_M, load_model
 from so101_sim.control import ACT_DIM, ELBOW_FLEX, JOINTS, SHOULDER_LIFT
-from so101_sim.errors import SO101Error
+from so101_sim.errors import SO101Error, strict_json
 from so101_sim.geometry import distance_to_rectangle, rotate
 from so101_sim.scene import CONTROL_HZ
 
@@ -65,7 +64,7 @@ class ArmProfile:
     def load(cls, path: Path, robot_id: str) -> ArmProfile:
         """The profile in a file. Raises SO101Error if the file is damaged, or of another arm or version."""
         try:
-            content = json.loads(Path(path).read_bytes())
+            content = strict_json(Path(path).read_bytes())
             version = content.pop("version")
             if version != PROFILE_VERSION:
                 raise ValueError(f"version {version!r:.20}, expected {PROFILE_VERSION}")

@@ -42,6 +42,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 CHECKPOINT, CLONE, STUDENT = SCHEMAS
 ADAM_KEYS = {"step", "exp_avg", "exp_avg_sq"}
+LARGEST_COUNT = {"num_envs": 4096}  # as the range of the flag; of others MAX_COUNT
+RECORDS = {"recent_episodes": list, "finalists": list, "evaluation_due": bool}  # what so101/recorder.py keeps
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
@@ -114,12 +116,41 @@ def _check_content(saved: dict[Any, Any], schema: dict[str, Any]) -> None:
         value = saved.get(key, ...)
         if not isinstance(value, expected) or isinstance(value, bool):
             raise ValueError(f"{key} is missing or of a wrong type")
-        if isinstance(value, int) and not 0 <= value <= MAX_COUNT:
+        if isinstance(value, int) and not 0 <= value <= LARGEST_COUNT.get(key, MAX_COUNT):
             raise ValueError(f"{key} is {value}")
         _check_finite(value, key)
+    if "recorder" in schema:
+        _check_records(saved["recorder"], saved["global_step"])
     for name, tensor in saved["agent"].items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float32:
             raise ValueError(f"weight {name} is not a tensor of floats")
+
+
+def _check_records(records: dict[str, Any], global_step: int) -> None:
+    """Raise ValueError for impossible records of episodes, or of the best models so far, best first."""
+    if records.keys() != RECORDS.keys() or any(type(records[key]) is not kind for key, kind in RECORDS.items()):
+        raise ValueError(f"recorder is not {', '.join(RECORDS)}")
+    episodes, finalists = records["recent_episodes"], records["finalists"]
+    for each in episodes:
+        if not isinstance(each, dict) or not is_rate(each.get("success", 0)):
+            raise ValueError("an episode in recorder is no map, or its success no rate")
+        for key, value in each.items():  # an arm's episode also says, in words, what has ended it
+            if not isinstance(value, (int, float)) and not (key == "trouble" and isinstance(value, str)):
+                raise ValueError(f"{key} of an episode in recorder is no number")
+    for each in finalists:
+        known = isinstance(each, dict) and each.keys() == {"step", "success_rate", "mean_return"}
+        if not known or type(each["step"]) is not int or type(each["mean_return"]) is not float:
+            raise ValueError("a best model in recorder is not step, success_rate and mean_return")
+        if not 0 <= each["step"] <= global_step or not is_rate(each["success_rate"]):
+            raise ValueError(f"a best model in recorder is of step {each['step']}, or its success no rate")
+    ranks = [(each["success_rate"], each["mean_return"], each["step"]) for each in finalists]
+    if ranks != sorted(ranks, reverse=True) or len({step for *_, step in ranks}) < len(ranks):
+        raise ValueError("the best models in recorder are not in order, or there twice")
+
+
+def is_rate(value: Any) -> bool:
+    """Whether a value is a number in [0, 1]."""
+    return isinstance(value, (int, float)) and 0 <= value <= 1
 
 
 def _check_finite(value: Any, name: str) -> None:
@@ -246,12 +277,21 @@ def restoring(path: str | Path) -> Iterator[None]:
         raise SO101Error(f"{path}: cannot be continued ({error}); resume another checkpoint") from error
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], begun: bool = False) -> None:
     """Load the moments and learning rates of Adam or AdamW; all other settings are those of the optimiser.
 
-    Raises ValueError if they are not those of the parameters.
+    Args:
+        optimizer: the new one.
+        state_dict: what the saved one gave.
+        begun: whether it has been used, so that there are moments.
+
+    Raises:
+        ValueError: they are not those of the parameters.
     """
     own, saved = optimizer.state_dict(), state_dict["param_groups"]
+    given = [each for state in state_dict["state"].values() for each in state.values()]
+    if any(getattr(each, "dtype", None) != torch.float32 for each in given):  # loading would convert them
+        raise ValueError("the optimiser's state is not tensors of floats")
     if len(saved) != len(own["param_groups"]):
         raise ValueError("the optimiser has other groups of parameters")
     for group, given in zip(own["param_groups"], saved):
@@ -260,7 +300,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state_dict: dict[str, An
         group["lr"] = given["lr"]
     optimizer.load_state_dict({"state": state_dict["state"], "param_groups": own["param_groups"]})
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if optimizer.state and optimizer.state.keys() != {each for each in parameters if each.requires_grad}:
+    if (begun or optimizer.state) and optimizer.state.keys() != {each for each in parameters if each.requires_grad}:
         raise ValueError("the optimiser's state is not that of these parameters")
     for parameter, state in optimizer.state.items():
         moments, step = [state[key] for key in ("exp_avg", "exp_avg_sq")], state["step"]

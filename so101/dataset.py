@@ -26,6 +26,7 @@ from so101.files import is_file
 from so101.groot import JOINT_GROUPS
 from so101_env import ACTION, ENVIRONMENT, ENVIRONMENT_NAMES, STATE, STATE_NAMES, TASK_TEXT, SO101Error
 from so101_sim.control import JOINTS, OLD_UNIT, UNITS, from_rad, to_rad
+from so101_sim.errors import strict_json
 from so101_sim.scene import CONTROL_HZ
 from so101_sim.vector import IMAGES
 
@@ -268,7 +269,7 @@ def read_info(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
 
     require(not os.path.exists(info_path) or info_path.is_dir() or is_file(info_path), "is not a file")
     try:
-        info = json.loads(info_path.read_text(encoding="utf-8"))
+        info = strict_json(info_path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DatasetError(f"{path}: is not a LeRobotDataset, meta/info.json is missing") from error
     except OSError as error:
@@ -415,7 +416,7 @@ def _listed_lengths(path: Path, version: str) -> dict[float, float] | None:
         name = path / "meta" / "episodes.jsonl"
         files = [name] if os.path.lexists(name) else []
         try:
-            lines = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+            lines = [strict_json(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
             rows = [(float(line["episode_index"]), float(line["length"])) for line in lines]
         except (OSError, ValueError, RecursionError, KeyError, TypeError, OverflowError) as error:
             raise DatasetError(f"{name}: is damaged ({_reason(error)})") from error

@@ -35,6 +35,7 @@ from so101.checkpoint_policy import CheckpointPolicy
 from so101.checkpoints import (
     STUDENT,
     hash_weights,
+    is_rate,
     load_weights,
     restore_optimizer,
     restoring,
@@ -64,6 +65,7 @@ from so101_env import (
     SO101ResidualVectorEnv,
     Task,
 )
+from so101_sim.batch import check_arrays
 from so101_sim.scene import ASSETS
 from so101_sim.vector import IMAGES, BaseObservation
 
@@ -326,16 +328,11 @@ class Samples:
         """Everything but the pictures, as views."""
         return {name: array[: self.count] for name, array in self.rows.items()}
 
-    def set_state(self, state: dict[str, np.ndarray], envs: SO101ResidualVectorEnv) -> None:
-        """Inverse of get_state. Raises SO101Error for a state that does not fit."""
-        count = len(state.get("pose", ()))
+    def set_state(self, state: dict[str, np.ndarray], envs: SO101ResidualVectorEnv, count: int) -> None:
+        """Inverse of get_state, for `count` samples. Raises SO101Error for a state that does not fit."""
+        check_arrays({name: array[:count] for name, array in self.rows.items()}, state, "samples")
         for name, array in self.rows.items():
-            saved = state.get(name)
-            if getattr(saved, "shape", None) != (count, *array.shape[1:]) or saved.dtype != array.dtype:
-                raise SO101Error(f"samples: {name} is missing or of another shape")
-            if count > len(array):
-                raise SO101Error(f"samples: {count} are more than {len(array)} steps")
-            array[:count] = saved
+            array[:count] = state[name]
         for start in tqdm(
             range(0, count, 256), "rendering the samples", unit="batch", dynamic_ncols=True, disable=None, leave=False
         ):
@@ -466,11 +463,13 @@ def main() -> int:
         with restoring(args.run.resume):
             if saved["teacher_fingerprint"] != teacher.fingerprint:
                 raise SO101Error("its teacher has other weights now; put the old one back")
-            restore_optimizer(optimizer, training["optimizer"])
+            restore_optimizer(optimizer, training["optimizer"], saved["global_step"] > 0)
             generator.set_state(training["generator"])
             envs.set_state(to_numpy(training["envs"]))
-            samples.set_state(to_numpy(training["samples"]), envs)
-            teacher_success = float(training["teacher_success"])
+            samples.set_state(to_numpy(training["samples"]), envs, saved["global_step"])
+            teacher_success = training["teacher_success"]
+            if not is_rate(teacher_success) or saved["task"] != dataclasses.asdict(task):
+                raise ValueError("its task is not the teacher's, or teacher_success is no rate")
     else:
         envs.reset(seed=training_seeds(args.seed, num_envs))
         teacher_success = success_of(CheckpointPolicy(args.model, trust=args.trust), args, task)

@@ -111,8 +111,9 @@ class Learner:
         """Take over weights and optimisers of a checkpoint. Raises SO101Error if they do not fit."""
         load_weights(self.agent, saved["agent"], path)
         with restoring(path):
+            begun = saved["global_step"] > self.args.sac.learning_starts + saved["num_envs"]
             for name, optimizer in self.optimizers.items():
-                restore_optimizer(optimizer, saved["optimizer"][name])
+                restore_optimizer(optimizer, saved["optimizer"][name], begun)
 
     def load_prior(self, saved: Mapping[str, Any], path: str | Path) -> None:
         """Begin with the networks of the checkpoint at path, whose content is `saved`, and with its steps as the first.
@@ -125,6 +126,7 @@ class Learner:
             rows = {name: array.clone() for name, array in own["buffer"].items()}
             rows["dones"][-1] = True  # what follows is another environment
             rows = {name: array.transpose(0, 1).flatten(0, 1).unsqueeze(1) for name, array in rows.items()}
+            rows = {name: array[-self.buffer.capacity :] for name, array in rows.items()}
             self.first_rows = len(rows["x"])
             self.buffer.load_state_dict(rows, self.first_rows)
 
@@ -181,6 +183,8 @@ class Learner:
             self.generator.set_state(own["generator"])
             self.buffer.load_state_dict(own["buffer"], saved["global_step"])
             self.first_rows = own["first_rows"]
+            if type(self.first_rows) is not int or not 0 <= self.first_rows <= self.buffer.rows:
+                raise ValueError(f"first_rows is {self.first_rows!r:.80}")
 
 
 @dataclasses.dataclass

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,6 +36,7 @@ from so101_env import (
     Task,
     extra_parts,
 )
+from so101_sim.errors import strict_json
 from so101_sim.scene import CONTROL_HZ
 from so101_sim.vector import Part
 
@@ -152,7 +152,7 @@ def _metadata(session: Any, content: bytes, path: str | Path) -> dict[str, Any]:
         base = {"base_policy": "zero", "base_fingerprint": "", "observe_base": False, "server": Server()}
         return {**base, "task": task, "global_step": None}
     try:
-        metadata = json.loads(text)
+        metadata = strict_json(text)
         found = metadata["format"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SO101Error(f"{path}: its metadata are damaged ({error!r}); export it again") from error
@@ -163,16 +163,19 @@ def _metadata(session: Any, content: bytes, path: str | Path) -> dict[str, Any]:
     kinds = {
         "base_policy": str, "base_fingerprint": str, "server": dict, "task": dict, "observe_base": bool,
         "global_step": int, "scale_rad": float, "script": str, "git": dict, "versions": dict,
+        "command": (str, type(None)), "evaluations": list,
     }  # fmt: skip
     for key, kind in kinds.items():
-        if type(metadata.get(key)) is not kind:
+        value = metadata.get(key, ...)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise SO101Error(f"{path}: {key} of its metadata is missing or of a wrong type; export it again")
     task = restore_settings(Task, metadata["task"], path)
-    for key, value in interface(_parts(task, metadata["observe_base"]), task).items():
+    described = interface(_parts(task, metadata["observe_base"]), task)
+    if unknown := [key for key in metadata if key not in (*kinds, *described, "format")]:
+        raise SO101Error(f"{path}: its metadata have {unknown[0]!r:.80}, which is unknown; export it again")
+    for key, value in described.items():
         if metadata.get(key) != value:
             raise SO101Error(f"{path}: {key} of its metadata is not that of this version; export it again")
-    if not isinstance(metadata.get("command", ""), str | None):
-        raise SO101Error(f"{path}: command of its metadata is not a text; export it again")
     if not 0 <= metadata["global_step"] <= MAX_COUNT:
         raise SO101Error(f"{path}: global_step of its metadata is {metadata['global_step']}; export it again")
     server = {key: tuple(value) if isinstance(value, list) else value for key, value in metadata["server"].items()}

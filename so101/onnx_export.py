@@ -74,11 +74,6 @@ def export_onnx(model: str, path: Path, trust: Trust | None = None) -> dict[str,
         envs.close()
     content = _trace(agent, observations.shape[1], path)
     run = describe_run(saved["script"], args)
-    try:
-        names = ("step", "success_rate", "mean_return")
-        evaluations = [{name: float(each[name]) for name in names} for each in saved["recorder"]["finalists"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise SO101Error(f"--export {path}: {model} has damaged evaluations ({error!r}); take another one") from error
     metadata = {
         "format": FORMAT,
         **interface(parts, args.task),
@@ -90,7 +85,7 @@ def export_onnx(model: str, path: Path, trust: Trust | None = None) -> dict[str,
         "script": saved["script"],
         "global_step": saved["global_step"],
         "command": checkpoint.command,
-        "evaluations": evaluations,
+        "evaluations": saved["recorder"]["finalists"],
         "git": run["git"],
         "versions": run["versions"],
     }

@@ -479,7 +479,7 @@ def main() -> int:
         with restoring(args.run.resume):
             (own,) = saved["ranks"]
             for name, optimizer in optimizers.items():
-                restore_optimizer(optimizer, saved["optimizer"][name])
+                restore_optimizer(optimizer, saved["optimizer"][name], saved["global_step"] > 0)
             generator.set_state(own["generator"])
             envs.set_state(to_numpy(own["envs"]))
             next_obs, global_step = envs.observation, saved["global_step"]

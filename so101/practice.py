@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ from so101.robot import LEROBOT_P, Robot
 from so101.run_dirs import describe_run, new_run_dir
 from so101.scene_reset import HandNeeded, SceneReset
 from so101.server import Server
-from so101.settings import restore_args, restore_settings
+from so101.settings import MAX_COUNT, restore_args, restore_settings
 from so101.simulated_arm import Flaws, SimulatedRobot
 from so101.trust import allow_flags, trust_of
 from so101.virtual_time import VirtualClock, VirtualRobot
@@ -56,10 +56,12 @@ from so101_env import SO101ResidualVectorEnv, Task
 from so101_sim.control import ACT_DIM
 from so101_sim.errors import SO101Error
 from so101_sim.scene import ASSETS, CONTROL_HZ
+from so101_sim.vector import set_generator
 
 SCRIPT = Path(__file__).name
 FILMED = 10  # every tenth episode is filmed, with the reset before it; the first one, too
 PRIOR_BATCH = 0.1  # --base-batch with a prior: simulation and arm differ, and more of the one delays learning the other
+RECORD = {"success", "steps", "missed", "waited_s"}  # what the record of every episode has, among others
 MAX_HANDS = 5  # a sheet that cannot be reset after a person has laid it this often ends the run
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,6 +114,26 @@ class Args:
     networks: trainer.Networks = dataclasses.field(default_factory=trainer.Networks)
     server: Server = dataclasses.field(default_factory=Server)
     flaws: Flaws = dataclasses.field(default_factory=Flaws)
+
+
+@dataclasses.dataclass
+class ArmState:
+    """What a checkpoint has of the arm and of the process that moves it, see Practice.state."""
+
+    generator: torch.Tensor  # of the exploration
+    rng: dict  # bit generator of the starts
+    arm_time_s: float  # s, of all runs
+    hands: int  # how often a hand had to lay the sheet
+    steps: int  # control steps that were learned from
+    demonstrations: int  # of which the base alone made as many
+    robot: str  # sim or lerobot
+    robot_id: str
+    virtual_time: bool
+    flaws: Flaws
+
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = {
+        "arm_time_s": (0, 10**9), "hands": (0, MAX_COUNT), "steps": (0, MAX_COUNT), "demonstrations": (0, MAX_COUNT),
+    }  # fmt: skip
 
 
 RANGES = {**trainer.RANGES, "minutes": (0.1, 10_000), "num_envs": (1, 1)}
@@ -182,7 +204,7 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
     before = dataclasses.replace(
         Args(), seed=then.seed if args.resume else Args.seed, sac=then.sac, networks=then.networks,
         server=then.base.server, base_policy=then.base.base_policy, observe_base=then.base.observe_base, **task,
-        **(same_arm(own["arm"], args) if args.resume else {}),
+        **(same_arm(restore_settings(ArmState, own["arm"], path), args) if args.resume else {}),
     )  # fmt: skip
     args = parse(Args, __doc__, default=before)
     fixed = {"": LEARNED, "sac": vars(args.sac), "networks": vars(args.networks)}
@@ -196,20 +218,17 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
     return args, saved
 
 
-def same_arm(saved: dict[str, Any], args: Args) -> dict[str, Any]:
+def same_arm(saved: ArmState, args: Args) -> dict[str, Any]:
     """The settings that make the simulated arm of a resumed run; `saved` is what the checkpoint has of the arm.
 
     Raises SO101Error if args name another arm: steps of two arms do not belong into one buffer. Port and camera of a
     real arm are not taken from a file.
     """
-    with restoring(args.resume):
-        kind, name = str(saved["robot"]), str(saved["robot_id"])
-        virtual_time = bool(saved["virtual_time"])
-    flaws = restore_settings(Flaws, saved.get("flaws"), args.resume)
-    if kind == "sim":
+    name = saved.robot_id
+    if saved.robot == "sim":
         if args.robot != "sim":
             raise SO101Error(f"--robot {args.robot}: {args.resume} practised on a simulated arm; begin a new run")
-        return {"flaws": flaws, "virtual_time": virtual_time}
+        return {"flaws": saved.flaws, "virtual_time": saved.virtual_time}
     if args.robot == "sim":
         raise SO101Error(f"--robot sim: {args.resume} practised on the arm {name:.50}; name its --robot and --camera")
     if args.robot_id != name:
@@ -226,8 +245,7 @@ def check_prior(saved: dict[str, Any], args: Args, task: Task) -> None:
 
 def check_time(saved: dict[str, Any], args: Args) -> None:
     """Raise SO101Error if no time is left for a resumed run."""
-    with restoring(args.resume):
-        done = float(saved["ranks"][0]["arm"]["arm_time_s"]) / 60
+    done = saved["ranks"][0]["arm"]["arm_time_s"] / 60
     if done >= args.minutes:
         raise SO101Error(f"--minutes {args.minutes:g}: {args.resume} has {done:.1f} already; name more")
 
@@ -361,13 +379,14 @@ class Practice:
 
     def set_state(self, saved: dict[str, Any], path: str) -> None:
         """Go on from the checkpoint at path, whose content is `saved`."""
+        own, records = restore_settings(ArmState, saved["ranks"][0]["arm"], path), saved["recorder"]["recent_episodes"]
         with restoring(path):
-            own = saved["ranks"][0]["arm"]
-            self.residual.generator.set_state(own["generator"])
-            self.rng.bit_generator.state = to_numpy(own["rng"])
-            self.earlier_s, self.hands = float(own["arm_time_s"]), int(own["hands"])
-            self.records = [dict(record) for record in saved["recorder"]["recent_episodes"]]
-            self.steps, self.demonstrations = int(own["steps"]), int(own["demonstrations"])
+            self.residual.generator.set_state(own.generator)
+            set_generator(self.rng, to_numpy(own.rng))
+            if not records or any(RECORD - each.keys() for each in records):
+                raise ValueError("its episodes are not those of an arm")
+        self.earlier_s, self.hands, self.records = own.arm_time_s, own.hands, [dict(record) for record in records]
+        self.steps, self.demonstrations = own.steps, own.demonstrations
 
     def start(self) -> None:
         """Before the first episode: a sheet on the table, torque, and the arm, which may be folded, at home."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from so101.files import is_file, sha256
-from so101_sim.errors import SO101Error
+from so101_sim.errors import SO101Error, strict_json
 
 NOT_RECORDED = "not recorded"
 # settings that belong to a policy or its training: the episodes are the same with any of them
@@ -33,11 +33,6 @@ class Policy:
     settings: dict[str, Any] | None  # the task's, if known
     training_seeds: list[int] | None  # one per run, if known
     sources: list[dict[str, str]]  # what is known about each file
-
-
-def not_finite(name: str) -> float:
-    """Called for each number of a JSON file that is not finite."""
-    raise ValueError(f"contains {name}")
 
 
 def get(value: Any, kind: type | tuple[type, ...], what: str) -> Any:
@@ -182,7 +177,7 @@ def read_file(path: str, base: bool, seed: int | None) -> dict[str, Any]:
     if not is_file(path):
         raise SO101Error(f"--results: {path}: no such file")
     try:
-        content = json.loads(Path(path).read_text(), parse_constant=not_finite)
+        content = strict_json(Path(path).read_text())
         if isinstance(content, dict) and "episode_list" in content:
             fields = read_ours(content, base)
         elif isinstance(content, dict) and base:

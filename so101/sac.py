@@ -340,9 +340,9 @@ class ReplayBuffer:
         for name, array in self.data.items():
             if state[name].dtype != array.dtype or state[name].shape != (len(state["x"]), *array.shape[1:]):
                 raise ValueError(f"{name} of the buffer has another shape or type")
-            if len(state[name]) < kept:
-                raise ValueError("the buffer is incomplete")
-            array[torch.arange(rows - kept, rows) % self.capacity] = state[name][len(state[name]) - kept :]
+            if len(state[name]) != kept:
+                raise ValueError(f"the buffer is incomplete or too long, {len(state[name])} rows instead of {kept}")
+            array[torch.arange(rows - kept, rows) % self.capacity] = state[name]
         self.rows = rows
 
 
@@ -499,8 +499,9 @@ def main() -> int:
         load_weights(agent, saved["agent"], args.run.resume)
         with restoring(args.run.resume):
             (own,) = saved["ranks"]
+            begun = saved["global_step"] > args.sac.learning_starts + num_envs
             for name, optimizer in optimizers.items():
-                restore_optimizer(optimizer, saved["optimizer"][name])
+                restore_optimizer(optimizer, saved["optimizer"][name], begun)
             generator.set_state(own["generator"])
             buffer.load_state_dict(own["buffer"], saved["global_step"] // num_envs)
             envs.set_state(to_numpy(own["envs"]))

@@ -40,7 +40,7 @@ from so101.simulated_arm import Flaws, RealTime, SimulatedArm, report_speed
 from so101.virtual_camera import Camera
 from so101_env import HOME_RAD, TAPE_MARGIN_M, Task
 from so101_sim.control import ACT_DIM, FIRMWARE_P, GRIPPER, JOINTS, TICKS_PER_TURN, WRIST_ROLL
-from so101_sim.errors import SO101Error
+from so101_sim.errors import SO101Error, strict_json
 from so101_sim.scene import CONTROL_HZ
 
 TICK_RAD = 2 * np.pi / TICKS_PER_TURN
@@ -157,7 +157,7 @@ CALIBRATED = {"homing_offset": "Homing_Offset", "range_min": "Min_Position_Limit
 def load_calibration(path: str) -> dict[str, dict[str, int]]:
     """A calibration file of LeRobot's. Raises SO101Error."""
     try:
-        motors = json.loads(Path(path).read_text(encoding="utf-8"))
+        motors = strict_json(Path(path).read_text(encoding="utf-8"))
         calibration = {joint: {name: motors[joint][name] for name in CALIBRATED} for joint in JOINTS}
         for motor in calibration.values():
             offset, low, high = (motor[name] for name in CALIBRATED)

@@ -274,8 +274,12 @@ class Arms:
         """Raise SO101Error if a state does not fit these arms."""
         if not isinstance(state, Mapping) or not isinstance(state.get("fields"), Mapping):
             raise SO101Error("state of the environments: arms or their fields are missing")
+        if state.keys() != {"batch", "fields", *self._state} or state["fields"].keys() != self.fields.keys():
+            raise SO101Error("state of the environments: arms or their fields have other names")
         check_arrays({"batch": self.batch.state, **self._state}, state)
         check_arrays(self.fields, state["fields"])
+        if (state["known_gain"] <= 0).any() or (state["backlash"] < 0).any():
+            raise SO101Error("state of the environments: known_gain or backlash has impossible numbers")
         if state["latency"].max() > self.ranges.latency_steps:
             raise SO101Error("state of the environments: a latency is longer than any that is drawn")
 
@@ -291,15 +295,22 @@ class Arms:
         self.batch.forward(stage=STAGE)
 
 
-def check_arrays(own: Mapping[str, np.ndarray], saved: Mapping[str, Any]) -> None:
+def check_arrays(
+    own: Mapping[str, np.ndarray], saved: Mapping[str, Any], what: str = "state of the environments"
+) -> None:
     """Raise SO101Error for a saved array that is missing, impossible, or of another shape or type than the own one."""
     for name, array in own.items():
         given = saved.get(name)
         if getattr(given, "shape", None) != array.shape or given.dtype != array.dtype:
-            raise SO101Error(f"state of the environments: {name} must have shape {array.shape}, {array.dtype}")
+            raise SO101Error(f"{what}: {name} must have shape {array.shape}, {array.dtype}")
         possible = {"f": np.abs(given) <= LARGEST, "i": given >= 0}.get(array.dtype.kind, np.True_)  # i: counts, seeds
         if not possible.all():
-            raise SO101Error(f"state of the environments: {name} has impossible numbers")
+            raise SO101Error(f"{what}: {name} has impossible numbers")
+
+
+def has_rows(given: Any, own: np.ndarray) -> bool:
+    """Whether a value is an array of as many rows, and of the same kind of numbers, as the own one."""
+    return isinstance(given, np.ndarray) and given.shape[:1] == own.shape[:1] and given.dtype.kind == own.dtype.kind
 
 
 def _rows_and_ids(active: np.ndarray) -> tuple[Any, np.ndarray | None]:

@@ -8,14 +8,13 @@ encoder readings and `Controller.move` returns the next joint targets. Units are
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mujoco
 import numpy as np
 
-from so101_sim.errors import BasePolicyError, SO101Error
+from so101_sim.errors import BasePolicyError, SO101Error, strict_json
 from so101_sim.scene import ASSETS, CONTROL_HZ
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
@@ -95,7 +94,7 @@ def read_calibration(path: str | Path) -> Calibration:
         SO101Error: there is no such file, it is not the calibration of an SO-101, or a joint's range is impossible.
     """
     try:
-        motors = json.loads(Path(path).read_text(encoding="utf-8"))
+        motors = strict_json(Path(path).read_text(encoding="utf-8"))
         ticks = np.array([[motors[joint][end] for end in ("range_min", "range_max")] for joint in JOINTS], np.float64)
     except OSError as error:
         raise SO101Error(f"calibration {path}: cannot be read ({error.strerror}); calibrate the arm first") from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +23,24 @@ def require(condition: bool, name: str, value: Any, expected: str) -> None:
     """Raise SO101Error if an argument is not as expected."""
     if not condition:
         raise SO101Error(f"{name} must be {expected}, got {value}")
+
+
+def strict_json(text: str | bytes) -> Any:
+    """The content of a JSON text. Raises ValueError if it is none, has a name twice in one map, or NaN or infinity."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"contains {next(name for name in content if names.count(name) > 1)!r:.80} twice")
+        return content
+
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise ValueError(f"contains {number:.20}")
+        return value
+
+    return json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
 
 
 def check_ranges(settings: Any, ranges: Mapping[str, tuple[float, float]], name: Callable[[str], str] = str) -> None:

@@ -486,14 +486,13 @@ class ArmVectorEnv(gym.vector.VectorEnv):
         own, generators = {name: getattr(self, name) for name in self._STATE}, state.get("rngs")
         self.arms.check_state(state.get("arms"))
         check_arrays(own, state)
+        if (state["_steps"] > self.max_episode_steps).any() or (state["_unseen"] > UNSEEN_STEPS).any():
+            raise SO101Error("state of the environments: an episode is longer than any can be")
         if not isinstance(generators, list) or len(generators) != self.num_envs:
             raise SO101Error(f"state of the environments: rngs must be {self.num_envs} generators")
         rngs = [np.random.Generator(np.random.PCG64()) for _ in generators]
         for rng, rng_state in zip(rngs, generators):
-            try:
-                rng.bit_generator.state = rng_state
-            except (KeyError, TypeError, ValueError) as error:
-                raise SO101Error(f"state of the environments: not the state of a generator ({error})") from error
+            set_generator(rng, rng_state)
         for name, array in own.items():
             array[...] = state[name]
         self._rngs = rngs
@@ -563,6 +562,18 @@ class ArmVectorEnv(gym.vector.VectorEnv):
             return np.where(mask.reshape(-1, *[1] * (now.ndim - 1)), new, now)
 
         return merge(info, self._info(self.scene()))
+
+
+def set_generator(rng: np.random.Generator, state: Any) -> None:
+    """Go on with a random generator from its bit generator's state. Raises SO101Error for any other value."""
+    try:
+        rng.bit_generator.state = state
+        # NumPy converts numbers of other types, ignores what it does not know, and takes any increment and flag
+        same = repr(rng.bit_generator.state) == repr(state)
+        if not same or state["state"]["inc"] % 2 == 0 or state["has_uint32"] not in (0, 1):
+            raise ValueError("other values than it can have")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise SO101Error(f"state of the environments: not the state of a generator ({error})") from error
 
 
 def episode_steps(env: gym.Env, own: int) -> int:

@@ -40,7 +40,28 @@ def state_of(saved: dict) -> torch.Tensor:
     return saved["ranks"][0]["envs"]["arms"]["batch"]
 
 
+def generator(counter: dict, **values: Any) -> Any:
+    """Damage of a random generator's state: values of its counter, and of what it has kept."""
+
+    def damage(saved: dict) -> dict:
+        own = saved["ranks"][0]["envs"]["rngs"][0]
+        return changed(saved, *OWN, "envs", "rngs", 0, to={**own, "state": {**own["state"], **counter}, **values})
+
+    return damage
+
+
+def moments(function: Any) -> Any:
+    """Damage of a parameter's first moments."""
+    return lambda s: changed(s, "optimizer", "state", 1, "exp_avg", to=function(s["optimizer"]["state"][1]["exp_avg"]))
+
+
+def records(**values: Any) -> Any:
+    """Damage of what is known about episodes and best models."""
+    return lambda s: {**s, "recorder": {**s["recorder"], **values}}
+
+
 WEIGHT, OWN = "actor_mean.0.weight", ("ranks", 0)
+BEST = {"step": 64, "success_rate": 0.5, "mean_return": 1.0}
 DAMAGE = {
     "no format": lambda s: without(s, "format"),
     "old format": lambda s: {**s, "format": "ppo_residual_so101 checkpoint 5"},
@@ -72,6 +93,15 @@ DAMAGE = {
     "a setting out of range": lambda s: changed(s, "args", "run", "num_threads", to=0),
     "NaN in the environments": lambda s: changed(s, *OWN, "envs", "arms", "batch", to=state_of(s) * torch.nan),
     "an infinite score": lambda s: changed(s, "recorder", to={**s["recorder"], "finalists": [{"step": float("inf")}]}),
+    "more environments than there can be": lambda s: {**s, "num_envs": 10**11},
+    "an episode of text": records(recent_episodes=[{"success": 1.0, "length": "long"}]),
+    "an episode with more than success": records(recent_episodes=[{"success": 1e30}]),
+    "no episodes": records(recent_episodes=None),
+    "an evaluation that is maybe due": records(evaluation_due="yes"),
+    "a best model twice": records(finalists=[BEST, BEST]),
+    "best models in another order": records(finalists=[BEST, {**BEST, "step": 128}]),
+    "a best model of later": records(finalists=[{**BEST, "step": 10**6}]),
+    "a best model with an unknown value": records(finalists=[{**BEST, "magic": 1}]),
     "missing base": lambda s: changed(s, "args", "base", "base_policy", to="bc:nowhere.pt"),
 }
 DAMAGE_FOR_RESUME = {
@@ -88,13 +118,25 @@ DAMAGE_FOR_RESUME = {
     "a negative second moment": lambda s: changed(
         s, "optimizer", "state", 1, "exp_avg_sq", to=-1 - s["optimizer"]["state"][1]["exp_avg_sq"]
     ),
+    "moments of another type": moments(torch.Tensor.half),
+    "complex moments": moments(lambda tensor: tensor.to(torch.complex64)),
+    "no moments": lambda s: changed(s, "optimizer", "state", to={}),
     "half a step of the optimiser": lambda s: changed(s, "optimizer", "state", 1, "step", to=torch.tensor(0.5)),
     "no learning rate": lambda s: changed(s, "optimizer", "param_groups", 0, "lr", to="fast"),
     "a generator without end": lambda s: changed(s, *OWN, "envs", "rngs", 0, "has_uint32", to=10**30),
+    "a generator of fractions": generator({"state": 1.5}),
+    "a generator with another flag": generator({}, has_uint32=2),
+    "a generator that cannot be": generator({"inc": 4}),
+    "a generator with an unknown value": generator({}, magic=1),
+    "an endless episode": lambda s: changed(s, *OWN, "envs", "_steps", to=torch.full((4,), 2**62)),
+    "an object out of view for ever": lambda s: changed(s, *OWN, "envs", "_unseen", to=torch.full((4,), 2**62)),
+    "an unknown field": lambda s: changed(
+        s, *OWN, "envs", "arms", "fields", to={**s["ranks"][0]["envs"]["arms"]["fields"], "magic": torch.zeros(4)}
+    ),
     "a short generator": lambda s: changed(s, *OWN, "generator", to=s["ranks"][0]["generator"][:8]),
     "an observation of another size": lambda s: changed(s, *OWN, "envs", "_obs", to=torch.zeros(4, 31)),
-    "episodes of another kind": lambda s: changed(s, "recorder", "recent_episodes", to=[3]),
-    "a best model without steps": lambda s: changed(s, "recorder", "finalists", to=[{"success_rate": 1.0}]),
+    "episodes of another kind": records(recent_episodes=[3]),
+    "a best model without steps": records(finalists=[{"success_rate": 1.0}]),
     "more steps than the budget": lambda s: {**s, "global_step": 10**7},
 }
 

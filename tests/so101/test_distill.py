@@ -271,7 +271,9 @@ def test_students_that_cannot_be_used_end_with_one_line(run, tmp_path, monkeypat
         with pytest.raises(SO101Error, match=str(path)):
             load_policy(f"checkpoint:{path}")
     for key, value in (
-        ("samples", {}), ("optimizer", {}), ("envs", {}), ("generator", torch.zeros(3))
+        ("samples", {}), ("optimizer", {}), ("envs", {}), ("generator", torch.zeros(3)), ("teacher_success", 2.0),
+        ("samples", {name: rows[1:] for name, rows in first["training"]["samples"].items()}),
+        ("samples", {**first["training"]["samples"], "qpos": first["training"]["samples"]["qpos"] + 1e30}),
     ):  # fmt: skip
         save_tensors(path, {**first, "training": {**first["training"], key: value}})
         line = error_of(monkeypatch, "so101.distill", "--resume", str(path), "--log-dir", str(tmp_path / "logs"))

@@ -518,6 +518,27 @@ def test_what_was_learned_cannot_change(practised, monkeypatch, capsys):
         assert f"{flag} " in (line := capsys.readouterr().err) and "was trained with" in line
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("arm_time_s", "5"), ("arm_time_s", -1.0), ("hands", True), ("steps", 2.5), ("demonstrations", -3),
+        ("virtual_time", "yes"), ("flaws", {}), ("robot", 3), ("magic", 1), ("rng", {}), ("generator", "x"),
+        ("first_rows", "many"), ("first_rows", 10**9), ("first_rows", 2.5), ("global_step", 0), ("record", {}),
+        ("record", {"success": True, "steps": 3, "missed": 0}),
+    ],
+)  # fmt: skip
+def test_what_a_checkpoint_says_about_its_arm_is_checked(practised, tmp_path, monkeypatch, capsys, key, value):
+    (own,) = (saved := load(practised / MODEL))["ranks"]
+    changes = {"first_rows": {"ranks": [{**own, key: value}]}, "global_step": {key: value}}
+    changes["record"] = {"recorder": {**saved["recorder"], "recent_episodes": [value]}}
+    model = tmp_path / MODEL
+    save_tensors(model, {**saved, **changes.get(key, {"ranks": [{**own, "arm": {**own["arm"], key: value}}]})})
+    flags = ["--virtual-time", "--minutes", "1", "--no-learner-process", "--resume", str(model)]
+    monkeypatch.setattr(sys, "argv", ["practice.py", *flags])
+    assert practice.run_script(practice.main) == 2
+    assert str(model) in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_resumed_run_is_on_the_same_arm(practised, tmp_path, monkeypatch, capsys):
     """Its steps must not be mixed with those of another arm, and no port or camera is taken from a file."""
     saved = load(practised / MODEL)

@@ -50,7 +50,7 @@ def student(victim, spec) -> str:
     content = {
         "format": STUDENT, "script": "distill.py", "args": dataclasses.asdict(StudentArgs()), "base": base,
         "task": dataclasses.asdict(Task()), "base_fingerprint": "", "teacher_fingerprint": "", "global_step": 0,
-        "agent": {}, "training": None, "recorder": {},
+        "agent": {}, "training": None, "recorder": {"recent_episodes": [], "finalists": [], "evaluation_due": False},
     }  # fmt: skip
     save_tensors(victim / "student.pt", content)
     return "student.pt"
