@@ -87,18 +87,23 @@ class Calibration(NamedTuple):
 def read_calibration(path: str | Path) -> Calibration:
     """The joint ranges in LeRobot's calibration file, `calibration/robots/so_follower/ID.json` in LeRobot's cache.
 
-    The file has range_min and range_max of each joint in encoder ticks. The middle of the range is zero; the gripper is
-    closed at range_min.
+    The file has range_min and range_max of each joint in encoder ticks, and no joint that turns the other way. The
+    middle of the range is zero; the gripper is closed at range_min.
 
     Raises:
         SO101Error: there is no such file, it is not the calibration of an SO-101, or a joint's range is impossible.
     """
     try:
         motors = strict_json(Path(path).read_text(encoding="utf-8"))
-        ticks = np.array([[motors[joint][end] for end in ("range_min", "range_max")] for joint in JOINTS], np.float64)
+        if motors.keys() != {*JOINTS} or any(motors[joint].get("drive_mode", 0) != 0 for joint in JOINTS):
+            raise ValueError(f"it must have the joints {', '.join(JOINTS)}, each with drive_mode 0")
+        ends = [[motors[joint][end] for end in ("range_min", "range_max")] for joint in JOINTS]
+        if any(type(end) is not int for pair in ends for end in pair):
+            raise ValueError("range_min and range_max must be encoder ticks, whole numbers")
+        ticks = np.array(ends, np.float64)
     except OSError as error:
         raise SO101Error(f"calibration {path}: cannot be read ({error.strerror}); calibrate the arm first") from error
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"{error!r:.200}"
         raise SO101Error(f"calibration {path}: is not a LeRobot calibration of an SO-101 ({reason})") from error
     spans = (ticks[:, 1] - ticks[:, 0]) * 2 * np.pi / TICKS_PER_TURN

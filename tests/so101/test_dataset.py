@@ -700,7 +700,7 @@ DAMAGE = {
     "true episodes": ({"total_episodes": True}, "total_episodes"),
     "fewer than no episodes": ({"total_episodes": -1}, "but -1 in"),
     "true fps": ({"fps": True}, "fps"),
-    "fps that are no number": ({"fps": float("nan")}, "fps"),
+    "fps that are no number": ({"fps": float("nan")}, "contains NaN"),
     "a version of two lines": ({"codebase_version": "v3.0\nv3.0"}, "version"),
     "a version in a list": ({"codebase_version": ["v3.0"]}, "version"),
     "a version close by": ({"codebase_version": "v2.0"}, "'v2.0'"),
@@ -740,7 +740,20 @@ def test_unreadable_datasets_end_with_one_line(demos, tmp_path, monkeypatch):
     path = broken(demos, tmp_path / "info")
     info = path / "meta" / "info.json"
     deep, digits = b"[" * 100_000, b"9" * 5000
-    for content in (b"", b"[", b"null", b"3", b'"text"', b"{}", b"\xff\xfe{}", '"é"'.encode("latin-1"), deep, digits):
+    twice = json.dumps(json.loads(info.read_text())).replace('"fps"', '"fps": 15, "fps"').encode()
+    for content in (
+        twice,
+        b"",
+        b"[",
+        b"null",
+        b"3",
+        b'"text"',
+        b"{}",
+        b"\xff\xfe{}",
+        '"é"'.encode("latin-1"),
+        deep,
+        digits,
+    ):
         info.write_bytes(content)
         assert str(path) in error_of(monkeypatch, "so101.clone", "--dataset", str(path))
     info.unlink()

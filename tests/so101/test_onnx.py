@@ -152,10 +152,12 @@ LIES = {
     ("observation", 0, "name"): ["elbow_flex.pos"],
     ("action",): ["degrees"],
     ("task", "magic"): [1],
+    ("magic",): [1],
+    ("evaluations",): [None, "none"],
 }
 
 
-def test_metadata_that_contradict_the_file_are_refused(tmp_path):
+def test_metadata_that_contradict_the_file_are_refused(tmp_path, monkeypatch):
     """With a checksum that fits, as of somebody who has written the file anew."""
     model, path = onnx.load(ROOT / "assets" / "arm.onnx"), tmp_path / "p.onnx"
     metadata = json.loads(model.metadata_props[0].value)
@@ -169,6 +171,11 @@ def test_metadata_that_contradict_the_file_are_refused(tmp_path):
             path.write_bytes(serialize(model, changed))
             with pytest.raises(SO101Error, match=str(path)):
                 OnnxPolicy(str(path))
+    twice = '{"scale_rad": 1.0, ' + json.dumps(metadata)[1:]
+    monkeypatch.setattr(json, "dumps", lambda _: twice)
+    path.write_bytes(serialize(model, metadata))
+    with pytest.raises(SO101Error, match="contains 'scale_rad' twice"):
+        OnnxPolicy(str(path))
 
 
 def test_what_is_no_policy_is_refused(tmp_path, exported, monkeypatch):

@@ -251,6 +251,7 @@ def test_published_sweeps(tmp_path, monkeypatch):
         (ours([1, 0], success_rate=0.9), "states a success rate of 90.0%, but its episodes have 50.0%"),
         (ours([1, 0], success_rate=10**400), "a.json"),
         (ours([1, 0], success_rate=float("nan")), "contains NaN"),
+        (json.dumps(ours([1, 0])).replace("{", '{"episodes": 2, ', 1), "contains 'episodes' twice"),
         (ours([1, 0], episodes=3), "states 3 episodes, but lists 2"),
         (ours([1, 0], training_seed="1"), "a training seed is missing or of a wrong type"),
         (sweep({1: [1, 0]}, episodes=3), "final_outcomes must have 3 digits, 0 or 1, for each seed"),

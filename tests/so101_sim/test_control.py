@@ -217,11 +217,15 @@ ENDS = {"range_min": 1000, "range_max": 3000}
 @pytest.mark.parametrize(
     "content, words",
     [
-        (json.dumps({joint: ENDS for joint in JOINTS if joint != "elbow_flex"}), "KeyError"),
+        (json.dumps({joint: ENDS for joint in JOINTS if joint != "elbow_flex"}), "must have the joints"),
+        (json.dumps({joint: ENDS for joint in (*JOINTS, "elbow_roll")}), "must have the joints"),
+        (json.dumps({joint: {**ENDS, "drive_mode": 1} for joint in JOINTS}), "drive_mode 0"),
         (json.dumps({joint: {**ENDS, "range_max": 10**400} for joint in JOINTS}), "OverflowError"),
-        (json.dumps({joint: {**ENDS, "range_max": float("nan")} for joint in JOINTS}), "has a range of nan"),
+        (json.dumps({joint: {**ENDS, "range_max": 2000.5} for joint in JOINTS}), "whole numbers"),
         (json.dumps({joint: {**ENDS, "range_max": 9000} for joint in JOINTS}), "has a range of 703"),
-        (json.dumps([ENDS] * 6), "TypeError"),
+        (json.dumps({joint: {**ENDS, "range_max": float("nan")} for joint in JOINTS}), "contains NaN"),
+        (json.dumps({joint: ENDS for joint in JOINTS}).replace("}", ', "range_max": 3001}'), "'range_max' twice"),
+        (json.dumps([ENDS] * 6), "AttributeError"),
         ("[" * 100_000, "RecursionError"),
         ('{"a": "\udcff"}', "UnicodeDecodeError"),
         (None, "calibrate the arm first"),
