@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from so101.checkpoints import load_file, load_weights, restoring, save_tensors
+from so101.checkpoints import is_rate, load_file, load_weights, restoring, save_tensors
 from so101.cli import check_plain_name, check_rendering, check_unused, command_of, flat_settings, silence_output
 from so101.distributed import World
 from so101.evaluation import VALIDATION_SEED, episode_mean, evaluate, no_residual, residual_to_base
@@ -32,6 +32,7 @@ from so101.run_dirs import ROOT, describe_run, new_run_dir, open_curves, run_dir
 from so101.torchrun import RankError
 from so101.trust import allow_flags, trust_of
 from so101_env import BasePolicyError, SO101Error, SO101ResidualVectorEnv
+from so101_sim.errors import strict_json
 
 RECENT = 100  # training episodes that the curves under rollout/ average over
 # tags of values that have another name in TensorBoard; all others keep theirs
@@ -440,12 +441,18 @@ class Recorder:
         return f"{stem_of(self.script)}_{step}_steps.pt"
 
     def _find_finalists(self, finalists: list[dict[str, Any]]) -> None:
-        """The best models of the resumed run, whose files must lie in its directory; prints which are missing."""
+        """The best models of the resumed run, if its directory has them still; prints which are missing."""
         directory, lost = run_dir_of(self.run.resume) / "best_model", []
+        shapes = {name: tensor.shape for name, tensor in self.agent.state_dict().items()}
         for each in finalists:
             path = directory / self._model_name(each["step"])
             saved = load_file(path, self.kind) if path.is_file() else None
-            if saved and each in saved["recorder"].get("finalists", ()):  # otherwise it is of another run
+            if (  # otherwise it is of another run
+                saved
+                and saved["global_step"] == each["step"]
+                and each in saved["recorder"]["finalists"]
+                and {name: tensor.shape for name, tensor in saved["agent"].items()} == shapes
+            ):
                 self.finalists.append(each)
                 self.weights[each["step"]] = saved["agent"]
             else:
@@ -520,14 +527,19 @@ class Recorder:
 
     def _evaluations(self, path: Path) -> list[str]:
         """The lines of evaluations.jsonl up to the resumed step; one that was cut off when the run died is left out."""
-        lines = path.read_text().splitlines()
         try:
-            steps = [json.loads(line)["step"] for line in lines[:-1]]
-            with contextlib.suppress(ValueError):
-                steps += [json.loads(line)["step"] for line in lines[-1:]]
-            return [line for line, step in zip(lines, steps) if step <= self.first_step]
-        except (ValueError, KeyError, TypeError) as error:
-            raise SO101Error(f"{path}: damaged ({error!r}); move it away") from error
+            lines = path.read_text(encoding="utf-8").splitlines()
+            with contextlib.suppress(json.JSONDecodeError):
+                json.loads(lines[-1] if lines else "{}")
+                lines.append("")
+            evaluations = [strict_json(line) for line in lines[:-1]]
+            for each in evaluations:
+                rates = each["success_rate"], each["reference_success_rate"]
+                if type(each["step"]) is not int or each["step"] < 0 or not all(map(is_rate, rates)):
+                    raise ValueError(f"step {each['step']!r:.80}, success {rates!r:.80}")
+            return [line for line, each in zip(lines, evaluations) if each["step"] <= self.first_step]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise SO101Error(f"{path}: damaged ({error!r:.200}); move it away") from error
 
     # -- evaluation
 

@@ -30,6 +30,7 @@ from conftest import (
     assert_same,
     command,
     environment,
+    error_of,
     load,
     run_script,
     train,
@@ -280,16 +281,21 @@ def test_a_resumed_run_continues_in_its_directory(tmp_path):
     assert steps == [*range(256, 9000, 256), 9000] and stopped in steps
 
 
-@pytest.mark.parametrize("beside", ["nothing", "best models of another run"])
+@pytest.mark.parametrize("beside", ["nothing", "another score", "another step", "other weights"])
 def test_a_lone_checkpoint_can_be_resumed(small_run, tmp_path, beside):
-    """Its best models are missing, which is printed; training itself is exact."""
+    """Its best models are missing, or those of another run are there, which is printed; training itself is exact."""
     lone = tmp_path / "lone.pt"
     shutil.copy(small_run / "checkpoints" / "ppo_residual_2048_steps.pt", lone)
     if beside != "nothing":
         (own,) = load(lone)["recorder"]["finalists"]
         name = f"ppo_residual_{own['step']}_steps.pt"
         saved = load(small_run / "best_model" / name)
-        saved["recorder"]["finalists"] = [{**own, "mean_return": own["mean_return"] - 1.0}]
+        other = {"finalists": [{**own, "mean_return": own["mean_return"] - 1.0}]}
+        saved |= {
+            "another score": {"recorder": saved["recorder"] | other},
+            "another step": {"global_step": own["step"] + 64},
+            "other weights": {"agent": {}},
+        }[beside]
         (tmp_path / "best_model").mkdir()
         save_tensors(tmp_path / "best_model" / name, saved)
     done = run_script("ppo_residual_so101.py", "--resume", str(lone), "--log-dir", str(tmp_path / "logs"))
@@ -411,6 +417,18 @@ def test_half_a_line_of_evaluations_does_not_stop_a_resumed_run(small_run, tmp_p
         done = run_script("ppo_residual_so101.py", "--resume", str(model))
         assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
     assert "evaluations.jsonl: damaged" in done.stderr
+
+
+@pytest.mark.parametrize("key, value", [("success_rate", None), ("reference_success_rate", 2.0), ("step", "1"), (0, 0)])
+def test_an_evaluation_that_cannot_be_is_named(small_run, tmp_path, monkeypatch, key, value):
+    run = shutil.copytree(small_run, tmp_path / "run")
+    (run / "final_model.pt").unlink()
+    model = max((run / "checkpoints").glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
+    path = run / "eval_results" / "evaluations.jsonl"
+    first = json.loads(path.read_text().splitlines()[0])
+    path.write_bytes(b"\xff\n" if key == 0 else json.dumps({**first, key: value}).encode() + b"\n")
+    line = error_of(monkeypatch, "ppo_residual_so101.py", "--resume", str(model))
+    assert line.startswith(f"{path}: damaged") and "\n" not in line
 
 
 SLOW_POLICY = """
