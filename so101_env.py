@@ -21,7 +21,7 @@ import mujoco
 import numpy as np
 from gymnasium.envs.registration import load_env_creator
 
-from so101_sim.batch import FULL_ARM, KIT_ARM, ArmRandomization, Arms, has_rows, log_uniform
+from so101_sim.batch import FULL_ARM, KIT_ARM, ArmRandomization, Arms, is_like, log_uniform
 from so101_sim.control import ACT_DIM, FIRMWARE_P, JOINT_MIRROR, JOINTS, valid_delta
 from so101_sim.errors import BasePolicyError, SO101Error, check_ranges, require
 from so101_sim.geometry import distance_to_rectangle, in_axes, wrap_angle
@@ -698,7 +698,7 @@ class SO101ResidualVectorEnv(ArmVectorEnv):
         if self.base_policy is not None:
             self.base_policy.reset(np.ones(self.num_envs, bool))  # now its memory has the names it should have
             own = self.base_policy.memory
-        if not isinstance(memory, Mapping) or not all(has_rows(memory.get(name), array) for name, array in own.items()):
+        if not isinstance(memory, Mapping) or not all(is_like(memory.get(name), array) for name, array in own.items()):
             raise SO101Error("state of the environments: base_memory is not that of the base policy")
         super().set_state(state)
         if self.base_policy is not None:

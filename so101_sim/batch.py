@@ -308,9 +308,9 @@ def check_arrays(
             raise SO101Error(f"{what}: {name} has impossible numbers")
 
 
-def has_rows(given: Any, own: np.ndarray) -> bool:
-    """Whether a value is an array of as many rows, and of the same kind of numbers, as the own one."""
-    return isinstance(given, np.ndarray) and given.shape[:1] == own.shape[:1] and given.dtype.kind == own.dtype.kind
+def is_like(given: Any, own: np.ndarray) -> bool:
+    """Whether a value is an array of the same shape, and of the same kind of numbers, as the own one."""
+    return isinstance(given, np.ndarray) and given.shape == own.shape and given.dtype.kind == own.dtype.kind
 
 
 def _rows_and_ids(active: np.ndarray) -> tuple[Any, np.ndarray | None]:

@@ -231,6 +231,17 @@ def test_a_restored_environment_counts_on():
     assert [bool(other.step(np.zeros((1, ACT_DIM)))[2][0]) for _ in range(2)] == [False, True]
 
 
+@pytest.mark.parametrize("change", [lambda a: a[:1], lambda a: a[:, None], lambda a: a.astype(complex), list])
+def test_memory_that_is_not_the_base_policys_is_refused(change):
+    envs = SO101ResidualVectorEnv(2, "jacobian")
+    envs.reset(seed=0)
+    state = envs.get_state()
+    for name, array in state["base_memory"].items():
+        with pytest.raises(SO101Error, match="base_memory is not that of the base policy"):
+            envs.set_state({**state, "base_memory": {**state["base_memory"], name: change(array)}})
+    envs.set_state(state)
+
+
 def test_reward_terms_add_up_and_match_their_formulas():
     gamma = 0.9
     envs = SO101ResidualVectorEnv(1, shaping_gamma=gamma, max_episode_steps=50, autoreset_mode=AutoresetMode.DISABLED)
