@@ -529,10 +529,11 @@ class Recorder:
         """The lines of evaluations.jsonl up to the resumed step; one that was cut off when the run died is left out."""
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
-            with contextlib.suppress(json.JSONDecodeError):
+            try:
                 json.loads(lines[-1] if lines else "{}")
-                lines.append("")
-            evaluations = [strict_json(line) for line in lines[:-1]]
+            except json.JSONDecodeError:
+                lines.pop()
+            evaluations = [strict_json(line) for line in lines]
             for each in evaluations:
                 rates = each["success_rate"], each["reference_success_rate"]
                 if type(each["step"]) is not int or each["step"] < 0 or not all(map(is_rate, rates)):
