@@ -151,6 +151,9 @@ def check_args(args: Args) -> None:
     for settings in (args, args.sac, args.networks, args.base.server, args.task, args.run):
         check_flags(settings, RANGES)
     args.run.check_name()
+    if args.sac.learning_starts >= args.total_timesteps:
+        text = f"--learning-starts {args.sac.learning_starts}: nothing is learned within {args.total_timesteps} steps"
+        raise SO101Error(f"{text}; lower it, or raise --total-timesteps")
     if args.base.observe_base and args.base.base_policy == "zero":
         raise SO101Error("--observe-base needs a base policy: name one with --base-policy")
     if args.base.base_policy == "zero":

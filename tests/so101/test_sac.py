@@ -247,6 +247,7 @@ def test_an_agent_is_evaluated_exported_and_can_be_corrected(run, tmp_path):
         ("--n-step 0", "--n-step"),
         ("--buffer-size 10", "--buffer-size"),
         ("--base-batch 1", "--base-batch"),
+        ("--total-timesteps 500", "--learning-starts 500: nothing is learned within 500 steps"),
         ("--total-timesteps 1000000000 --buffer-size 900000000", "--buffer-size"),
         ("--update-epochs 3", "--update-epochs: there is no such flag"),
         pytest.param("--resume MODEL --gamma 0.9", "--gamma 0.9: MODEL was trained with", marks=pytest.mark.slow),
