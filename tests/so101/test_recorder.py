@@ -365,7 +365,7 @@ def test_a_directory_that_is_removed_meanwhile_is_one_line_and_the_state_is_kept
     flags = SMALL.replace("--total-timesteps 3000", "--total-timesteps 60000").split()
     words = [*command("ppo_residual_so101.py"), "--log-dir", str(tmp_path), "--run-name", "run", *flags]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob("run/checkpoints/*.pt")):
+    while not list(tmp_path.glob("run/checkpoints/*_steps.pt")):  # a temporary file would go while it is removed
         assert process.poll() is None
         time.sleep(0.01)
     shutil.rmtree(tmp_path / "run")
