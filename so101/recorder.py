@@ -165,8 +165,7 @@ class Recorder:
             with restoring(self.run.resume):
                 self.recent.extend(dict(episode) for episode in saved["recorder"]["recent_episodes"])
                 self.evaluation_due = saved["recorder"]["evaluation_due"]
-                finalists = [{key: each[key] for key in ("step", *BEST_BY)} for each in saved["recorder"]["finalists"]]
-            self._find_finalists(finalists)
+            self._find_finalists(saved["recorder"]["finalists"])
         if self.run.capture_video:
             check_rendering(eval_envs, "--capture-video")
         if self.run.track and self.world.is_main:
