@@ -44,6 +44,7 @@ CHECKPOINT, CLONE, STUDENT = SCHEMAS
 ADAM_KEYS = {"step", "exp_avg", "exp_avg_sq"}
 LARGEST_COUNT = {"num_envs": 4096}  # as the range of the flag; of others MAX_COUNT
 RECORDS = {"recent_episodes": list, "finalists": list, "evaluation_due": bool}  # what so101/recorder.py keeps
+BEST_BY = ("success_rate", "mean_return")  # the best model has the highest; the second breaks ties in the first
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:
@@ -138,14 +139,19 @@ def _check_records(records: dict[str, Any], global_step: int) -> None:
             if not isinstance(value, (int, float)) and not (key == "trouble" and isinstance(value, str)):
                 raise ValueError(f"{key} of an episode in recorder is no number")
     for each in finalists:
-        known = isinstance(each, dict) and each.keys() == {"step", "success_rate", "mean_return"}
+        known = isinstance(each, dict) and each.keys() == {"step", *BEST_BY}
         if not known or type(each["step"]) is not int or type(each["mean_return"]) is not float:
-            raise ValueError("a best model in recorder is not step, success_rate and mean_return")
+            raise ValueError(f"a best model in recorder is not step, {' and '.join(BEST_BY)}")
         if not 0 <= each["step"] <= global_step or not is_rate(each["success_rate"]):
             raise ValueError(f"a best model in recorder is of step {each['step']}, or its success no rate")
-    ranks = [(each["success_rate"], each["mean_return"], each["step"]) for each in finalists]
-    if ranks != sorted(ranks, reverse=True) or len({step for *_, step in ranks}) < len(ranks):
+    steps = {each["step"] for each in finalists}
+    if finalists != sorted(finalists, key=rating, reverse=True) or len(steps) < len(finalists):
         raise ValueError("the best models in recorder are not in order, or there twice")
+
+
+def rating(evaluation: Mapping[str, Any]) -> list[float]:
+    """Sort key of evaluations: the best one has the highest."""
+    return [evaluation[key] for key in (*BEST_BY, "step")]
 
 
 def is_rate(value: Any) -> bool:

@@ -33,6 +33,7 @@ from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ
 
 HOME_SPEED_RAD_S, HOME_NEAR_RAD = 0.4, 0.015  # slow motions, between poses
+PASSING_RAD = 0.1  # near enough to a pose that is only passed
 HOME_WAIT_S, HOME_WAITS = 10.0, 1.5  # s, and a factor of the time at full speed: what they may take
 # an arm that stops this near its goal for this long has met the table: its zero or the table's height is off
 HOME_TOUCH_RAD, HOME_STILL_RAD, HOME_STILL_S = float(np.deg2rad(5.0)), 0.002, 1.0
@@ -131,19 +132,20 @@ class Clock:
 
 
 def way_to(
-    controller: Controller, goal_rad: np.ndarray, share: float = HOME_SHARE, touch_rad: float = HOME_TOUCH_RAD
-) -> Iterator[np.ndarray]:
+    controller: Controller, goal_rad: np.ndarray, share: float = HOME_SHARE, touch_rad: float = HOME_TOUCH_RAD,
+    speed_rad_s: float = HOME_SPEED_RAD_S, near_rad: float = HOME_NEAR_RAD,
+) -> Iterator[np.ndarray]:  # fmt: skip
     """A slow motion: joint deltas (6,), rad, one per control step. Measure between them; arguments as in `Loop.go`.
 
     Raises RobotError if the arm does not arrive.
     """
-    step, nearest, still = HOME_SPEED_RAD_S / CONTROL_HZ, np.inf, 0
+    step, nearest, still = speed_rad_s / CONTROL_HZ, np.inf, 0
     way = np.abs(goal_rad - controller.joints_rad).max() / min(step, controller.max_step_rad)  # steps
     for _ in range(round(HOME_WAIT_S * CONTROL_HZ + HOME_WAITS * way)):
         left = goal_rad - controller.joints_rad
         far = np.abs(left).max()
         nearest, still = (far, 0) if far < nearest - HOME_STILL_RAD else (nearest, still + 1)
-        if far < HOME_NEAR_RAD or (far < touch_rad and still > HOME_STILL_S * CONTROL_HZ):
+        if far < near_rad or (far < touch_rad and still > HOME_STILL_S * CONTROL_HZ):
             return
         yield np.clip(share * left, -step, step)
     joint = int(np.abs(left).argmax())
@@ -153,13 +155,14 @@ def way_to(
     )
 
 
-def way_home(controller: Controller) -> Iterator[np.ndarray]:
+def way_home(controller: Controller, speed_rad_s: float = HOME_SPEED_RAD_S) -> Iterator[np.ndarray]:
     """The slow motion to home, from above; in the air the servo gain is estimated, unless it is known. See way_to."""
-    yield from way_to(controller, RAISED_RAD)
+    near_rad = PASSING_RAD if controller.gain_known else HOME_NEAR_RAD
+    yield from way_to(controller, RAISED_RAD, speed_rad_s=speed_rad_s, near_rad=near_rad)
     if not controller.gain_known:
         yield from [np.zeros(ACT_DIM)] * round(REST_S * CONTROL_HZ)
         controller.learn_gain()
-    yield from way_to(controller, HOME_RAD)
+    yield from way_to(controller, HOME_RAD, speed_rad_s=speed_rad_s)
 
 
 def way_up(controller: Controller) -> Iterator[np.ndarray]:
@@ -269,9 +272,9 @@ class Loop:
         """
         self._follow(way_to(self.controller, goal_rad, share, touch_rad))
 
-    def home(self) -> None:
+    def home(self, speed_rad_s: float = HOME_SPEED_RAD_S) -> None:
         """Move to home, from above. In the air the servo gain is estimated, unless it is known."""
-        self._follow(way_home(self.controller))
+        self._follow(way_home(self.controller, speed_rad_s))
 
     def _follow(self, way: Iterator[np.ndarray]) -> None:
         """Move by the joint deltas (6,), rad, of a slow motion, one per control step."""

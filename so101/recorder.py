@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from so101.checkpoints import is_rate, load_file, load_weights, restoring, save_tensors
+from so101.checkpoints import BEST_BY, is_rate, load_file, load_weights, rating, restoring, save_tensors
 from so101.cli import check_plain_name, check_rendering, check_unused, command_of, flat_settings, silence_output
 from so101.distributed import World
 from so101.evaluation import VALIDATION_SEED, episode_mean, evaluate, no_residual, residual_to_base
@@ -43,7 +43,6 @@ ROLLOUT_TAGS = {
     "failure": "failure_rate_100",
 }
 EVAL_TAGS = {"mean_return": "mean_reward", "mean_length": "mean_ep_length"}
-BEST_BY = ("success_rate", "mean_return")  # the best model has the highest; the second breaks ties in the first
 FINALISTS = 2  # number of best models that are evaluated on more episodes at the end,
 RIVAL_EPISODES = 2  # if they succeeded in at most this many episodes fewer than the best
 
@@ -312,7 +311,7 @@ class Recorder:
             wandb.log({"eval/video": wandb.Video(str(film), format="mp4"), "global_step": step})
         own = {key: self.result[key] for key in ("step", *BEST_BY)}
         others = [each for each in self.finalists if each["step"] != step]  # a resumed run may evaluate a step again
-        best = sorted([*others, own], key=_ranking, reverse=True)[:FINALISTS]
+        best = sorted([*others, own], key=rating, reverse=True)[:FINALISTS]
         if own in best:
             self.finalists = best
             self.weights[step] = copy.deepcopy(self.agent.state_dict())
@@ -589,7 +588,7 @@ class Recorder:
                 compared[-1] |= {"step": each["step"], "episodes": run.final_eval_episodes}
         finally:
             self.agent.load_state_dict(last)  # also if the base policy fails: it is what a resumed run goes on from
-        return max(compared, key=_ranking)
+        return max(compared, key=rating)
 
     def _log_best(self) -> None:
         """Settings and the last evaluation, for the table of runs in TensorBoard's tab HPARAMS."""
@@ -625,8 +624,3 @@ class Recorder:
             "best_eval_episodes": best["episodes"] if best else None,
             "best_checkpoint": str(self.run_dir / "best_model" / "best_model.pt" if best else model),
         }
-
-
-def _ranking(evaluation: dict[str, Any]) -> list[float]:
-    """Sort key of evaluations: the best one has the highest."""
-    return [evaluation[key] for key in (*BEST_BY, "step")]

@@ -45,6 +45,7 @@ from so101_sim.errors import SO101Error
 SCRIPT = Path(__file__).name
 LOG_2PI = float(np.log(2 * np.pi))
 NUM_STEPS = 50  # steps per environment between two entries in the curves
+HOLD = 10  # steps that each random action before learning starts lasts: actions of one step hardly move the arm
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,7 +59,7 @@ class SAC:
     num_envs: int = 4
     """parallel environments"""
     learning_starts: int = 500
-    """steps before learning starts: of random actions without a base policy, of the base alone with one"""
+    """steps before learning starts: of random actions, each held for 10, or of the base policy alone if there is one"""
     base_batch: float = 0.5
     """with a base policy: share of every batch that comes from those first steps, its demonstrations"""
     batch_size: int = 128
@@ -467,8 +468,10 @@ def iterate(
         learning = buffer.rows >= first_rows
         if learning:
             action = agent.explore(obs, torch.randn(n, ACT_DIM, generator=generator))
-        else:
+        elif buffer.rows % HOLD == 0:
             action = (2 * torch.rand(n, ACT_DIM, generator=generator) - 1).numpy() * (not with_base)
+        else:
+            action = buffer.newest(1)["actions"][0].numpy()
         obs, ended = act_and_add(agent, envs, obs, action, buffer)
         episodes += ended
         if learning:

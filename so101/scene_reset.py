@@ -142,8 +142,9 @@ class DragPolicy(TipPolicy):
         motion = np.where(dragging[:, None], self.goal[:, :2] - sheet, motion)
         longest = np.where(dragging, self.DRAG_M, self.REACH_M)
         motion *= np.minimum(longest / np.maximum(np.linalg.norm(motion, axis=1), 1e-9), 1.0)[:, None]
-        rise = np.where(stage == LOWER, -self.SINK_M, self.SHARE * (self.HOVER_M - tip[:, 2]))
-        rise = np.clip(rise, -self.SINK_M, self.LIFT_M) * ~dragging
+        hover = np.clip(self.SHARE * (self.HOVER_M - tip[:, 2]), -self.SINK_M, self.LIFT_M)
+        raising = (stage == RISE) | (stage == LIFT)
+        rise = np.select([dragging, stage == LOWER, raising], [0.0, -self.SINK_M, self.LIFT_M], hover)
 
         # in the air the last targets move on, so that the arm does not lag behind; on the sheet they lead by a force
         delta = np.zeros(command.shape)
@@ -290,7 +291,7 @@ class SceneReset:
         while True:
             near = tries < NEAR_TRIES
             if self._arrived(pose, goal, near):
-                self.loop.home()
+                self.loop.home(self.drag.AIR_RAD * CONTROL_HZ)
                 pose = self.look()
                 if self._arrived(pose, goal, near):
                     return Reset(self.loop.clock.ticks - before, tries, goal, pose)

@@ -235,8 +235,8 @@ class Controller:
 
     @property
     def gain_known(self) -> bool:
-        """Whether every episode starts with a known gain, and learn_gain is not needed."""
-        return self._expected_gain[1] == 1.0
+        """Whether learn_gain is not needed: the gain is known, or was learned since the last reset."""
+        return self.gain_floor >= LEARNED_GAIN_FLOOR
 
     @property
     def gain(self) -> np.ndarray:

@@ -118,6 +118,20 @@ def test_the_base_acts_alone_until_learning_starts(small):
     torch.testing.assert_close(rows["x"][1:][going_on], rows["next_x"][:-1][going_on])
 
 
+def test_random_actions_before_learning_are_held():
+    """Each for ten steps, also where the curves get an entry within them."""
+    args = sac.Args()
+    args.networks.hidden_size, args.sac.learning_starts = 16, 90
+    agent, envs, generator = sac.Agent(args), sac.make_envs(args, 2), torch.Generator().manual_seed(0)
+    buffer, obs = sac.ReplayBuffer(45, 2, agent.features.dim), envs.reset(seed=0)[0]
+    for steps in (15, 30):
+        obs, *_ = sac.iterate(agent, {}, envs, obs, buffer, args, steps, generator)
+    envs.close()
+    actions = buffer.newest(45)["actions"]
+    assert [row for row in range(1, 45) if not torch.equal(actions[row], actions[row - 1])] == [10, 20, 30, 40]
+    assert actions.abs().max() > 0.9 and not torch.equal(actions[:, 0], actions[:, 1])
+
+
 def test_losses_and_gradients_against_the_formulas(small):
     """One update with a learning rate of zero: its gradients, by torch.distributions and sums over samples."""
     args, agent, buffer = small
