@@ -1,6 +1,6 @@
 """The scripted scene reset on simulated arms, in virtual time: how often it needs a hand, and how long it takes.
 
-    python benchmark/resets.py                       # every row: about twenty minutes
+    python benchmark/resets.py                       # every row: about half an hour
     python benchmark/resets.py --rows nothing --resets 10
 
 Every reset has another arm, look and friction, drawn as in training, and a sheet that lies at random inside the tape.
@@ -24,7 +24,7 @@ from so101.robot import LEROBOT_P
 from so101.scene_reset import HandNeeded, SceneReset
 from so101.simulated_arm import Flaws
 from so101.virtual_time import VirtualClock, VirtualRobot
-from so101_env import TAPE_CENTER_M, Task, load_model, sheet_inside
+from so101_env import FINGERS, TAPE_CENTER_M, Task, load_model, sheet_inside
 from so101_sim.control import BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Controller
 from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ
@@ -35,6 +35,7 @@ PRECISE_M = 0.02
 ROWS = {
     "nothing": (Task.tape_margin, Flaws()),
     "lift": (Task.tape_margin, Flaws(joint_offset_deg=(0, -3, 0, 0, 0, 0))),
+    "lift_5": (Task.tape_margin, Flaws(joint_offset_deg=(0, -5, 0, 0, 0, 0))),
     "gain": (Task.tape_margin, Flaws(gain=0.7)),
     "backlash": (Task.tape_margin, Flaws(backlash_deg=3)),
     "precise": (PRECISE_M, Flaws()),
@@ -54,20 +55,32 @@ class Args:
     """write every reset to this file"""
 
 
-def reset_once(robot: VirtualRobot, loop: Loop, reset: SceneReset, seed: int, tape_margin: float) -> dict[str, Any]:
-    """A reset of a scene that is drawn by the seed: control steps, drags, whether a hand was needed, and the start."""
+def reset_once(robot: VirtualRobot, loop: Loop, task: Task, seed: int) -> dict[str, Any]:
+    """A reset of a scene that is drawn by the seed, the first one of its arm.
+
+    Returns its control steps and drags, the drawn goal and the start reached, x, y (m), yaw (rad), why a hand was
+    needed, and grip: friction between fingertip and sheet over that between sheet and table.
+    """
     rng = np.random.default_rng(seed)
     robot.reset(seed)
+    model, friction = robot.arm.model, robot.arm.arms.fields["pair_friction"][0, :, 0]
+    tip, table = (float(friction[model.pair(name).id]) for name in (f"{FINGERS[0]}_finger_sheet", "sheet_table"))
+    result = {"seed": seed, "grip": tip / table, "hand": ""}
     loop.controller.reset()
-    robot.arm.arms.qpos[0, [6, 7, 9]] = draw_inside(rng, tape_margin)
+    robot.arm.arms.qpos[0, [6, 7, 9]] = draw_inside(rng, task.tape_margin)
     loop.measure()
     loop.home()  # estimates the servo gain
     try:
-        done = reset.run(rng)
+        done = SceneReset(loop, task, loop.policy.locator).run(rng)
     except (HandNeeded, Blind) as error:
-        return {"seed": seed, "hand": str(error)}
+        return result | {"hand": str(error)}
     goal, start = done.goal.tolist(), done.pose.tolist()
-    return {"seed": seed, "hand": "", "steps": done.ticks, "drags": done.tries, "goal": goal, "start": start}
+    return result | {"steps": done.ticks, "drags": done.tries, "goal": goal, "start": start}
+
+
+def off_mm(done: dict[str, Any]) -> float:
+    """Distance of the sheet's start from the drawn one."""
+    return 1000 * float(np.linalg.norm(np.subtract(done["goal"], done["start"])[:2]))
 
 
 def draw_inside(rng: np.random.Generator, tape_margin: float) -> tuple[float, float, float]:
@@ -84,14 +97,11 @@ def run_row(name: str, args: Args) -> list[dict[str, Any]]:
     tape_margin, flaws = ROWS[name]
     task = Task(firmware_p=LEROBOT_P, tape_margin=tape_margin)
     robot, policy = VirtualRobot(task, flaws), OpenCVPolicy(None, tape_margin)
-    controller = Controller(
-        load_model(tape_margin), task.firmware_p, BACKLASH_RAD, LATENCY_S, gain_floor=GAIN_FLOOR
-    )  # fmt: skip
+    controller = Controller(load_model(tape_margin), task.firmware_p, BACKLASH_RAD, LATENCY_S, gain_floor=GAIN_FLOOR)
     loop = Loop(robot, policy, controller, VirtualClock(robot))
-    reset = SceneReset(loop, task, policy.locator)
     seeds = range(SEED + args.first_seed, SEED + args.first_seed + args.resets)
     try:
-        return [reset_once(robot, loop, reset, seed, tape_margin) for seed in tqdm(seeds, name, disable=None)]
+        return [reset_once(robot, loop, task, seed) for seed in tqdm(seeds, name, disable=None)]
     finally:
         robot.close()
 
@@ -104,16 +114,17 @@ def main() -> int:
         if name not in ROWS:
             raise SO101Error(f"--rows {name}: not one of {', '.join(ROWS)}")
     check_output("--json", args.json, (".json",))
-    print("| wrong with the arm | resets | hands | seconds, mean | drags, mean |\n|---|---|---|---|---|")
+    print(
+        "| wrong with the arm | resets | hands | seconds | drags | mm off the drawn start |\n|---|---|---|---|---|---|"
+    )
     rows = {}
     for name in args.rows:
         rows[name] = run_row(name, args)
         done = [each for each in rows[name] if not each["hand"]]
-        seconds, drags = (
-            (np.mean([each[key] for each in done]) for key in ("steps", "drags")) if done else (np.nan,) * 2
-        )
+        columns = [[each["steps"] / CONTROL_HZ, each["drags"], off_mm(each)] for each in done] or [[np.nan] * 3]
+        seconds, drags, off = np.mean(columns, axis=0)
         hands = len(rows[name]) - len(done)
-        print(f"| {name} | {len(rows[name])} | {hands} | {seconds / CONTROL_HZ:.1f} | {drags:.1f} |", flush=True)
+        print(f"| {name} | {len(rows[name])} | {hands} | {seconds:.1f} | {drags:.1f} | {off:.0f} |", flush=True)
     if args.json:
         write_json(Path(args.json), rows)
     return 0

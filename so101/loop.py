@@ -135,9 +135,16 @@ def way_to(
     controller: Controller, goal_rad: np.ndarray, share: float = HOME_SHARE, touch_rad: float = HOME_TOUCH_RAD,
     speed_rad_s: float = HOME_SPEED_RAD_S, near_rad: float = HOME_NEAR_RAD,
 ) -> Iterator[np.ndarray]:  # fmt: skip
-    """A slow motion: joint deltas (6,), rad, one per control step. Measure between them; arguments as in `Loop.go`.
+    """A slow motion: joint deltas (6,), rad, one per control step. Measure between them.
 
-    Raises RobotError if the arm does not arrive.
+    Args:
+        controller: of the arm.
+        goal_rad, share, touch_rad: see `Loop.go`.
+        speed_rad_s: of the fastest joint.
+        near_rad: distance of every joint from its goal at which the motion ends.
+
+    Raises:
+        RobotError: the arm does not arrive.
     """
     step, nearest, still = speed_rad_s / CONTROL_HZ, np.inf, 0
     way = np.abs(goal_rad - controller.joints_rad).max() / min(step, controller.max_step_rad)  # steps
@@ -273,7 +280,7 @@ class Loop:
         self._follow(way_to(self.controller, goal_rad, share, touch_rad))
 
     def home(self, speed_rad_s: float = HOME_SPEED_RAD_S) -> None:
-        """Move to home, from above. In the air the servo gain is estimated, unless it is known."""
+        """Move to home, from above, at speed_rad_s. In the air the servo gain is estimated, unless it is known."""
         self._follow(way_home(self.controller, speed_rad_s))
 
     def _follow(self, way: Iterator[np.ndarray]) -> None:

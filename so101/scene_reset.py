@@ -74,13 +74,17 @@ class DragPolicy(TipPolicy):
 
     While the sheet slides, the wrist turns it towards the goal's yaw. An arm with backlash or weak servos lags: the
     tip is sent farther ahead until it follows. A sheet that does not follow the tip is pressed harder, and a tip
-    that does not move presses less. The next drag starts with the last press.
+    that does not move presses less. A tip that moves the sheet on its way through the air is lower than it seems, since
+    an encoder is off: it then travels higher. The next drag starts with the last press and height.
     """
 
     HOVER_M, RAISED_M, LEAD_RAD = 0.028, 0.02, 0.03
     MIN_PRESS, MAX_PRESS, PRESS_STEP = 0.3, 2.5, 0.1  # in units of PRESS_N; change per control step
     # a tip moves, or stands still, if it covers more, or less, than this per control step
     MOVING_M, STILL_M = 0.0015, 0.0008
+    # a tip on its way touches a sheet that moves more than this per control step, and then travels higher: by this
+    # every few control steps, and at most
+    TOUCH_M, CLEAR_STEP_M, CLEAR_STEPS, MAX_CLEAR_M = 0.001, 0.004, 5, 0.04
     FOLLOWS = 0.5  # a sheet follows if it moves by this share of the tip's motion
     RESTING_M, STUCK_STEPS = 0.0001, 60  # a sheet is stuck if it still moves less than this per control step
     TOLERANCE_M, COAST_STEPS = 0.006, 3  # near enough to the goal, where the sheet will be in this many control steps
@@ -102,7 +106,7 @@ class DragPolicy(TipPolicy):
     def __init__(self) -> None:
         super().__init__()
         self.goal = np.zeros((0, 3))
-        self.press = np.zeros(0)
+        self.press, self.clear = np.zeros(0), np.zeros(0)  # in units of PRESS_N; height in m above HOVER_M
         self.memory: dict[str, np.ndarray] = {}
 
     def reset(self, mask: np.ndarray) -> None:
@@ -112,7 +116,7 @@ class DragPolicy(TipPolicy):
             self.memory = {name: np.zeros(count, np.int64) for name in ("stage", "steps", "count")}
             self.memory["lead"] = np.zeros(count)
             self.memory |= {name: np.zeros((count, 2)) for name in ("point", "sheet", "tip_mean", "sheet_mean")}
-            self.press, self.goal = np.ones(count), np.zeros((count, 3))
+            self.press, self.clear, self.goal = np.ones(count), np.zeros(count), np.zeros((count, 3))
         for array in self.memory.values():
             array[mask] = 0
         self.memory["point"][mask] = np.nan
@@ -142,7 +146,7 @@ class DragPolicy(TipPolicy):
         motion = np.where(dragging[:, None], self.goal[:, :2] - sheet, motion)
         longest = np.where(dragging, self.DRAG_M, self.REACH_M)
         motion *= np.minimum(longest / np.maximum(np.linalg.norm(motion, axis=1), 1e-9), 1.0)[:, None]
-        hover = np.clip(self.SHARE * (self.HOVER_M - tip[:, 2]), -self.SINK_M, self.LIFT_M)
+        hover = np.clip(self.SHARE * (self.HOVER_M + self.clear - tip[:, 2]), -self.SINK_M, self.LIFT_M)
         raising = (stage == RISE) | (stage == LIFT)
         rise = np.select([dragging, stage == LOWER, raising], [0.0, -self.SINK_M, self.LIFT_M], hover)
 
@@ -183,6 +187,9 @@ class DragPolicy(TipPolicy):
         dragging &= np.linalg.norm(self.goal[:, :2] - sheet, axis=1) > 2 * self.TOLERANCE_M
         slipping = dragging & (tip_m > self.MOVING_M) & (sheet_m < self.FOLLOWS * tip_m)
         stalled = dragging & (tip_m < self.STILL_M)
+        touching = mask & (memory["stage"] == REACH) & (memory["steps"] % self.CLEAR_STEPS == self.CLEAR_STEPS - 1)
+        touching &= sheet_m > self.TOUCH_M
+        self.clear[touching] = np.minimum(self.clear[touching] + self.CLEAR_STEP_M, self.MAX_CLEAR_M)
         press = self.press + self.PRESS_STEP * (1.0 * slipping - 1.0 * stalled)
         self.press[mask] = np.clip(press, self.MIN_PRESS, self.MAX_PRESS)[mask]
 
@@ -198,7 +205,7 @@ class DragPolicy(TipPolicy):
         # or it will slide past the goal
         there |= (np.linalg.norm(left, axis=1) < self.PASSING_M) & (((left - coast) * coast).sum(1) < 0.0)
         count = (count + 1) * ((old == LOWER) & (tip_step[:, 2] * CONTROL_HZ > self.SINKING_M_S))
-        raised = (tip[:, 2] > self.RAISED_M) | (steps > RISE_STEPS)
+        raised = (tip[:, 2] > self.RAISED_M + self.clear) | (steps > RISE_STEPS)
 
         stage = old.copy()
         stage[(old == RISE) & raised] = REACH
@@ -228,6 +235,7 @@ VIEW_PIXELS = 3.0  # a start's corners are at least this far inside the picture
 # the point to press at may be this far out of reach at a start, where the gripper leans a bit, and before a drag
 BEYOND_M, FARTHEST_M = 0.01, 0.05
 GOAL_M, STRAY_M, STRAY_RAD = 0.015, 0.01, 0.05  # see SceneReset
+STAY_M = 0.005  # a sheet that moves less in a drag has not followed
 
 
 class HandNeeded(SO101Error):
@@ -280,7 +288,7 @@ class SceneReset:
             Blind: the sheet is not seen, even with the arm out of the way.
             RobotError: the arm or its camera is lost.
         """
-        before, tries = self.loop.clock.ticks, 0
+        began, tries, moved = self.loop.clock.ticks, 0, True
         self.loop.film = self.caller.film
         # a sheet that covers the tape hides it; then only the episode that has ended knows where the tape is
         known = self.caller.policy.seen if isinstance(self.caller.policy, OpenCVPolicy) else {}
@@ -294,13 +302,15 @@ class SceneReset:
                 self.loop.home(self.drag.AIR_RAD * CONTROL_HZ)
                 pose = self.look()
                 if self._arrived(pose, goal, near):
-                    return Reset(self.loop.clock.ticks - before, tries, goal, pose)
+                    return Reset(self.loop.clock.ticks - began, tries, goal, pose)
             if tries == MAX_TRIES:
                 raise HandNeeded(f"the sheet is not at a start after {tries} drags: lay it by hand outside of the tape")
-            if np.linalg.norm(goal[:2] - pose[:2]) <= GOAL_M:  # it is there, but turned: it turns while it is dragged
+            # at the goal, but turned: it turns while it is dragged; not moved: another drag may begin at a better point
+            if np.linalg.norm(goal[:2] - pose[:2]) <= GOAL_M or not moved:
                 goal = self.draw_goal(rng, pose)
-            tries += 1
+            before, tries = pose, tries + 1
             pose = self._drag_to(goal)
+            moved = bool(np.linalg.norm(pose[:2] - before[:2]) > STAY_M)
 
     def look(self) -> np.ndarray:
         """The sheet's pose (3,) in a new picture, if need be with the arm out of the view. Raises Blind."""

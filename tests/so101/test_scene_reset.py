@@ -1,7 +1,11 @@
 """The scripted scene reset, in virtual time on simulated arms, with the sheet located in the camera's pictures."""
 
+import json
+import sys
+
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from so101.loop import Loop
 from so101.opencv import OpenCVPolicy
@@ -19,9 +23,12 @@ from so101_env import (
     sheet_inside,
 )
 from so101_sim.control import ACT_DIM, BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Controller
+from so101_sim.errors import SO101Error
 from so101_sim.geometry import wrap_angle
 
 cv2 = pytest.importorskip("cv2")
+sys.path.insert(0, str(ROOT / "benchmark"))
+import resets  # noqa: E402
 
 SEED = 1_600_000_000
 TASK = Task(firmware_p=16)
@@ -62,6 +69,17 @@ def test_a_sheet_in_the_tape_is_brought_to_a_start(flaws, monkeypatch):
         assert np.linalg.norm(done.pose[:2] - done.goal[:2]) <= (GOAL_M if flaws is None else 2 * GOAL_M)
         assert np.abs(reset.loop.controller.joints_rad - HOME_RAD).max() < np.deg2rad(5.0)
         lay(reset.loop.robot, INSIDE)
+    reset.loop.robot.close()
+
+
+@pytest.mark.parametrize("offset_deg, higher", [(0.0, False), (-5.0, True)])
+def test_a_tip_that_touches_the_sheet_on_its_way_travels_higher(offset_deg, higher):
+    """With shoulder_lift off by -5 degrees the tip is 26 mm lower than it seems, and takes the sheet along."""
+    reset, rng = make_reset(Flaws(joint_offset_deg=(0, offset_deg, 0, 0, 0, 0))), np.random.default_rng(SEED)
+    for _ in range(2):
+        assert reset.run(rng).tries >= 1
+        lay(reset.loop.robot, INSIDE)
+    assert (reset.drag.clear[0] > 0) == higher
     reset.loop.robot.close()
 
 
@@ -135,3 +153,22 @@ def test_where_to_press():
     point, beyond_m = press_point(near, far)
     assert point[0] < -0.03 and (np.abs(point) < SHEET_HALF_M).all() and beyond_m < 0.01
     assert press_point(np.array([0.5, 0.0, 0.0]), near)[1] > 0.05
+
+
+def test_the_benchmark_counts_hands_and_writes_what_it_prints(tmp_path, monkeypatch, capsys):
+    """One reset with a tip that grips; one with a tip that slips, where the arm gives up at once."""
+    monkeypatch.setitem(resets.ROWS, "slips", (TASK.tape_margin, Flaws(finger_friction=0.05)))
+    monkeypatch.setattr("so101.scene_reset.MAX_TRIES", 1)
+    path = tmp_path / "resets.json"
+    command = ["resets.py", "--rows", "nothing", "slips", "--resets", "1", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert resets.main() == 0
+    (good,), (slips,) = json.loads(path.read_text()).values()
+    sheet = np.array([good["start"]])
+    assert good["hand"] == "" and not sheet_inside(sheet[:, :2], sheet[:, 2], TASK.tape_margin)[0]
+    assert "after 1 drags" in slips["hand"] and slips["grip"] < 1 < good["grip"]
+    printed = capsys.readouterr().out
+    assert f"| nothing | 1 | 0 | {good['steps'] / 30:.1f} |" in printed and "| slips | 1 | 1 | nan |" in printed
+    monkeypatch.setattr(sys, "argv", ["resets.py", "--rows", "unheard"])
+    with pytest.raises(SO101Error, match="--rows unheard: not one of nothing, "):
+        resets.main()
