@@ -56,14 +56,17 @@ def read_seed(directory: Path) -> dict[int, dict[str, Any]]:
 
 
 def read_row(directory: Path) -> dict[str, Any]:
-    """All finished seeds of a row: mean success, its interval, worst seed and CPU time, for every number of steps."""
+    """All finished seeds of a row: mean success, its interval, worst seed and CPU time, for every number of steps.
+
+    A number of steps has the seeds that were trained for as many.
+    """
     done = sorted(path.parent for path in directory.glob("seed_*/done"))
     if not done:
         raise SO101Error(f"--runs: {directory} has no finished seed; run benchmark/steps_and_time.sh")
     seeds = {path.name.removeprefix("seed_"): read_seed(path) for path in done}
     points = []
-    for step in sorted(set.intersection(*(set(each) for each in seeds.values()))):
-        at = [each[step] for each in seeds.values()]
+    for step in sorted(set().union(*seeds.values())):
+        at = [each[step] for each in seeds.values() if step in each]
         rates, outcomes = np.array([each["success"] for each in at]), np.array([each["outcomes"] for each in at])
         interval = rate_interval(rates, outcomes.shape[1], outcomes) if len(rates) > 1 else [float("nan")] * 2
         points.append({
@@ -109,7 +112,7 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
         for point in row["points"]:
             low, high = point["ci95"]
             lines.append(
-                f"| {TITLES[name]} | {point['steps']:,} | {len(row['seeds'])} | {point['success']:.3f} | "
+                f"| {TITLES[name]} | {point['steps']:,} | {len(point['seeds'])} | {point['success']:.3f} | "
                 f"[{low:.3f}, {high:.3f}] | {point['worst']:.2f} | {point['cpu_s']:.0f} |"
             )
     commits = sorted({commit[:12] for row in rows.values() for commit in row["commits"]})

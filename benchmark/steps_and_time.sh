@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How few steps SAC needs compared with PPO: success over steps and over CPU time, for every checkpoint of a sweep.
 #
-#   bash benchmark/steps_and_time.sh              # every row, about two hours on two cores
+#   bash benchmark/steps_and_time.sh              # every row, about three hours on two cores
 #   ROWS="standard" SEEDS="1 2 3" bash benchmark/steps_and_time.sh
 #
 # ROWS   rows to run: standard, standard_ppo, precise, precise_jacobian, act (all of them)
@@ -51,7 +51,8 @@ row() { # NAME COUNT COMMAND...: the first COUNT of the seeds
 }
 
 PRECISE="--tape-margin 0.02 --train-episode-steps 150 --gamma 0.99 --arrival-yaw-weight 0.5 --total-timesteps 50000"
-row standard 20 python -m so101.sac --total-timesteps 20000
+row standard 10 python -m so101.sac --total-timesteps 20000
+row standard 20 python -m so101.sac --total-timesteps 10000 # the others
 row standard_ppo 20 python ppo_residual_so101.py --total-timesteps 50000
 row precise 5 python -m so101.sac $PRECISE
 row precise_jacobian 10 python -m so101.sac $PRECISE --base-policy jacobian --observe-base
