@@ -310,13 +310,13 @@ def test_a_prior_of_something_else_is_refused(prior, practised, monkeypatch, tmp
 
 
 def test_every_episode_has_a_new_start(practised):
-    """Also after a failure, when the sheet lies at a fair start already."""
+    """Also after a failure, when the sheet lies at a fair start already: it is moved from where the episode left it."""
     saved = load(practised / MODEL)
     buffer = saved["ranks"][0]["buffer"]
-    begins = [0, *(buffer["dones"][:-1, 0].nonzero().flatten() + 1).tolist()]
-    sheets = 0.1 * buffer["x"][begins, 0, 12:14]  # m, from the tape's centre
-    assert not all(record["success"] for record in saved["recorder"]["recent_episodes"])
-    assert (sheets[1:] - sheets[:-1]).norm(dim=1).min() > 0.01
+    ends = buffer["dones"][:-1, 0].nonzero().flatten()
+    left, begun = (0.1 * buffer[name][rows, 0, 12:14] for name, rows in (("next_x", ends), ("x", ends + 1)))  # m
+    assert len(ends) > 2 and not all(record["success"] for record in saved["recorder"]["recent_episodes"])
+    assert (begun - left).norm(dim=1).min() > 0.01
 
 
 def test_a_folded_arm_goes_home_before_it_does_anything_else(monkeypatch, tmp_path):
