@@ -88,7 +88,8 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
                 lambda p: p["success"], lambda p: p["ci95"][0], lambda p: p["ci95"][1], lambda p: p["worst"],
             )
         )  # fmt: skip
-        label = f"{TITLES[name]} ({len(rows[name]['seeds'])} seeds)"
+        counts = {len(each["seeds"]) for each in rows[name]["points"]}
+        label = f"{TITLES[name]} ({' to '.join(map(str, sorted({min(counts), max(counts)})))} seeds)"
         for axis, key, first in zip(axes, ("steps", "cpu_s"), (0, 1)):  # a logarithmic axis has no 0
             x = [each[key] for each in points][first:]
             axis.plot(x, mean[first:], color=color, marker="o", markersize=3, label=label)
