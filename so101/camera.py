@@ -106,16 +106,15 @@ def sample_normals(
         Values (4, count, K) or (4, count, K, C), NaN outside the picture; feet (4, count, 2) of the normals, m; unit
         normals (4, 2).
     """
-    ends = np.roll(corners, -1, axis=0)
+    sides = corners[[1, 2, 3, 0]] - corners
     along = (np.arange(count) + 0.5) / count * 0.92 + 0.04  # leave out the corners themselves
-    points = corners[:, None] + along[:, None] * (ends - corners)[:, None]
-    side = (ends - corners) / np.linalg.norm(ends - corners, axis=1, keepdims=True)
-    normals = np.column_stack([side[:, 1], -side[:, 0]])  # outwards, since the corners run counterclockwise
-    places = points[:, :, None] + offsets_m[:, None] * normals[:, None, None]
-    pixels = project(to_picture, places).astype(np.float32)
-    flat = pixels.reshape(len(points), -1, 2)
+    points = corners[:, None] + along[:, None] * sides[:, None]
+    normals = np.column_stack([sides[:, 1], -sides[:, 0]])  # outwards, since the corners run counterclockwise
+    normals /= np.hypot(sides[:, 0], sides[:, 1])[:, None]
+    # homogeneous pixels, linear in the offset: those of the feet, and how they change along the normals
+    feet, change = points @ to_picture[:, :2].T + to_picture[:, 2], normals @ to_picture[:, :2].T
+    x, y, scale = (feet[..., k, None] + change[:, k, None, None] * offsets_m for k in range(3))  # (4, count, K) each
     cv2 = import_cv2()
-    values = cv2.remap(
-        image, flat[..., 0], flat[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=[np.nan] * 4
-    )
-    return values.reshape(places.shape[:3] + image.shape[2:]), points, normals
+    x, y = ((each / scale).reshape(len(corners), -1).astype(np.float32) for each in (x, y))
+    values = cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=[np.nan] * 4)
+    return values.reshape(len(corners), count, len(offsets_m), *image.shape[2:]), points, normals

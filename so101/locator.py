@@ -236,23 +236,24 @@ def _find_edges(
     offsets = np.arange(-reach_m - 0.003, reach_m + 0.008 + step / 2, step)
     corners = rectangle(SHEET_HALF_M, *pose)
     values, points, normals = sample_normals(whiteness, to_picture, corners, offsets, SHEET_POINTS)
-    values = np.nan_to_num(values)
-    sums = np.cumsum(np.pad(values, ((0, 0), (0, 0), (1, 0))), axis=2)
+    sums = np.zeros((*values.shape[:2], len(offsets) + 1), np.float32)
+    np.cumsum(np.nan_to_num(values, copy=False), axis=2, out=sums[..., 1:])
     inside, outside, beyond = (
         (sums[..., near + d : sums.shape[2] - far + d] - sums[..., near + c : sums.shape[2] - far + c]) / (d - c)
         for c, d in ((-near, 0), (0, near), (near + 1, far))
     )
     # print on the sheet is dark, too, but beyond it there is paper again
     drop = inside - np.maximum(outside, beyond)
-    where = drop.argmax(2)
-    height = np.take_along_axis(drop, where[..., None], 2)[..., 0]
+    height = drop.max(2)
     # interpolate between samples with a parabola through three of them
-    k = np.clip(where, 1, drop.shape[2] - 2)
-    before, at, after = (np.take_along_axis(drop, (k + d)[..., None], 2)[..., 0] for d in (-1, 0, 1))
+    k = np.clip(drop.argmax(2), 1, drop.shape[2] - 2)
+    side, normal = np.indices(k.shape, sparse=True)
+    before, at, after = (drop[side, normal, k + d] for d in (-1, 0, 1))
     curve = before - 2 * at + after
     shift = np.where(curve < -1e-6, 0.5 * (before - after) / np.minimum(curve, -1e-6), 0.0)
     distance = offsets[0] + (k + near - 0.5 + np.clip(shift, -1, 1)) * step
-    good = (height > max(MIN_CONTRAST, SHARE_OF_CONTRAST * np.percentile(height, 75))) & (np.abs(distance) < reach_m)
+    distinct = np.partition(height, 3 * height.size // 4, axis=None)[3 * height.size // 4]
+    good = (height > max(MIN_CONTRAST, SHARE_OF_CONTRAST * distinct)) & (np.abs(distance) < reach_m)
     return points, normals, distance, good
 
 
@@ -273,20 +274,20 @@ def _fit_rectangle(
     """
     arm = points - pose[:2]
     turning = arm[..., 0] * normals[:, None, 1] - arm[..., 1] * normals[:, None, 0]
-    spill = np.ones((*turning.shape, 1))
-    rows = np.concatenate([np.broadcast_to(normals[:, None], points.shape), turning[..., None], spill], axis=-1)
-    change, inliers, nearest_m = np.zeros(4), good, 5e-4
-    prior = np.array([0.0, 0.0, 0.0, np.sqrt(SPILL_POINTS / nearest_m)])
+    rows = np.empty((*turning.shape, 4))
+    rows[..., :2], rows[..., 2], rows[..., 3] = normals[:, None], turning, 1.0  # x, y, yaw, spill
+    rows, flat, change, inliers, nearest_m = rows.reshape(-1, 4), distance.ravel(), np.zeros(4), good.ravel(), 5e-4
+    # the spill's prior; the others only keep what the edges do not tell, such as a shift along the only side in view
+    prior = np.diag([1e-6, 1e-6, 1e-6, SPILL_POINTS / nearest_m])
     for tolerance_m in (0.012, 0.008, 0.005, 0.003, 0.003):
-        left = distance - rows @ change
-        inliers = good & (np.abs(left) < tolerance_m)
-        if inliers.sum() < MIN_SHEET_POINTS:
+        left = np.abs(flat - rows @ change)
+        inliers = good.ravel() & (left < tolerance_m)
+        if np.count_nonzero(inliers) < MIN_SHEET_POINTS:
             break
-        weight = np.sqrt(1.0 / np.maximum(np.abs(left[inliers]), nearest_m))
-        matrix = np.vstack([rows[inliers] * weight[:, None], prior])
-        change = np.linalg.lstsq(matrix, np.append(distance[inliers] * weight, 0.0), rcond=None)[0]
-        change[3] = np.clip(change[3], -MAX_SPILL_M, MAX_SPILL_M)
-    return pose + change[:3], inliers
+        weighted = rows.T * (inliers / np.maximum(left, nearest_m))
+        change = np.linalg.solve(weighted @ rows + prior, weighted @ flat)
+        change[3] = min(max(change[3], -MAX_SPILL_M), MAX_SPILL_M)
+    return pose + change[:3], inliers.reshape(good.shape)
 
 
 def measure_sheet(image: np.ndarray, to_picture: np.ndarray, pose: np.ndarray) -> tuple[np.ndarray, float]:
