@@ -8,7 +8,7 @@
 #           unlike the included one; it is trained first)
 # PRIOR     checkpoint of so101.sac on that policy, in simulation, with which practice begins (it is trained, too);
 #           none: a fresh residual
-# SEEDS     seeds of the practice (1 to 5)
+# SEEDS     seeds of the practice (five of each row, see below)
 # ROWS      rows to run: nothing, lift, gain, backlash, finger, table (all of them)
 # MINUTES   arm time of the practice (20)
 # EPISODES  episodes of every evaluation (40): the same arm, other starts, no exploration
@@ -21,17 +21,19 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 JOBS=${JOBS:-$(env -u OMP_NUM_THREADS nproc)} # nproc reports OMP_NUM_THREADS if it is set
-ROWS=${ROWS:-nothing lift gain backlash finger table} SEEDS=${SEEDS:-1 2 3 4 5} OUT=${OUT-benchmark/results/practice}
+ROWS=${ROWS:-nothing lift gain backlash finger table} SEEDS=${SEEDS:-} OUT=${OUT-benchmark/results/practice}
 export MINUTES=${MINUTES:-20} EPISODES=${EPISODES:-40} RUNS=${RUNS:-logs/benchmark/practice} OMP_NUM_THREADS=1
 export MODEL=${MODEL:-$RUNS/naive/run/final_model.pt} PRIOR=${PRIOR:-$RUNS/prior/run/final_model.pt}
 
-# row | flags of so101.practice that make the arm
-all="nothing|
-lift|--joint-offset-deg 0 -3 0 0 0 0
-gain|--gain 0.7
-backlash|--backlash-deg 3
-finger|--finger-friction 0.3
-table|--finger-friction 0.4 --table-friction 0.4"
+# row | seeds | flags of so101.practice that make the arm
+all="nothing|1 2 3 4 5|
+lift|1 2 3 4 5|--joint-offset-deg 0 -3 0 0 0 0
+gain|1 2 3 4 5|--gain 0.7
+backlash|1 2 3 4 5|--backlash-deg 3
+finger|2 4 6 10 11|--finger-friction 0.3
+table|2 4 6 10 11|--finger-friction 0.4 --table-friction 0.4"
+# Friction varies between arms. The last two rows have the first five seeds with which the fingertip's exceeds the
+# table's by a tenth. Nobody can slide the sheet with the others: 1, 3, 5, 8 and 9 fall short of it, 7 has 6 %.
 
 check_once() { # FILE MODEL: evaluate a model on the arm of `run`, unless that has been done
   [ -e "$1" ] || [ "$2" = none ] || "${check[@]}" --model "$2" --json "$1"
@@ -69,9 +71,10 @@ if [ "$PRIOR" != none ] && [ ! -e "$PRIOR" ]; then # three minutes
   python -m so101.sac --base-policy "checkpoint:$MODEL" --full-randomization --firmware-p 16 \
     --observe-base --total-timesteps 20000 --eval-every 0 --seed 1 --log-dir "$RUNS/prior" --run-name run
 fi
-for seed in $SEEDS; do
-  while IFS="|" read -r row flags; do
-    case " $ROWS " in *" $row "*) printf '%s\0%s\0%s\0' "$row" "$seed" "$flags" ;; esac
-  done <<< "$all"
-done | xargs -0 -n 3 -P "$JOBS" bash -c 'read -ra flags <<< "$3"; run "$1" "$2" "${flags[@]}"' _
+while IFS="|" read -r row seeds flags; do
+  case " $ROWS " in
+    *" $row "*) for seed in ${SEEDS:-$seeds}; do printf '%s\0%s\0%s\0' "$row" "$seed" "$flags"; done ;;
+  esac
+done <<< "$all" |
+  xargs -0 -n 3 -P "$JOBS" bash -c 'read -ra flags <<< "$3"; run "$1" "$2" "${flags[@]}"' _
 [ -z "$OUT" ] || python benchmark/practice_report.py --runs "$RUNS" --out "$OUT"
