@@ -125,8 +125,8 @@ def main() -> int:
         seconds, drags, off = np.mean(columns, axis=0)
         hands = len(rows[name]) - len(done)
         print(f"| {name} | {len(rows[name])} | {hands} | {seconds:.1f} | {drags:.1f} | {off:.0f} |", flush=True)
-    if args.json:
-        write_json(Path(args.json), rows)
+        if args.json:
+            write_json(Path(args.json), rows)
     return 0
 
 
