@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # What practice on an arm improves: the simulated arm with one thing wrong, before and after 20 minutes of arm time.
 #
-#   bash benchmark/practice.sh                 # five seeds of each row, in virtual time: about six hours on two cores
+#   bash benchmark/practice.sh                 # five seeds of each row, in virtual time: about four hours on two cores
 #   SEEDS="1" ROWS="gain backlash" bash benchmark/practice.sh
 #
 # MODEL     policy to start from, a checkpoint (default: one that has seen no such arms in training,
-#           unlike the included one; it is trained first)
+#           unlike the included one; it is trained first, with --contact-gain 1, since practice on one with the
+#           default, 3, learned more slowly, see docs/practice.md)
 # PRIOR     checkpoint of so101.sac on that policy, in simulation, with which practice begins (it is trained, too);
 #           none: a fresh residual
 # SEEDS     seeds of the practice (five of each row, see below)
@@ -63,12 +64,12 @@ export -f check_once run
 
 if [ ! -e "$MODEL" ]; then # three minutes
   rm -rf "$RUNS/naive"
-  python ppo_residual_so101.py --full-randomization --firmware-p 16 --total-timesteps 300000 --eval-every 0 --seed 1 \
-    --log-dir "$RUNS/naive" --run-name run
+  python ppo_residual_so101.py --full-randomization --firmware-p 16 --contact-gain 1 --total-timesteps 300000 \
+    --eval-every 0 --seed 1 --log-dir "$RUNS/naive" --run-name run
 fi
 if [ "$PRIOR" != none ] && [ ! -e "$PRIOR" ]; then # three minutes
   rm -rf "$RUNS/prior"
-  python -m so101.sac --base-policy "checkpoint:$MODEL" --full-randomization --firmware-p 16 \
+  python -m so101.sac --base-policy "checkpoint:$MODEL" --full-randomization --firmware-p 16 --contact-gain 1 \
     --observe-base --total-timesteps 20000 --eval-every 0 --seed 1 --log-dir "$RUNS/prior" --run-name run
 fi
 while IFS="|" read -r row seeds flags; do
