@@ -52,6 +52,8 @@ def read_seed(result: Path) -> dict[str, Any]:
     prior = result.with_name(f"{result.stem}_prior.json")
     enough = (np.arange(len(recent)) >= RECENT - 1) & (recent >= REACHED)
     return {
+        "seed": int(result.stem.removeprefix("seed_")),
+        "version": json.loads((result.with_suffix("") / "config.json").read_text())["version"],
         "outcomes": outcomes_of(result), "before": outcomes_of(result.with_name(f"{result.stem}_before.json")),
         "prior": outcomes_of(prior) if prior.exists() else None,
         "time_s": time_s.tolist(), "recent": recent.tolist(),
@@ -84,13 +86,15 @@ def read_row(directory: Path) -> dict[str, Any]:
 
 
 def markdown(rows: dict[str, dict[str, Any]]) -> str:
-    """The table."""
+    """The tables: rows, and every seed."""
     columns = [
         "wrong with the arm", "policy", "with the prior", "after practice", "95 %", "worst", "seeds",
         "gained by practice, 95 % over the seeds",
         "in the last 5 minutes, exploring", "minutes until 0.9", "hands per 100 episodes", "s per reset",
     ]  # fmt: skip
-    lines = ["# Practice", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    versions = sorted({seed["version"] for row in rows.values() for seed in row["seeds"]})
+    title = f"# Practice, version {' and '.join(versions)}"
+    lines = [title, "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for name, row in rows.items():
         seeds = row["seeds"]
         reached = [seed["reached_min"] for seed in seeds]
@@ -108,6 +112,20 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
             f"{np.mean([seed['last'] for seed in seeds]):.2f} | {minutes} | "
             f"{row['hands_per_100']:.1f} | {np.mean([seed['reset_s'] for seed in seeds]):.1f} |"
         )
+    columns = [
+        "wrong with the arm", "seed", "policy", "with the prior", "after practice",
+        "in the last 5 minutes, exploring", "minutes until 0.9", "episodes", "hands", "s per reset",
+    ]  # fmt: skip
+    lines += ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for name, row in rows.items():
+        for seed in row["seeds"]:
+            prior = "-" if seed["prior"] is None else f"{np.mean(seed['prior']):.3f}"
+            minutes = "-" if seed["reached_min"] is None else f"{seed['reached_min']:.0f}"
+            lines.append(
+                f"| {TITLES[name]} | {seed['seed']} | {np.mean(seed['before']):.3f} | {prior} | "
+                f"{np.mean(seed['outcomes']):.3f} | {seed['last']:.2f} | {minutes} | {seed['episodes']} | "
+                f"{seed['hands']} | {seed['reset_s']:.1f} |"
+            )
     return "\n".join([*lines, ""])
 
 
