@@ -22,16 +22,17 @@ from so101.cli import check_flags, check_output, parse, run_script
 from so101.drive import Args as DriveArgs
 from so101.drive import make_policy
 from so101.files import write_json
-from so101.loop import RAISED_RAD, Blind, Loop
+from so101.loop import Blind, Loop
 from so101.practice import check_flaws
+from so101.scene_reset import DragPolicy
 from so101.simulated_arm import Flaws
 from so101.stats import wilson
 from so101.virtual_time import VirtualClock, VirtualRobot
 from so101_env import Task, load_model
 from so101_sim.control import BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Controller
+from so101_sim.scene import CONTROL_HZ
 
 START_SEED = 1_700_000_000  # seeds of the starts begin here; used nowhere else
-HOME_SPEED_RAD_S = 0.6  # between episodes, as after a scene reset
 
 
 @dataclasses.dataclass
@@ -58,9 +59,8 @@ def run_episode(loop: Loop, start: int, task: Task, episode_steps: int) -> dict[
     except Blind as blind:
         trouble = str(blind)
     episode = {"success": loop.robot.truth()["inside"], "steps": loop.moves, "trouble": trouble}
-    if loop.controller.joints_rad[1] > RAISED_RAD[1]:
-        loop.lift()
-    loop.home(HOME_SPEED_RAD_S)
+    loop.lift_if_low()
+    loop.home(DragPolicy.AIR_RAD * CONTROL_HZ)  # as after a scene reset
     return episode
 
 

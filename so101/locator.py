@@ -252,7 +252,8 @@ def _find_edges(
     curve = before - 2 * at + after
     shift = np.where(curve < -1e-6, 0.5 * (before - after) / np.minimum(curve, -1e-6), 0.0)
     distance = offsets[0] + (k + near - 0.5 + np.clip(shift, -1, 1)) * step
-    distinct = np.partition(height, 3 * height.size // 4, axis=None)[3 * height.size // 4]
+    quartile = 3 * height.size // 4
+    distinct = np.partition(height, quartile, axis=None)[quartile]
     good = (height > max(MIN_CONTRAST, SHARE_OF_CONTRAST * distinct)) & (np.abs(distance) < reach_m)
     return points, normals, distance, good
 
@@ -276,12 +277,13 @@ def _fit_rectangle(
     turning = arm[..., 0] * normals[:, None, 1] - arm[..., 1] * normals[:, None, 0]
     rows = np.empty((*turning.shape, 4))
     rows[..., :2], rows[..., 2], rows[..., 3] = normals[:, None], turning, 1.0  # x, y, yaw, spill
-    rows, flat, change, inliers, nearest_m = rows.reshape(-1, 4), distance.ravel(), np.zeros(4), good.ravel(), 5e-4
+    rows, flat, found = rows.reshape(-1, 4), distance.ravel(), good.ravel()
+    change, inliers, nearest_m = np.zeros(4), found, 5e-4
     # the spill's prior; the others only keep what the edges do not tell, such as a shift along the only side in view
     prior = np.diag([1e-6, 1e-6, 1e-6, SPILL_POINTS / nearest_m])
     for tolerance_m in (0.012, 0.008, 0.005, 0.003, 0.003):
         left = np.abs(flat - rows @ change)
-        inliers = good.ravel() & (left < tolerance_m)
+        inliers = found & (left < tolerance_m)
         if np.count_nonzero(inliers) < MIN_SHEET_POINTS:
             break
         weighted = rows.T * (inliers / np.maximum(left, nearest_m))

@@ -296,6 +296,11 @@ class Loop:
         """Lift the tip off the sheet."""
         self._follow(way_up(self.controller))
 
+    def lift_if_low(self) -> None:
+        """Lift the tip, unless it is raised already."""
+        if self.controller.joints_rad[1] > RAISED_RAD[1]:
+            self.lift()
+
     def leave(self, ended: BaseException | None) -> None:
         """The way out on an arm under torque: fold it slowly, then switch its torque off, and print what was done.
 
@@ -338,8 +343,7 @@ class Loop:
         """
         self.controller.reset()
         self.measure()
-        if self.controller.joints_rad[1] > RAISED_RAD[1]:
-            self.lift()
+        self.lift_if_low()
         self.go(REST_RAD)
 
     def observe(self, picture: Picture) -> BaseObservation:

@@ -429,8 +429,7 @@ class Practice:
                 if hands == MAX_HANDS:
                     raise
                 self.hands += 1
-                if self.loop.controller.joints_rad[1] > RAISED_RAD[1]:
-                    self.loop.lift()
+                self.loop.lift_if_low()
                 self.loop.go(RAISED_RAD)
                 picture = self.run_dir / "hand.png"
                 self.scene_reset.save_picture(picture, str(error))
