@@ -17,14 +17,16 @@
 # RUNS      directory of everything that is written (logs/benchmark/practice)
 # OUT       directory of the report (benchmark/results/practice); empty: no report
 #
-# Finished parts are not repeated, so the same command continues an interrupted benchmark.
+# Finished parts are not repeated, so the same command continues an interrupted benchmark. RUNS belongs to one MODEL,
+# PRIOR, MINUTES and EPISODES: others need another RUNS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 JOBS=${JOBS:-$(env -u OMP_NUM_THREADS nproc)} # nproc reports OMP_NUM_THREADS if it is set
 ROWS=${ROWS:-nothing lift gain backlash finger table} SEEDS=${SEEDS:-} OUT=${OUT-benchmark/results/practice}
 export MINUTES=${MINUTES:-20} EPISODES=${EPISODES:-40} RUNS=${RUNS:-logs/benchmark/practice} OMP_NUM_THREADS=1
-export MODEL=${MODEL:-$RUNS/naive/run/final_model.pt} PRIOR=${PRIOR:-$RUNS/prior/run/final_model.pt}
+naive=$RUNS/naive/run/final_model.pt simulated=$RUNS/prior/run/final_model.pt
+export MODEL=${MODEL:-$naive} PRIOR=${PRIOR:-$simulated}
 
 # row | seeds | flags of so101.practice that make the arm
 all="nothing|1 2 3 4 5|
@@ -62,15 +64,30 @@ run() { # ROW SEED FLAGS...: success on the arm of a seed before practice, also 
 }
 export -f check_once run
 
+fail() { # WHY: end with one line
+  echo "benchmark/practice.sh: error: $1" >&2
+  exit 2
+}
+
+for row in $ROWS; do
+  grep -q "^$row|" <<< "$all" || fail "ROWS: there is no row $row"
+done
+[ -e "$MODEL" ] || [ "$MODEL" = "$naive" ] || fail "MODEL=$MODEL: no such file"
+[ -e "$PRIOR" ] || [ "$PRIOR" = none ] || [ "$PRIOR" = "$simulated" ] || fail "PRIOR=$PRIOR: no such file"
+mkdir -p "$RUNS"
+settings="MODEL=$MODEL PRIOR=$PRIOR MINUTES=$MINUTES EPISODES=$EPISODES"
+[ -e "$RUNS/settings" ] || echo "$settings" > "$RUNS/settings"
+[ "$settings" = "$(cat "$RUNS/settings")" ] || fail "RUNS=$RUNS has runs with $(cat "$RUNS/settings"); name another RUNS"
+
+common=(--full-randomization --firmware-p 16 --contact-gain 1 --eval-every 0 --seed 1 --run-name run)
 if [ ! -e "$MODEL" ]; then # three minutes
   rm -rf "$RUNS/naive"
-  python ppo_residual_so101.py --full-randomization --firmware-p 16 --contact-gain 1 --total-timesteps 300000 \
-    --eval-every 0 --seed 1 --log-dir "$RUNS/naive" --run-name run
+  python ppo_residual_so101.py --total-timesteps 300000 --log-dir "$RUNS/naive" "${common[@]}"
 fi
-if [ "$PRIOR" != none ] && [ ! -e "$PRIOR" ]; then # three minutes
+if [ ! -e "$PRIOR" ] && [ "$PRIOR" != none ]; then # three minutes
   rm -rf "$RUNS/prior"
-  python -m so101.sac --base-policy "checkpoint:$MODEL" --full-randomization --firmware-p 16 --contact-gain 1 \
-    --observe-base --total-timesteps 20000 --eval-every 0 --seed 1 --log-dir "$RUNS/prior" --run-name run
+  python -m so101.sac --base-policy "checkpoint:$MODEL" --observe-base --total-timesteps 20000 \
+    --log-dir "$RUNS/prior" "${common[@]}"
 fi
 while IFS="|" read -r row seeds flags; do
   case " $ROWS " in

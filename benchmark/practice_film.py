@@ -32,6 +32,8 @@ class Args:
 
 def read_film(run: Path, success: bool) -> tuple[str, list[Image.Image], int]:
     """Caption, pictures and ms per picture of the first filmed failure, or of the last filmed success."""
+    if not (run / EPISODES).exists():
+        raise SO101Error(f"--run {run}: has no {EPISODES}; name the directory of a run of so101.practice")
     records = {round(each["arm_time_s"]): each for each in map(json.loads, (run / EPISODES).read_text().splitlines())}
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
     films = [each for each in events.Images("last_episode") if records[each.step]["success"] == success]

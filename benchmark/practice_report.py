@@ -18,14 +18,15 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from so101.cli import parse, run_script
 from so101.files import write_json
+from so101.learner import RECENT
 from so101.stats import paired_difference, rate_interval
-from so101_env import SO101Error
+from so101_sim.errors import SO101Error
+from so101_sim.scene import CONTROL_HZ
 
 TITLES = {
     "nothing": "nothing wrong", "lift": "shoulder_lift -3 degrees", "gain": "servo gain x0.7",
     "backlash": "backlash 3 degrees", "finger": "finger friction 0.3", "table": "finger friction 0.4, table 0.4",
 }  # fmt: skip
-RECENT = 20  # episodes that the curve averages over
 LAST_S, REACHED = 300.0, 0.9  # the last five minutes; the success that counts as reached
 
 
@@ -60,16 +61,18 @@ def read_seed(result: Path) -> dict[str, Any]:
         "episodes": len(episodes), "hands": int(sum(each["hands"] for each in episodes)),
         "last": float(success[time_s > time_s[-1] - LAST_S].mean()),
         "reached_min": float(time_s[enough][0] / 60) if enough.any() else None,
-        "reset_s": float(np.mean([each["reset_ticks"] for each in episodes]) / 30),
+        "reset_s": float(np.mean([each["reset_ticks"] for each in episodes]) / CONTROL_HZ),
     }  # fmt: skip
 
 
-def read_row(directory: Path) -> dict[str, Any]:
-    """A row: before, and after each practice."""
-    results = [path for path in sorted(directory.glob("seed_*.json")) if path.stem.count("_") == 1]
+def read_row(directory: Path) -> dict[str, Any] | None:
+    """A row: before, and after each practice. None: no practice has finished."""
+    results = [path for path in directory.glob("seed_*.json") if path.stem.count("_") == 1]
     if not results:
-        raise SO101Error(f"--runs: {directory} has no finished seed; run benchmark/practice.sh")
-    seeds = [read_seed(each) for each in results]
+        return None
+    seeds = sorted((read_seed(each) for each in results), key=lambda seed: seed["seed"])
+    if len({len(seed[name]) for seed in seeds for name in ("outcomes", "before", "prior") if seed[name]}) > 1:
+        raise SO101Error(f"--runs: the evaluations in {directory} have different numbers of episodes; run them again")
     outcomes = np.array([seed["outcomes"] for seed in seeds])
     rates, priors = outcomes.mean(1), [seed["prior"] for seed in seeds]
     start = np.mean([seed["prior"] or seed["before"] for seed in seeds], axis=1)  # with what practice began
@@ -152,9 +155,9 @@ def main() -> int:
     """Read the runs and write the report; returns the exit code."""
     args = parse(Args, __doc__)
     out = Path(args.out)
-    rows = {name: read_row(Path(args.runs) / name) for name in TITLES if (Path(args.runs) / name).is_dir()}
+    rows = {name: row for name in TITLES if (row := read_row(Path(args.runs) / name))}
     if not rows:
-        raise SO101Error(f"--runs {args.runs}: has no practice; run benchmark/practice.sh")
+        raise SO101Error(f"--runs {args.runs}: has no practice that has finished; run benchmark/practice.sh")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "rows.json", rows)
     (out / "results.md").write_text(markdown(rows))

@@ -27,9 +27,8 @@ from so101.practice import check_flaws
 from so101.scene_reset import DragPolicy
 from so101.simulated_arm import Flaws
 from so101.stats import wilson
-from so101.virtual_time import VirtualClock, VirtualRobot
-from so101_env import Task, load_model
-from so101_sim.control import BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Controller
+from so101.virtual_time import VirtualRobot, virtual_loop
+from so101_env import Task
 from so101_sim.scene import CONTROL_HZ
 
 START_SEED = 1_700_000_000  # seeds of the starts begin here; used nowhere else
@@ -74,12 +73,9 @@ def main() -> int:
     policy, task = make_policy(DriveArgs(model=args.model))
     policy.locator.turned = args.flaws.camera_turned
     robot = VirtualRobot(task, args.flaws)
-    controller = Controller(
-        load_model(task.tape_margin), task.firmware_p, BACKLASH_RAD, LATENCY_S, gain_floor=GAIN_FLOOR
-    )
-    loop = Loop(robot, policy, controller, VirtualClock(robot))
+    loop = virtual_loop(robot, policy, task)
     robot.reset(args.seed)
-    controller.reset()
+    loop.controller.reset()
     loop.measure()
     loop.home()  # estimates the servo gain
     starts = np.random.default_rng(START_SEED + args.seed).integers(2**31, size=args.episodes).tolist()

@@ -27,11 +27,10 @@ from so101.cli import check_flags, check_output, parse, run_script
 from so101.drive import Args as DriveArgs
 from so101.drive import make_policy
 from so101.files import write_json
-from so101.loop import Loop
 from so101.robot import Picture
 from so101.simulated_arm import Flaws
 from so101.stats import wilson
-from so101.virtual_time import VirtualClock, VirtualRobot
+from so101.virtual_time import VirtualRobot, virtual_loop
 from so101_env import (
     MAX_EPISODE_STEPS,
     NOISE_SHEET_M,
@@ -39,10 +38,9 @@ from so101_env import (
     TAPE_CENTER_M,
     BaseObservation,
     Task,
-    load_model,
     sheet_inside,
 )
-from so101_sim.control import BACKLASH_RAD, GAIN_FLOOR, JOINTS, LATENCY_S, Controller
+from so101_sim.control import JOINTS
 from so101_sim.errors import SO101Error
 from so101_sim.geometry import rotate
 
@@ -126,6 +124,7 @@ class RowRobot(VirtualRobot):
     def __init__(self, task: Task, row: Row, pictures: bool):
         super().__init__(task, row.flaws, pictures)
         self.row = row
+        self.servo_gain, self.gain_known = row.known_gain or 1.0, row.known_gain is not None
         tape = self.arm.model.body("tape")
         tape.pos[:2] += row.tape_shift_m
         tape.quat[:] = [np.cos(row.tape_turn_rad / 2), 0, 0, np.sin(row.tape_turn_rad / 2)]
@@ -185,13 +184,10 @@ class TruePosePolicy(StackedPolicy):
 def run_row(row: Row, policy: BasePolicy, task: Task, args: Args, count: Callable[[], Any]) -> list[dict[str, Any]]:
     """The episodes of a row: seed, success (ground truth), steps, and trouble, what ended it early."""
     robot, episodes = RowRobot(task, row, args.pose == "camera"), []
-    gain = {"gain_floor": GAIN_FLOOR} if row.known_gain is None else {"gain_factor": row.known_gain}
-    controller = Controller(load_model(task.tape_margin), task.firmware_p, BACKLASH_RAD, LATENCY_S, **gain)
-    policy.robot = robot
-    loop = Loop(robot, policy, controller, VirtualClock(robot), dry_run=False)
+    policy.robot, loop = robot, virtual_loop(robot, policy, task)
     for number in range(args.first_seed, args.first_seed + args.episodes):
         robot.reset(SEED + number)
-        controller.reset()
+        loop.controller.reset()
         episode = {"seed": SEED + number, "steps": 0, "trouble": ""}
         try:
             loop.measure()

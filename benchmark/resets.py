@@ -23,9 +23,8 @@ from so101.opencv import OpenCVPolicy
 from so101.robot import LEROBOT_P
 from so101.scene_reset import HandNeeded, SceneReset
 from so101.simulated_arm import Flaws
-from so101.virtual_time import VirtualClock, VirtualRobot
-from so101_env import FINGERS, TAPE_CENTER_M, Task, load_model, sheet_inside
-from so101_sim.control import BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Controller
+from so101.virtual_time import VirtualRobot, virtual_loop
+from so101_env import FINGERS, TAPE_CENTER_M, Task, sheet_inside
 from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ
 
@@ -97,8 +96,7 @@ def run_row(name: str, args: Args) -> list[dict[str, Any]]:
     tape_margin, flaws = ROWS[name]
     task = Task(firmware_p=LEROBOT_P, tape_margin=tape_margin)
     robot, policy = VirtualRobot(task, flaws), OpenCVPolicy(None, tape_margin)
-    controller = Controller(load_model(tape_margin), task.firmware_p, BACKLASH_RAD, LATENCY_S, gain_floor=GAIN_FLOOR)
-    loop = Loop(robot, policy, controller, VirtualClock(robot))
+    loop = virtual_loop(robot, policy, task)
     seeds = range(SEED + args.first_seed, SEED + args.first_seed + args.resets)
     try:
         return [reset_once(robot, loop, task, seed) for seed in tqdm(seeds, name, disable=None)]

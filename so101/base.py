@@ -99,6 +99,11 @@ class StackedPolicy(BasePolicy):
             self.base.firmware_p = firmware_p
 
     @property
+    def quit(self) -> bool:
+        """Whether the user quits, at its own base policy."""
+        return self.base is not None and self.base.quit
+
+    @property
     def memory(self) -> Mapping[str, np.ndarray]:
         """Its own last residual, and the memory of its own base policy."""
         base = {} if self.base is None else self.base.memory

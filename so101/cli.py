@@ -116,7 +116,7 @@ class Stoppable:
     """A `with` block that Ctrl+C, SIGTERM and a closed terminal end by raising Stop.
 
     After `finishing` was called the first signal is only kept in `signum`, so that what has been done is still written.
-    A second signal raises Stop in any case.
+    A second signal raises Stop in any case, except that of a closed terminal, which system and shell may both report.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -137,9 +137,11 @@ class Stoppable:
         self._finishing = True
 
     def _on_signal(self, signum: int, frame: Any) -> None:
-        first, self.signum = not self.signum, signum
         if signum == signal.SIGHUP:
             silence_output()
+            if self.signum:
+                return
+        first, self.signum = not self.signum, signum
         if not (first and self._finishing):
             raise Stop(signum)
 

@@ -166,7 +166,14 @@ def _write_files(
             row |= {f"stats/{key}/{name}": value for name, value in own_stats.items()}
     episodes_path = root / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
     pq.write_table(pa.Table.from_pylist(rows), episodes_path, write_page_checksum=True)
+    _write_meta(root / "meta", len(episodes), first_frame, features, stats, list(cameras))
 
+
+def _write_meta(
+    directory: Path, episodes: int, frames: int, features: dict[str, Any], stats: dict[str, Any], cameras: list[str]
+) -> None:
+    """Write what describes a dataset, with so many episodes and frames, as a whole."""
+    pa, pq = _pyarrow()
     # LeRobot reads the tasks with pandas and expects their text as the index, which pandas' own metadata define
     index = {
         "index_columns": ["task"], "column_indexes": [], "pandas_version": "2.0.0",
@@ -176,18 +183,18 @@ def _write_files(
         ],
     }  # fmt: skip
     tasks = pa.table({"task_index": [0], "task": [TASK_TEXT]}).replace_schema_metadata({"pandas": json.dumps(index)})
-    pq.write_table(tasks, root / "meta" / "tasks.parquet", write_page_checksum=True)
+    pq.write_table(tasks, directory / "tasks.parquet", write_page_checksum=True)
     info = {
         "codebase_version": "v3.0",
         "robot_type": "so101_follower",
-        "total_episodes": len(episodes),
-        "total_frames": first_frame,
+        "total_episodes": episodes,
+        "total_frames": frames,
         "total_tasks": 1,
         "chunks_size": 1000,
         "data_files_size_in_mb": 100,
         "video_files_size_in_mb": 200,
         "fps": CONTROL_HZ,
-        "splits": {"train": f"0:{len(episodes)}"},
+        "splits": {"train": f"0:{episodes}"},
         "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
         "video_path": VIDEO_PATH if cameras else None,
         "features": features,
@@ -201,7 +208,7 @@ def _write_files(
         "annotation": {"human.task_description": {"original_key": "task_index"}},
     }
     for name, content in (("stats", stats), ("info", info), ("modality", modality)):
-        (root / "meta" / f"{name}.json").write_text(json.dumps(content, indent=4) + "\n")
+        (directory / f"{name}.json").write_text(json.dumps(content, indent=4) + "\n")
 
 
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"

@@ -65,7 +65,7 @@ from so101_env import (
     SO101ResidualVectorEnv,
     Task,
 )
-from so101_sim.batch import check_arrays
+from so101_sim.errors import check_arrays
 from so101_sim.scene import ASSETS
 from so101_sim.vector import IMAGES, BaseObservation
 

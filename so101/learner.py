@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import itertools
 import json
 import os
 import signal
@@ -28,7 +29,7 @@ from so101 import sac
 from so101.arm_film import CameraFilm, Frame
 from so101.checkpoints import CHECKPOINT, load_file, load_weights, restore_optimizer, restoring, save_tensors
 from so101.distributed import World
-from so101.files import DiskError, disk_error
+from so101.files import DiskError, disk_error, write_atomic
 from so101.processes import spawn
 from so101.run_dirs import open_curves
 from so101_env import OBS, TAPE_CENTER_M, Scene, SO101ResidualVectorEnv, sheet_pose
@@ -42,6 +43,7 @@ FILM_EVERY = 3  # control steps per picture of a film
 GIF_WIDTH = 160  # pixels
 NICENESS = 5  # the learner's process: the arm's comes first
 TAKE_S, UPDATE_S = 120.0, 0.1  # s; longest wait for a lesson: a fixed time, and a time per gradient step
+CLOSE_S = 20.0  # s; longest wait for a learner that closes its files
 
 
 class Episode(NamedTuple):
@@ -58,7 +60,7 @@ class Lesson(NamedTuple):
 
     episode: Episode
     record: dict[str, Any]  # the line about it in episodes.jsonl
-    arm: dict[str, Any]  # plain values and tensors from which the arm's process can be resumed
+    arm: dict[str, Any]  # from which the arm's process can be resumed: plain values and tensors, only stored
     film: list[Frame]  # pictures of the reset and the episode; empty if they were not filmed
 
 
@@ -130,10 +132,11 @@ class Learner:
             self.first_rows = len(rows["x"])
             self.buffer.load_state_dict(rows, self.first_rows)
 
-    def learn(self, episode: Episode) -> dict[str, float]:
+    def learn(self, episode: Episode, idle: Callable[[], Any] | None = None) -> dict[str, float]:
         """Keep an episode, and do the gradient steps it is worth; returns their mean metrics.
 
-        An episode that begins within the first learning_starts steps counts as one of the base alone.
+        An episode that begins within the first learning_starts steps counts as one of the base alone. `idle` is called
+        every UPDATES_AT_ONCE gradient steps.
         """
         settings, before, steps = self.args.sac, self.buffer.rows, len(episode.actions)
         if steps:
@@ -157,6 +160,8 @@ class Learner:
                 )  # fmt: skip
             )
             left -= count
+            if idle is not None:
+                idle()
         return {key: float(np.mean([each[key] for each in history])) for key in history[0]} if history else {}
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -209,19 +214,21 @@ class Worker:
             saved = load_file(run.resume, CHECKPOINT)
             self.learner.load_state_dict(saved, run.resume)
             self.records = saved["recorder"]["recent_episodes"]
+            # after a power loss the last line may be missing or torn
+            write_atomic(run.run_dir / EPISODES, lambda file: file.write_text("".join(map(_line, self.records))))
         elif run.prior is not None:
             self.learner.load_prior(load_file(run.prior, CHECKPOINT), run.prior)
         self.writer = open_curves(run.run_dir)
 
-    def work(self, lesson: Lesson) -> dict[str, np.ndarray]:
-        """Learn from a lesson, and write everything; returns the new weights.
+    def work(self, lesson: Lesson, idle: Callable[[], Any] | None = None) -> dict[str, np.ndarray]:
+        """Learn from a lesson, and write everything; returns the new weights. See Learner.learn for idle.
 
         Raises SO101Error: a disk that is full, or a loss that is not finite.
         """
         try:
-            metrics = self.learner.learn(lesson.episode)
+            metrics = self.learner.learn(lesson.episode, idle)
         except FloatingPointError as error:
-            raise SO101Error(f"NaN or Inf in the {error}: try a lower --learning-rate") from error
+            raise SO101Error(f"NaN or Inf in the {error}: a new run needs a lower --learning-rate") from error
         self.records.append(lesson.record)
         content = self.learner.state_dict()
         content["ranks"][0]["arm"] = lesson.arm
@@ -232,7 +239,7 @@ class Worker:
         try:
             self._save(head | content)
             with open(self.run.run_dir / EPISODES, "a") as file:
-                file.write(json.dumps(lesson.record) + "\n")
+                file.write(_line(lesson.record))
             self._log(lesson, metrics)
         except (OSError, DiskError) as error:
             if not (self.run.run_dir / MODEL).exists():  # it was removed with its directory
@@ -244,7 +251,10 @@ class Worker:
 
     def _save(self, content: dict[str, Any]) -> None:
         """Write the checkpoint, also into a directory that was removed meanwhile."""
-        self.run.run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.run.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(self.run.run_dir, error) from error
         save_tensors(self.run.run_dir / MODEL, content)
 
     def _log(self, lesson: Lesson, metrics: dict[str, float]) -> None:
@@ -278,6 +288,11 @@ class Worker:
         self.writer.close()
 
 
+def _line(record: dict[str, Any]) -> str:
+    """The line of an episode's record in episodes.jsonl."""
+    return json.dumps(record) + "\n"
+
+
 def make_gif(frames: list[Frame]) -> tuple[int, int, bytes]:
     """Width, height and content of a small GIF, which repeats, of the pictures of a film."""
     pictures = []
@@ -303,19 +318,23 @@ class LocalLearner:
     def __init__(self, run: Run):
         self.worker = Worker(run)
         self.lesson: Lesson | None = None
+        self.lost = 0  # how many lessons were given and have not been learned: 0 or 1
 
     def give(self, lesson: Lesson) -> None:
         """Hand over an episode; `take` must be called before the next one."""
-        self.lesson = lesson
+        self.lesson, self.lost = lesson, 1
 
     def take(self, idle: Callable[[], Any] | None = None) -> dict[str, np.ndarray]:
         """The weights after the last lesson, by name; at first those that the run starts with.
 
         Args:
-            idle: called at CONTROL_HZ by a learner that is waited for, so that the arm is watched meanwhile.
+            idle: called several times per second while the learner is waited for, so that the arm is watched.
         """
         lesson, self.lesson = self.lesson, None  # one that is interrupted is not learned again
-        return self.worker.learner.weights() if lesson is None else self.worker.work(lesson)
+        if lesson is None:
+            return self.worker.learner.weights()
+        weights, self.lost = self.worker.work(lesson, idle), 0
+        return weights
 
     def close(self) -> None:
         """Learn what was given, and close the files."""
@@ -333,9 +352,13 @@ def _run_learner(pipe: Connection, run: Run) -> None:
         worker = Worker(run)
         pipe.send(worker.learner.weights())
         while True:
-            pipe.send(worker.work(pipe.recv()))
-    except (EOFError, ConnectionError):
-        return  # the arm's process has closed the pipe, or has ended: so does this one
+            try:
+                lesson = pipe.recv()
+            except (EOFError, OSError):  # the arm's process has closed the pipe, or has ended: so does this one
+                return
+            pipe.send(worker.work(lesson))
+    except ConnectionError:
+        return
     except SO101Error as error:
         told = True
         try:
@@ -357,43 +380,67 @@ class LearnerProcess:
     def __init__(self, run: Run):
         self.process, self.pipe = spawn(_run_learner, run, blocked=(signal.SIGINT, signal.SIGHUP))
         self.updates_per_step, self.limit_s = run.args.sac.updates_per_step, TAKE_S
+        self.pending, self.lost = True, 0  # whether an answer is due, at first the weights of the beginning
+        self.weights: dict[str, np.ndarray] = {}  # the last answer
 
     def give(self, lesson: Lesson) -> None:
         """See LocalLearner. Returns at once."""
         self.limit_s = TAKE_S + UPDATE_S * self.updates_per_step * len(lesson.episode.actions)
+        self.pending, self.lost = True, 1
         try:
             self.pipe.send(lesson)
         except OSError as error:
-            raise self._lost() from error
+            raise self._ended() from error
 
     def take(self, idle: Callable[[], Any] | None = None) -> dict[str, np.ndarray]:
         """See LocalLearner. Waits for the learner, at most limit_s."""
+        if self.pending:
+            self.weights, self.lost = self._answer(idle), 0
+        return self.weights
+
+    def _answer(self, idle: Callable[[], Any] | None) -> dict[str, np.ndarray]:
+        """Wait for the learner's next answer."""
         try:
             deadline = time.monotonic() + self.limit_s
             while not self.pipe.poll(1 / CONTROL_HZ):
                 if time.monotonic() > deadline:
+                    self.pending = False
                     raise SO101Error(f"the learner has not answered for {self.limit_s:.0f} s")
                 if idle is not None:
                     idle()
+            self.pending = False
             answer = self.pipe.recv()
         except (EOFError, OSError) as error:
-            raise self._lost() from error
+            raise self._ended() from error
         if isinstance(answer, str):
             raise SO101Error(f"the learner has stopped: {answer}")
         return answer
 
-    def _lost(self) -> SO101Error:
+    def _ended(self) -> SO101Error:
+        self.pending = False
         self.process.join(1.0)
         return SO101Error(f"the learner's process has ended (exit code {self.process.exitcode})")
 
     def close(self) -> None:
-        """Wait until the learner has learned and saved the last lesson, and end its process."""
-        self.pipe.close()
-        self.process.join(self.limit_s)
-        busy = self.process.is_alive()
-        self.process.kill()
-        if busy:
-            print("the learner was still busy and was killed: its last episode is lost", file=sys.stderr, flush=True)
+        """Wait until the learner has learned and saved the last lesson, and end its process; print what is lost."""
+        calls, waiting = itertools.count(1), "the learner finishes the last episode; Ctrl+C drops it"
+        try:
+            if self.lost:
+                self.take(lambda: next(calls) == CONTROL_HZ and _print(waiting))
+            self.pipe.close()
+            self.process.join(CLOSE_S)
+        except SO101Error as error:
+            _print(str(error))
+        finally:
+            self.process.kill()
+            self.pipe.close()
+            if self.lost:
+                _print("the last episode is lost")
+
+
+def _print(line: str) -> None:
+    """Print what happens while the learner ends."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def set_weights(agent: torch.nn.Module, weights: Mapping[str, np.ndarray]) -> None:

@@ -6,6 +6,7 @@ import collections
 import os
 import select
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -75,9 +76,14 @@ def ask(question: str, robot: Robot) -> str:
 
 
 def read_line(question: str, idle: Callable[[], Any]) -> str:
-    """What standard input answers to a question; meanwhile idle is called at CONTROL_HZ. Raises EOFError at its end."""
-    print(question, end="", flush=True)
+    """What standard input answers to a question; meanwhile idle is called at CONTROL_HZ. Raises EOFError at its end.
+
+    Keys that were pressed before the question is printed are discarded: the person did not know it.
+    """
     line, descriptor = b"", sys.stdin.fileno()
+    if os.isatty(descriptor):
+        termios.tcflush(descriptor, termios.TCIFLUSH)
+    print(question, end="", flush=True)
     while not line.endswith(b"\n"):
         while not select.select([descriptor], [], [], 1 / CONTROL_HZ)[0]:
             idle()

@@ -16,7 +16,6 @@ if __name__ == "__main__":  # Ctrl+C during the imports ends the program without
 
 import contextlib
 import dataclasses
-import os
 import shlex
 import sys
 import time
@@ -122,24 +121,31 @@ class ArmState:
 
     generator: torch.Tensor  # of the exploration
     rng: dict  # bit generator of the starts
-    arm_time_s: float  # s, of all runs
+    ticks: int  # control steps of all runs: arm time
     hands: int  # how often a hand had to lay the sheet
     steps: int  # control steps that were learned from
     demonstrations: int  # of which the base alone made as many
     robot: str  # sim or lerobot
     robot_id: str
     virtual_time: bool
+    max_speed: float  # rad/s
+    marks: Marks
     flaws: Flaws
+    scene: dict | None  # in virtual time: arm and sheet, and what the loop knows of them
 
-    RANGES: ClassVar[dict[str, tuple[float, float]]] = {
-        "arm_time_s": (0, 10**9), "hands": (0, MAX_COUNT), "steps": (0, MAX_COUNT), "demonstrations": (0, MAX_COUNT),
-    }  # fmt: skip
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = dict.fromkeys(
+        ("ticks", "hands", "steps", "demonstrations"), (0, MAX_COUNT)
+    )
 
 
 RANGES = {**trainer.RANGES, "minutes": (0.1, 10_000), "num_envs": (1, 1)}
-# flags that a resumed run may not change, in addition to those of sac and networks, and that must be those of the prior
-LEARNED = ("base_policy", "firmware_p", "tape_margin", "alpha", "observe_base", "seed")
-FROM_PRIOR = {"": LEARNED[:-1], "sac": ("gamma", "reward_scale", "shaping")}
+# flags that must be those of the prior; those that a resumed run may not change, in addition to sac and networks. The
+# base policy is compared by its content, see check_base
+FROM_PRIOR = {
+    "": ("firmware_p", "tape_margin", "alpha", "observe_base"),
+    "sac": ("gamma", "reward_scale", "shaping", "learning_starts"),
+}
+LEARNED = (*FROM_PRIOR[""], "seed", "max_speed", "marks")
 # settings of the task that must be those of the prior: what networks see, what residuals do, and how they are rewarded
 SAME_TASK = ("observe_load", "arrival_yaw_weight", "act_scale", "residual_penalty")
 
@@ -198,6 +204,8 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
     trust = trust_of(args).also(args.base_policy)
     then = restore_args(trainer.Args, trainer.check_args, saved["args"], path, trust)
     if args.prior:
+        if then.base.base_policy == "zero":
+            raise SO101Error(f"--prior {path}: was trained from scratch; train one on a policy, with --base-policy")
         then.sac.num_envs, then.sac.train_episode_steps = 1, args.sac.train_episode_steps
         then.sac.base_batch = PRIOR_BATCH
     task = {name: getattr(then.task, name) for name in ("firmware_p", "tape_margin", "alpha")}
@@ -224,16 +232,16 @@ def same_arm(saved: ArmState, args: Args) -> dict[str, Any]:
     Raises SO101Error if args name another arm: steps of two arms do not belong into one buffer. Port and camera of a
     real arm are not taken from a file.
     """
-    name = saved.robot_id
+    name, dynamics = saved.robot_id, {"max_speed": saved.max_speed, "marks": saved.marks}
     if saved.robot == "sim":
         if args.robot != "sim":
             raise SO101Error(f"--robot {args.robot}: {args.resume} practised on a simulated arm; begin a new run")
-        return {"flaws": saved.flaws, "virtual_time": saved.virtual_time}
+        return dynamics | {"flaws": saved.flaws, "virtual_time": saved.virtual_time}
     if args.robot == "sim":
         raise SO101Error(f"--robot sim: {args.resume} practised on the arm {name:.50}; name its --robot and --camera")
     if args.robot_id != name:
         raise SO101Error(f"--robot-id {args.robot_id}: {args.resume} practised on the arm {name:.50}")
-    return {}
+    return dynamics
 
 
 def check_prior(saved: dict[str, Any], args: Args, task: Task) -> None:
@@ -245,7 +253,7 @@ def check_prior(saved: dict[str, Any], args: Args, task: Task) -> None:
 
 def check_time(saved: dict[str, Any], args: Args) -> None:
     """Raise SO101Error if no time is left for a resumed run."""
-    done = saved["ranks"][0]["arm"]["arm_time_s"] / 60
+    done = saved["ranks"][0]["arm"]["ticks"] / CONTROL_HZ / 60
     if done >= args.minutes:
         raise SO101Error(f"--minutes {args.minutes:g}: {args.resume} has {done:.1f} already; name more")
 
@@ -359,22 +367,37 @@ class Practice:
         self.scene_reset = SceneReset(loop, task, loop.policy.locator)
         self.rng = np.random.default_rng((args.seed, 1))  # for starts; the simulated arm's own use the seed alone
         self.records: list[dict[str, Any]] = []
-        self.steps, self.hands, self.earlier_s = 0, 0, 0.0  # steps learned from; arm time of earlier runs
+        self.steps, self.hands, self.earlier_ticks = 0, 0, 0  # steps learned from; control steps of earlier runs
+        self.started = False  # whether the arm is where the run left it, otherwise see start
         self.demonstrations = 0 if args.prior else args.sac.learning_starts  # steps of the base alone
 
     @property
     def arm_time_s(self) -> float:
         """Arm time, of earlier runs, too."""
-        return self.earlier_s + self.loop.clock.ticks / CONTROL_HZ
+        return self.ticks / CONTROL_HZ
+
+    @property
+    def ticks(self) -> int:
+        """Control steps, of earlier runs, too, those of the resets included."""
+        return self.earlier_ticks + self.loop.clock.ticks
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What a run in virtual time goes on with, to the bit; a real arm is measured and looked at again."""
+        return {"robot": self.loop.robot, "controller": self.loop.controller, "scene_reset": self.scene_reset}
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs of this process."""
+        scene = None
+        if self.args.virtual_time:
+            scene = to_plain({name: part.get_state() for name, part in self.parts.items()})
         return {
             "generator": self.residual.generator.get_state(), "rng": to_plain(self.rng.bit_generator.state),
-            "arm_time_s": self.arm_time_s, "hands": self.hands, "steps": self.steps,
+            "ticks": self.ticks, "hands": self.hands, "steps": self.steps,
             "demonstrations": self.demonstrations, "robot": self.args.robot.partition(":")[0],
             "robot_id": self.args.robot_id, "virtual_time": self.args.virtual_time,
-            "flaws": dataclasses.asdict(self.args.flaws),
+            "max_speed": self.args.max_speed, "marks": self.args.marks,
+            "flaws": dataclasses.asdict(self.args.flaws), "scene": scene,
         }  # fmt: skip
 
     def set_state(self, saved: dict[str, Any], path: str) -> None:
@@ -385,7 +408,12 @@ class Practice:
             set_generator(self.rng, to_numpy(own.rng))
             if not records or any(RECORD - each.keys() for each in records):
                 raise ValueError("its episodes are not those of an arm")
-        self.earlier_s, self.hands, self.records = own.arm_time_s, own.hands, [dict(record) for record in records]
+            if self.args.virtual_time and own.scene is not None:
+                self.loop.robot.reset(self.args.seed)
+                for name, part in self.parts.items():
+                    part.set_state(to_numpy(own.scene[name]))
+                self.started = True
+        self.earlier_ticks, self.hands, self.records = own.ticks, own.hands, [dict(record) for record in records]
         self.steps, self.demonstrations = own.steps, own.demonstrations
 
     def start(self) -> None:
@@ -401,7 +429,8 @@ class Practice:
 
     def run(self) -> Iterator[dict[str, Any]]:
         """Practise until the time is over; the record of every episode, once the learner has it."""
-        self.start()
+        if not self.started:
+            self.start()
         while self.arm_time_s < 60 * self.args.minutes:
             before = self.loop.clock.ticks
             filmed = len(self.records) % FILMED == 0
@@ -413,6 +442,8 @@ class Practice:
             set_weights(self.residual.agent, self.learner.take(self.loop.robot.watch))
             waited_s = time.perf_counter() - began
             lesson = self.episode({"reset_ticks": reset_ticks, "hands": hands, "waited_s": waited_s}, film)
+            if self.loop.policy.quit:  # the episode does not count
+                break
             self.learner.give(lesson)
             self.records.append(lesson.record)
             yield lesson.record
@@ -470,13 +501,13 @@ def arm_flags(args: Args) -> str:
 
 def print_report(practice: Practice, run_dir: Path, args: Args) -> None:
     """Print how it went, and the commands that use the result."""
-    records, model = practice.records, run_dir / MODEL
+    records, model = practice.records[: len(practice.records) - practice.learner.lost], run_dir / MODEL
     if not records or not model.exists():
         print("no episode was learned from")
         return
     first, last = (np.mean([each["success"] for each in part]) for part in (records[:RECENT], records[-RECENT:]))
     ticks, missed = (sum(each[name] for each in records) for name in ("steps", "missed"))
-    print(f"{len(records)} episodes in {practice.arm_time_s / 60:.1f} minutes of arm time, {practice.steps} steps")
+    print(f"{len(records)} episodes in {practice.arm_time_s / 60:.1f} minutes of arm time, {ticks} steps")
     print(
         f"success of the first {min(RECENT, len(records))} {first:.2f}, of the last {last:.2f}, as seen by the camera"
     )
@@ -495,17 +526,20 @@ def main() -> int:
     args, saved = parse_args()
     import_extra("cv2", "arm", "python -m so101.practice")  # fails early, before the arm moves
     torch.set_num_threads(1)  # leaves the other cores to the learner, the simulation or the camera
-    args.base_policy = args.base_policy or f"onnx:{os.path.relpath(ASSETS / 'arm.onnx')}"
+    args.base_policy = args.base_policy or f"onnx:{ASSETS / 'arm.onnx'}"
     base, task = load_base(args)
     begun_with = args.resume or args.prior
     capacity = round(60 * args.minutes * CONTROL_HZ) + args.sac.train_episode_steps
     if saved:
         with restoring(begun_with):
             capacity += int(saved["global_step"])  # steps that the buffer begins with
+    if not args.prior and args.sac.learning_starts >= capacity:
+        text = f"--learning-starts {args.sac.learning_starts}: nothing is learned in {args.minutes:g} minutes"
+        raise SO101Error(f"{text}; lower it, or raise --minutes")
     settings = learner_args(args, task, capacity)
     trainer.check_args(settings)
     agent = trainer.Agent(settings)
-    check_memory("--minutes", 8 * capacity * (agent.features.dim + ACT_DIM))
+    check_memory("--minutes", 8 * min(capacity, args.sac.buffer_size) * (agent.features.dim + ACT_DIM))
     if saved:
         check_base(saved, args.base_policy, base, begun_with)
     if args.resume:
@@ -525,16 +559,16 @@ def main() -> int:
     learner = (LearnerProcess if args.learner_process else LocalLearner)(run)
     policy, practice = make_policy(args, agent, base, task), None
     try:
-        with (
-            contextlib.closing(base), contextlib.closing(learner),
-            drive.arm_loop(drive_args(args), policy, task, lambda _, task: open_arm(args, task)) as loop,
-        ):  # fmt: skip
-            practice = Practice(args, loop, task, learner, run_dir)
-            if args.resume:
-                practice.set_state(saved, args.resume)
-            follow(practice)
+        with contextlib.closing(base), contextlib.closing(learner):
+            learner.take()  # a learner that cannot begin says so before the arm moves
+            with drive.arm_loop(drive_args(args), policy, task, lambda _, task: open_arm(args, task)) as loop:
+                begun = Practice(args, loop, task, learner, run_dir)
+                if args.resume:
+                    begun.set_state(saved, args.resume)
+                practice = begun
+                follow(practice)
     except SO101Error as error:
-        if not (run_dir / MODEL).exists():
+        if practice is None or not (run_dir / MODEL).exists():
             raise
         raise SO101Error(f"{error}; resume with --resume {shlex.quote(str(run_dir / MODEL))}") from error
     finally:

@@ -354,7 +354,8 @@ class Recorder:
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         self.signum = signum
-        signal.signal(signum, signal.SIG_DFL)  # a second one ends the program at once
+        # a second one ends the program at once; but system and shell may both report that the terminal is closed
+        signal.signal(signum, signal.SIG_IGN if signum == signal.SIGHUP else signal.SIG_DFL)
 
     def _on_closed_output(self) -> None:
         """Stop as for a signal: the terminal, or the reader of a pipe, is gone."""

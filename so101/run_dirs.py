@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from so101 import __version__
+from so101.files import disk_error
 from so101_sim.errors import SO101Error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,11 +38,17 @@ def new_run_dir(log_dir: Path, name: str, *subdirectories: str) -> Path:
 
 
 def open_curves(run_dir: Path, **options: Any) -> Any:
-    """TensorBoard's SummaryWriter of a run. An error of its own thread is raised where it is used, and only there."""
+    """TensorBoard's SummaryWriter of a run. An error of its own thread is raised where it is used, and only there.
+
+    Raises DiskError if it cannot write.
+    """
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
     threading.excepthook = _report_unless_kept
-    return SummaryWriter(str(run_dir / "tensorboard"), **options)
+    try:
+        return SummaryWriter(str(run_dir / "tensorboard"), **options)
+    except OSError as error:
+        raise disk_error(error.filename or run_dir / "tensorboard", error) from error
 
 
 def _report_unless_kept(args: threading.ExceptHookArgs) -> None:

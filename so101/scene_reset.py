@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,7 +33,7 @@ from so101_env import (
     sheet_inside,
     sheet_pose,
 )
-from so101_sim.errors import SO101Error
+from so101_sim.errors import SO101Error, check_arrays
 from so101_sim.geometry import distance_to_rectangle, rotate, wrap_angle
 from so101_sim.scene import CONTROL_HZ
 
@@ -275,6 +275,27 @@ class SceneReset:
         self.loop = Loop(loop.robot, self.policy, loop.controller, loop.clock, loop.dry_run, loop.offset_rad)
         self.tape_margin, self.ranges = task.tape_margin, task.randomization()
         self.mask = np.ones(1, bool)
+        self.drag.reset(self.mask)
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        """What the next reset depends on, besides the arm and its scene."""
+        tape = self._known_tape()
+        tape = np.zeros((0, 3, 3)) if tape is None else tape
+        return {"press": self.drag.press.copy(), "clear": self.drag.clear.copy(), "tape": tape}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where get_state was called. Raises SO101Error for a state that does not fit."""
+        own = {"press": self.drag.press, "clear": self.drag.clear, "tape": np.zeros((min(len(state["tape"]), 1), 3, 3))}
+        check_arrays(own, state, "state of the scene reset")
+        self.drag.press[:], self.drag.clear[:] = state["press"], state["clear"]
+        if len(state["tape"]) and isinstance(self.caller.policy, OpenCVPolicy):
+            self.caller.policy.reset(self.mask)
+            self.caller.policy.seen["to_picture"][:] = state["tape"]
+
+    def _known_tape(self) -> np.ndarray | None:
+        """Where the last episode has seen the tape, a homography (1, 3, 3), or None."""
+        known = self.caller.policy.seen if isinstance(self.caller.policy, OpenCVPolicy) else {}
+        return known["to_picture"].copy() if known and np.isfinite(known["to_picture"]).all() else None
 
     def run(self, rng: np.random.Generator, fresh: bool = False) -> Reset:
         """Reset the scene, from any pose of the arm. It may take MAX_TRIES drags of a few seconds each.
@@ -291,8 +312,7 @@ class SceneReset:
         began, tries, moved = self.loop.clock.ticks, 0, True
         self.loop.film = self.caller.film
         # a sheet that covers the tape hides it; then only the episode that has ended knows where the tape is
-        known = self.caller.policy.seen if isinstance(self.caller.policy, OpenCVPolicy) else {}
-        self.tape = known["to_picture"].copy() if known and np.isfinite(known["to_picture"]).all() else None
+        self.tape = self._known_tape()
         self.loop.measure()
         pose = self.look()
         goal = pose if self.is_fair(pose) and not fresh else self.draw_goal(rng, pose)
@@ -325,15 +345,14 @@ class SceneReset:
 
     def _look_from_aside(self, blind: Blind) -> None:
         """Look with the arm out of the view, at last also for the tape. Raises Blind."""
-        if self.tape is not None:
-            self._forget(self.tape)
+        for tape in (None,) if self.tape is None else (self.tape, None):
+            self._forget(tape)
             try:
                 self.loop.look_from_aside(self.mask, blind)
                 return
-            except Blind as error:  # the camera was moved, or the arm has misled the locator
+            except Blind as error:  # where the tape was known, the camera was moved, or the arm has misled the locator
                 blind = error
-        self._forget(None)
-        self.loop.look_from_aside(self.mask, blind)
+        raise blind
 
     def _forget(self, tape: np.ndarray | None) -> None:
         """Forget the sheet's pose, and the tape, unless it is known: a homography (1, 3, 3), see OpenCVPolicy."""

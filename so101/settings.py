@@ -50,7 +50,9 @@ def _is_a(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_is_a(each, typing.get_args(hint)[0]) for each in value)
+        hints = typing.get_args(hint)
+        hints = hints[:1] * len(value) if isinstance(value, tuple) and hints[-1] is ... else hints
+        return isinstance(value, tuple) and len(value) == len(hints) and all(map(_is_a, value, hints))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(_is_a(value, each) for each in typing.get_args(hint))
     return type(value) is hint or (hint is float and type(value) is int and abs(value) < 2**53)

@@ -10,7 +10,7 @@ import dataclasses
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, ClassVar
 
@@ -35,7 +35,7 @@ from so101_env import (
     support_presses,
 )
 from so101_sim.control import ACT_DIM, BACKLASH_RAD, TICKS_PER_TURN
-from so101_sim.errors import SO101Error
+from so101_sim.errors import SO101Error, check_arrays
 from so101_sim.scene import CONTROL_HZ, Renderer, add_noise, camera_names
 
 AWAY_M = 0.9  # x of a sheet that is out of reach and out of view
@@ -70,8 +70,9 @@ class Flaws:
     """the camera stands on the arm's side of the table and looks away from the arm"""
 
     RANGES: ClassVar[dict[str, tuple[float, float]]] = {
-        "gain": (0.1, 4.0), "backlash_deg": (0.0, 10.0), "latency_s": (0.0, 1.0), "picture_latency_s": (0.0, 2.0),
-        "finger_friction": (0.05, 3.0), "table_friction": (0.05, 3.0), "table_height_m": (-0.05, 0.05),
+        "joint_offset_deg": (-45.0, 45.0), "gain": (0.1, 4.0), "backlash_deg": (0.0, 10.0), "latency_s": (0.0, 1.0),
+        "picture_latency_s": (0.0, 2.0), "finger_friction": (0.05, 3.0), "table_friction": (0.05, 3.0),
+        "table_height_m": (-0.05, 0.05),
     }  # fmt: skip
 
 
@@ -220,6 +221,33 @@ class SimulatedArm:
             support_presses(self.arms, self._active)
         self.arms.substep(self.target_rad[None], self._active, self.strength, self.max_torque_n_m)
         self.time_s, self.count = self.time_s + self.timestep_s, self.count + 1
+
+    def get_state(self) -> dict[str, Any]:
+        """Everything that the next steps depend on, besides the seed of the last reset, as arrays."""
+        times_s, targets_rad = [time_s for time_s, _ in self.pending], [target for _, target in self.pending]
+        return {
+            "arms": self.arms.get_state(), "target_rad": self.target_rad.copy(), "time_s": np.array(self.time_s),
+            "count": np.array(self.count), "pending_s": np.array(times_s, np.float64),
+            "pending_rad": np.array(targets_rad, np.float64).reshape(-1, ACT_DIM),
+        }  # fmt: skip
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """After a reset with the same seed: go on where get_state was called.
+
+        Raises SO101Error, and changes nothing, for a state that does not fit.
+        """
+        count = len(state["pending_s"])
+        own = {"target_rad": np.zeros(ACT_DIM), "time_s": np.zeros(()), "count": np.zeros((), np.int64)}
+        own |= {"pending_s": np.zeros(count), "pending_rad": np.zeros((count, ACT_DIM))}
+        check_arrays(own, state, "state of the simulated arm")
+        self.arms.check_state(state["arms"])
+        self.arms.set_state(state["arms"])
+        self.target_rad, self.time_s, self.count = (
+            state["target_rad"].copy(),
+            float(state["time_s"]),
+            int(state["count"]),
+        )
+        self.pending = list(zip(state["pending_s"].tolist(), state["pending_rad"].copy()))
 
     def truth(self) -> dict[str, Any]:
         """The ground truth: sheet, (3,): x, y (m), yaw (rad); inside, whether it lies inside the tape; qpos, (10,)."""

@@ -5,15 +5,19 @@ For experiments: the same command gives the same numbers on any machine, however
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
+from so101.base import BasePolicy
 from so101.camera import CAMERA
-from so101.loop import Clock
+from so101.loop import Clock, Loop
 from so101.robot import Picture, Robot
 from so101.simulated_arm import Flaws, SimulatedArm
-from so101_env import Task
+from so101_env import Task, load_model
+from so101_sim.control import BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Controller
+from so101_sim.errors import check_arrays
 from so101_sim.scene import Renderer
 
 SIZE = (240, 320)  # height and width of the camera's pictures, pixels
@@ -72,6 +76,16 @@ class VirtualRobot(Robot):
         """See Robot."""
         return Picture(self.render(self.arm.qpos), self.time_s)
 
+    def get_state(self) -> dict[str, Any]:
+        """See SimulatedArm.get_state; with the time."""
+        return {**self.arm.get_state(), "now_s": np.array(self.time_s)}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """See SimulatedArm.set_state."""
+        check_arrays({"now_s": np.zeros(())}, state, "state of the simulated arm")
+        self.arm.set_state(state)
+        self.time_s = float(state["now_s"])
+
     def truth(self) -> dict[str, Any]:
         """The ground truth, see SimulatedArm.truth."""
         return self.arm.truth()
@@ -108,3 +122,13 @@ class VirtualClock(Clock):
     def sleep(self, seconds: float) -> None:
         """See Clock."""
         self.time.sleep(seconds)
+
+
+def virtual_loop(robot: VirtualRobot, policy: BasePolicy, task: Task) -> Loop:
+    """The loop of so101.drive on an arm in virtual time. Unless robot.gain_known, it estimates the servo gain."""
+    gain_floor = 1.0 if robot.gain_known else GAIN_FLOOR
+    controller = Controller(
+        load_model(task.tape_margin), task.firmware_p, BACKLASH_RAD, LATENCY_S, gain_factor=robot.servo_gain,
+        gain_floor=gain_floor,
+    )  # fmt: skip
+    return Loop(robot, policy, controller, VirtualClock(robot))

@@ -12,10 +12,9 @@ import mujoco.batch
 import numpy as np
 
 from so101_sim.control import ACT_DIM, BACKLASH_RAD, FIRMWARE_P, LEARNED_GAIN_FLOOR, Controller, clamp
-from so101_sim.errors import SO101Error
+from so101_sim.errors import SO101Error, check_arrays
 from so101_sim.scene import CONTROL_HZ
 
-LARGEST = 1e10  # number in a state; MuJoCo takes larger ones for a diverged simulation
 SETTLE_STEPS = 100  # physics steps in which objects come to rest at the start
 # makes positions and gravity torques current after a step
 STAGE = mujoco.mjtStage.mjSTAGE_VEL.value
@@ -293,19 +292,6 @@ class Arms:
         if "body_mass" in self.fields:
             self.batch.set_const()
         self.batch.forward(stage=STAGE)
-
-
-def check_arrays(
-    own: Mapping[str, np.ndarray], saved: Mapping[str, Any], what: str = "state of the environments"
-) -> None:
-    """Raise SO101Error for a saved array that is missing, impossible, or of another shape or type than the own one."""
-    for name, array in own.items():
-        given = saved.get(name)
-        if getattr(given, "shape", None) != array.shape or given.dtype != array.dtype:
-            raise SO101Error(f"{what}: {name} must have shape {array.shape}, {array.dtype}")
-        possible = {"f": np.abs(given) <= LARGEST, "i": given >= 0}.get(array.dtype.kind, np.True_)  # i: counts, seeds
-        if not possible.all():
-            raise SO101Error(f"{what}: {name} has impossible numbers")
 
 
 def is_like(given: Any, own: np.ndarray) -> bool:

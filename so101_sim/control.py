@@ -8,13 +8,14 @@ encoder readings and `Controller.move` returns the next joint targets. Units are
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mujoco
 import numpy as np
 
-from so101_sim.errors import BasePolicyError, SO101Error, strict_json
+from so101_sim.errors import BasePolicyError, SO101Error, check_arrays, strict_json
 from so101_sim.scene import ASSETS, CONTROL_HZ
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
@@ -325,13 +326,33 @@ class Controller:
             raise SO101Error(f"{JOINTS[joint]} is {degrees:.0f} degrees outside its range: calibrate the arm")
         elapsed, moved = time_s - self.time_s, joints_rad - self.joints_rad
         self.velocity_rad_s = moved / elapsed if 0 < elapsed < WATCHDOG_S else np.zeros(ACT_DIM)
-        self.joints_rad, self.time_s = joints_rad, time_s
-        self._data.qpos[:ACT_DIM] = joints_rad
+        self.time_s = time_s
+        self._set_joints(joints_rad)
+        if self.command_rad is None:
+            self.command_rad = clamp(joints_rad + self.gravity_n_m / self.gain, self.low_rad, self.high_rad)
+
+    def _set_joints(self, joints_rad: np.ndarray) -> None:
+        """The arm is at joint positions (6,), rad."""
+        self.joints_rad = self._data.qpos[:ACT_DIM] = joints_rad
         mujoco.mj_forward(self._model, self._data)
         self.gravity_n_m = self._data.qfrc_bias[:ACT_DIM].copy()
         self.tip_m = self._data.site("gripperframe").xpos.copy()
-        if self.command_rad is None:
-            self.command_rad = clamp(joints_rad + self.gravity_n_m / self.gain, self.low_rad, self.high_rad)
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        """What the next measurement and move depend on."""
+        names = ("gain_factor", "gain_floor", "time_s", "joints_rad", "velocity_rad_s", "command_rad")
+        return {name: np.array(getattr(self, name), np.float64) for name in names}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where get_state of a measured arm was called. Raises SO101Error for a state that does not fit."""
+        numbers, joints = ("gain_factor", "gain_floor", "time_s"), ("joints_rad", "velocity_rad_s", "command_rad")
+        own = dict.fromkeys(numbers, np.zeros(())) | dict.fromkeys(joints, np.zeros(ACT_DIM))
+        check_arrays(own, state, "state of the controller")
+        if state["gain_factor"] <= 0 or state["gain_floor"] <= 0:
+            raise SO101Error("state of the controller: no servo has such a gain")
+        self.gain_factor, self.gain_floor, self.time_s = (float(state[name]) for name in numbers)
+        self.velocity_rad_s, self.command_rad = state["velocity_rad_s"].copy(), state["command_rad"].copy()
+        self._set_joints(state["joints_rad"].copy())
 
     def learn_gain(self) -> None:
         """Estimate gain_factor from how far the arm, at rest in the air, hangs below its last targets.

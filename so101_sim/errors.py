@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+LARGEST = 1e10  # number in a state; MuJoCo takes larger ones for a diverged simulation
+
 
 class SO101Error(ValueError):
     """A user error: one line that says what is wrong and how to fix it. Scripts print it and exit with code 2."""
@@ -47,12 +49,26 @@ def check_ranges(settings: Any, ranges: Mapping[str, tuple[float, float]], name:
     """Raise SO101Error for the first field of a dataclass that is not finite or is outside its closed range.
 
     Args:
-        settings: the dataclass instance; fields that are None pass.
+        settings: the dataclass instance; fields that are None pass, and of a tuple every number is checked.
         ranges: (lowest, highest) by field.
         name: turns a field's name into what the message calls it; scripts pass the name of the flag.
     """
     for field in dataclasses.fields(settings):
         value, (low, high) = getattr(settings, field.name), ranges.get(field.name, (-np.inf, np.inf))
-        if isinstance(value, (int, float)) and not (low <= value <= high and -np.inf < value < np.inf):
-            bounds = f"in [{low}, {high}]" if -np.inf < low <= high < np.inf else "a finite number"
-            raise SO101Error(f"{name(field.name)} must be {bounds}, got {value}")
+        for number in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(number, (int, float)) and not (low <= number <= high and -np.inf < number < np.inf):
+                bounds = f"in [{low}, {high}]" if -np.inf < low <= high < np.inf else "a finite number"
+                raise SO101Error(f"{name(field.name)} must be {bounds}, got {number}")
+
+
+def check_arrays(
+    own: Mapping[str, np.ndarray], saved: Mapping[str, Any], what: str = "state of the environments"
+) -> None:
+    """Raise SO101Error for a saved array that is missing, impossible, or of another shape or type than the own one."""
+    for name, array in own.items():
+        given = saved.get(name)
+        if getattr(given, "shape", None) != array.shape or given.dtype != array.dtype:
+            raise SO101Error(f"{what}: {name} must have shape {array.shape}, {array.dtype}")
+        possible = {"f": np.abs(given) <= LARGEST, "i": given >= 0}.get(array.dtype.kind, np.True_)  # i: counts, seeds
+        if not possible.all():
+            raise SO101Error(f"{what}: {name} has impossible numbers")

@@ -18,9 +18,9 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import TimeLimit
 
-from so101_sim.batch import LARGEST, Arms, check_arrays
+from so101_sim.batch import Arms
 from so101_sim.control import ACT_DIM, JOINT_MIRROR, JOINTS, clamp
-from so101_sim.errors import SO101Error, require
+from so101_sim.errors import LARGEST, SO101Error, check_arrays, require
 from so101_sim.scene import CONTROL_HZ, Look, Renderer, VisualRandomization, add_noise, camera_names
 from so101_sim.viewer import Viewer, check_display
 

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -232,6 +233,23 @@ def test_a_line_is_read_while_something_else_is_done(monkeypatch, capsys):
     assert capsys.readouterr().out == 3 * "sure? "
 
 
+def test_keys_that_were_pressed_before_a_question_do_not_answer_it(monkeypatch):
+    """An arm would move at once, with a person's hands beside it."""
+    person, terminal = os.openpty()
+    with open(terminal) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        os.write(person, b"\n\n")
+        assert select.select([stdin], [], [], 5.0)[0]
+        asked = []
+
+        def answer():
+            if not asked:
+                asked.append(os.write(person, b"now\n"))
+
+        assert loop.read_line("ready? ", answer) == "now\n" and asked
+    os.close(person)
+
+
 @pytest.mark.parametrize("fault, text", [("overload:shoulder_lift@11", "overload"), ("silent:gripper@11", "gripper")])
 def test_a_fault_while_the_arm_folds_is_reported(evening, fault, text):
     """After an episode that has ended well: the run has not."""
@@ -360,6 +378,21 @@ def test_a_second_signal_makes_it_limp_at_once(evening):
     code, err = evening.run()
     assert code == 130 and "torque off where it was" in err
     assert torque(evening) == [] and evening.off_rest_deg() > 20 and evening.virtual.age_s < 12
+
+
+@pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGINT])
+def test_a_terminal_that_closes_lets_no_arm_fall(evening, monkeypatch, first):
+    """System and shell both report it, and a person may have pressed Ctrl+C before."""
+    monkeypatch.setattr("so101.cli.silence_output", lambda: None)  # it would silence the tests
+
+    def twice():
+        evening.at(8, lambda: os.kill(os.getpid(), signal.SIGHUP))
+        os.kill(os.getpid(), first)
+
+    evening.at(7, twice)
+    code, err = evening.run("--episode-steps", "100000")
+    assert code == 128 + first and "torque off at rest" in err
+    assert torque(evening) == [] and evening.off_rest_deg() < 10
 
 
 def test_a_third_signal_still_says_what_became_of_the_arm(evening):

@@ -1,8 +1,11 @@
 """Practice on an arm: rewards, learner, files, and what ends a run; in virtual time."""
 
+import contextlib
 import dataclasses
 import io
 import json
+import os
+import re
 import shutil
 import signal
 import sys
@@ -10,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import assert_equal_training_state, error_of, load, run_script
+from conftest import ROOT, assert_equal_training_state, assert_same, error_of, load, run_script
 from PIL import Image
 
 from so101 import drive, practice, sac
@@ -19,6 +22,7 @@ from so101.cli import Stop
 from so101.files import DiskError
 from so101.learner import MODEL, Episode, Judge, Learner, LearnerProcess, Lesson, LocalLearner, Run, Worker
 from so101.loop import ASIDE_RAD, RAISED_RAD, REST_RAD, Loop
+from so101.onnx import OnnxPolicy
 from so101.robot import RobotError
 from so101.settings import restore_settings
 from so101.simulated_arm import Flaws, SimulatedArm
@@ -145,10 +149,9 @@ def test_the_learner_is_the_same_in_this_process_and_in_its_own(tmp_path):
 @pytest.mark.parametrize("learner_class", [LocalLearner, LearnerProcess])
 def test_a_directory_that_is_removed_meanwhile_is_one_line_and_what_was_learned_is_kept(tmp_path, capfd, learner_class):
     learner = learner_class(Run(SETTINGS, 200, tmp_path / "run", ""))
+    learner.take()
     learner.give(make_lesson(0))
     learner.take()
-    if learner_class is LearnerProcess:
-        learner.take()  # the weights of the beginning came first
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(practice.SO101Error, match="cannot be written"):
         for number in range(1, 4):  # the curves are written by a thread
@@ -180,11 +183,71 @@ def test_a_lesson_that_was_given_is_learned_although_the_run_ends(tmp_path):
     assert load(tmp_path / MODEL)["global_step"] == 20
 
 
+@pytest.mark.parametrize("end, words", [("kill", r"has ended \(exit code -9\)"), ("disk", "cannot be written")])
+def test_a_lesson_that_is_lost_when_the_run_ends_is_reported(tmp_path, capfd, end, words):
+    """Whatever has ended the run: what became of the learner would otherwise be unread."""
+    learner = LearnerProcess(Run(SETTINGS, 200, tmp_path / "run", ""))
+    learner.take()
+    if end == "disk":
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "run").write_text("no directory")
+    else:
+        learner.process.kill()
+        learner.process.join()
+    with contextlib.suppress(practice.SO101Error):
+        learner.give(make_lesson(0))
+    learner.close()
+    error = capfd.readouterr().err
+    assert learner.lost == 1 and "Traceback" not in error and error.splitlines()[-1] == "the last episode is lost"
+    assert end == "kill" or re.search(words, error)
+
+
+def test_ctrl_c_while_the_last_lesson_is_learned_drops_it_and_says_so(tmp_path, capfd, monkeypatch):
+    learner = LearnerProcess(Run(SETTINGS, 200, tmp_path, ""))
+    learner.take()
+    os.kill(learner.process.pid, signal.SIGSTOP)  # a learner that takes long
+    learner.give(make_lesson(0))
+    lines = []
+
+    def say(line):
+        lines.append(line)
+        if "Ctrl+C drops it" in line:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("so101.learner._print", say)
+    with pytest.raises(KeyboardInterrupt):
+        learner.close()
+    learner.process.join(10)
+    assert not learner.process.is_alive() and lines[-1] == "the last episode is lost"
+
+
+def test_the_lines_of_a_resumed_run_are_those_of_its_checkpoint(practised, tmp_path):
+    """The power failed while a line was written, or the checkpoint was copied without them."""
+    shutil.copytree(practised, copied := tmp_path / "copied")
+    lines = (copied / "episodes.jsonl").read_text()
+    for damaged in (lines + lines[:40], lines[: len(lines) // 2], lines + lines):
+        (copied / "episodes.jsonl").write_text(damaged)
+        saved = load(copied / MODEL)
+        args = restore_settings(sac.Args, saved["args"], copied)
+        Worker(Run(args, 10**4, copied, saved["base_fingerprint"], str(copied / MODEL))).close()
+        assert (copied / "episodes.jsonl").read_text() == lines
+
+
+def test_a_learner_that_cannot_begin_says_so_before_the_arm_moves(practised, tmp_path, monkeypatch, capsys):
+    shutil.copytree(practised, copied := tmp_path / "copied")
+    shutil.rmtree(copied / "tensorboard")
+    (copied / "tensorboard").write_text("no directory")
+    monkeypatch.setattr(practice, "open_arm", lambda args, task: pytest.fail("the arm was opened"))
+    flags = ["--virtual-time", "--minutes", "1", "--resume", str(copied / MODEL)]
+    line = error_of(monkeypatch, "so101.practice", *flags)
+    assert f"{copied / 'tensorboard'}" in line and "cannot be written" in line
+
+
 def test_a_lesson_that_was_interrupted_is_not_learned_twice(tmp_path, monkeypatch):
     """Ctrl+C between its steps: what is in the buffer already must not come again."""
     learner, learn = LocalLearner(Run(SETTINGS, 200, tmp_path, "")), Learner.learn
 
-    def interrupted(own, episode):
+    def interrupted(own, episode, idle):
         learn(own, episode)
         raise Stop(signal.SIGINT)
 
@@ -199,9 +262,11 @@ def test_a_lesson_that_was_interrupted_is_not_learned_twice(tmp_path, monkeypatc
 def test_a_learner_that_hangs_is_given_up_and_the_arm_is_watched_meanwhile(tmp_path):
     learner, watched = LearnerProcess(Run(SETTINGS, 200, tmp_path, "")), []
     learner.take()
+    os.kill(learner.process.pid, signal.SIGSTOP)
+    learner.give(make_lesson(0))
     learner.limit_s = 0.3
     with pytest.raises(practice.SO101Error, match="the learner has not answered for 0 s"):
-        learner.take(lambda: watched.append(1))  # it has no lesson, and so never answers
+        learner.take(lambda: watched.append(1))
     assert 1 <= len(watched) <= 12
     learner.close()
 
@@ -212,7 +277,7 @@ def test_a_loss_that_is_not_finite_ends_the_learner_with_a_reason(tmp_path):
     lesson = make_lesson(0, 40)
     lesson.episode.rewards[:] = np.inf
     learner.give(lesson)
-    with pytest.raises(practice.SO101Error, match="NaN or Inf in the loss: try a lower --learning-rate"):
+    with pytest.raises(practice.SO101Error, match="NaN or Inf in the loss: a new run needs a lower --learning-rate"):
         learner.take()
     learner.close()
     assert not (tmp_path / MODEL).exists()
@@ -292,10 +357,15 @@ def test_a_prior_of_something_else_is_refused(prior, practised, monkeypatch, tmp
     done = run_script("so101.sac", "--log-dir", str(tmp_path), "--run-name", "blind", "--no-observe-load", *PRIOR)
     assert done.returncode == 0, done.stderr
     blind = str(tmp_path / "blind" / "final_model.pt")
-    prior = str(prior)
+    saved = load(prior)
+    saved["args"]["base"] |= {"base_policy": "zero", "observe_base": False}
+    save_tensors(tmp_path / "scratch.pt", saved)
+    prior, scratch = str(prior), str(tmp_path / "scratch.pt")
     for flags, reason in (
         (["--prior", blind], f"--prior {blind}: was trained with --observe-load False; practice needs True"),
-        (["--prior", prior, "--base-policy", "onnx:assets/arm.onnx"], f"{prior} was trained with jacobian"),
+        (["--prior", prior, "--base-policy", "onnx:assets/arm.onnx"], f"{prior}: trained on base policy onnx:assets"),
+        (["--prior", scratch], f"--prior {scratch}: was trained from scratch"),
+        (["--prior", prior, "--learning-starts", "100"], "--learning-starts 100"),
         (["--prior", prior, "--alpha", "0.5"], "--alpha 0.5"),
         (["--prior", prior, "--gamma", "0.9"], "--gamma 0.9"),
         (["--prior", prior, "--hidden-size", "32"], "--hidden-size 32"),
@@ -349,24 +419,37 @@ def test_a_resumed_run_replaces_no_other_model(practised, tmp_path, monkeypatch)
     assert (copied / MODEL).read_bytes() == before
 
 
-def test_a_resumed_run_goes_on_with_buffer_and_counters(practised, tmp_path, monkeypatch, capsys):
-    copied = shutil.copytree(practised, tmp_path / "copied")
-    before = load(copied / MODEL)
-    flags = ["--virtual-time", "--resume", str(copied / MODEL)]
-    monkeypatch.setattr(sys, "argv", ["practice.py", *flags, "--minutes", "0.5"])
-    assert practice.run_script(practice.main) == 2
-    assert "already; name more" in capsys.readouterr().err
-    minutes = before["ranks"][0]["arm"]["arm_time_s"] / 60 + 0.2
-    monkeypatch.setattr(sys, "argv", ["practice.py", *flags, "--minutes", str(minutes)])
-    assert practice.run_script(practice.main) == 0
-    after = load(copied / MODEL)
-    count = before["global_step"]
-    assert after["global_step"] > count and after["ranks"][0]["first_rows"] == before["ranks"][0]["first_rows"]
-    assert torch.equal(after["ranks"][0]["buffer"]["x"][:count], before["ranks"][0]["buffer"]["x"])
-    records = after["recorder"]["recent_episodes"]
-    assert records[: len(before["recorder"]["recent_episodes"])] == before["recorder"]["recent_episodes"]
-    assert records[len(before["recorder"]["recent_episodes"])]["exploring"]  # no further demonstrations
-    assert records[-1]["arm_time_s"] >= 60 * minutes and records[-1]["episode"] == len(records)
+def test_a_resumed_run_is_the_run_that_was_never_stopped(practised, tmp_path, monkeypatch, capsys):
+    """Between two episodes or within one: the arm goes on where it was, and every number is the same."""
+    model = tmp_path / "run" / MODEL
+
+    def resume(minutes: str) -> int:
+        flags = ["--virtual-time", "--no-learner-process", "--resume", str(model), "--minutes", minutes]
+        monkeypatch.setattr(sys, "argv", ["practice.py", *flags])
+        return practice.run_script(practice.main)
+
+    assert practise(monkeypatch, tmp_path, "--minutes", "0.2", "--run-name", "run") == 0
+    assert resume("0.1") == 2 and "already; name more" in capsys.readouterr().err
+    with monkeypatch.context() as stopping:
+        write, left = VirtualRobot.write, [100]
+
+        def writing(self, target_rad):
+            left[0] -= 1
+            if left[0] == 0:
+                signal.raise_signal(signal.SIGINT)
+            write(self, target_rad)
+
+        stopping.setattr(VirtualRobot, "write", writing)
+        assert resume("0.5") == 128 + signal.SIGINT
+    between = len(load(model)["recorder"]["recent_episodes"])
+    assert resume("0.5") == 0
+    straight, stopped = load(practised / MODEL), load(model)
+    assert 1 < between < len(stopped["recorder"]["recent_episodes"])
+    for saved in (straight, stopped):
+        for record in saved["recorder"]["recent_episodes"]:
+            del record["waited_s"]  # wall time
+    for key in ("agent", "optimizer", "ranks", "global_step", "recorder"):
+        assert_same(straight[key], stopped[key], key)
 
 
 def test_the_learner_gets_nothing_that_an_arm_does_not_have(practised, tmp_path, monkeypatch):
@@ -494,6 +577,11 @@ def test_a_sheet_that_cannot_be_reset_needs_a_hand_and_shows_a_picture(monkeypat
         (["--robot", "lerobot:/nowhere", "--gain", "0.7"], "--gain: only the simulated arm"),
         (["--robot", "lerobot:/nowhere", "--virtual-time"], "--virtual-time: --robot lerobot:/nowhere runs in real"),
         (["--gain", "9"], "--gain"),
+        (
+            ["--joint-offset-deg", "0", "nan", "0", "0", "0", "0"],
+            "--joint-offset-deg must be in [-45.0, 45.0], got nan",
+        ),
+        (["--minutes", "0.1", "--virtual-time"], "--learning-starts 500: nothing is learned in 0.1 minutes"),
         (["--num-envs", "2"], "--num-envs"),
         (["--gamma", "2"], "--gamma"),
         (["--alpha", "2"], "--alpha"),
@@ -511,18 +599,38 @@ def test_flags_that_cannot_be_used(monkeypatch, capsys, flags, reason):
 
 def test_what_was_learned_cannot_change(practised, monkeypatch, capsys):
     for flag, value in (
-        ("--gamma", "0.9"), ("--alpha", "0.5"), ("--base-policy", "onnx:assets/arm.onnx"), ("--gain", "0.7"),
+        ("--gamma", "0.9"), ("--alpha", "0.5"), ("--gain", "0.7"), ("--max-speed", "1.5"), ("--marks", "tags"),
     ):  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["practice.py", "--resume", str(practised / MODEL), flag, value])
         assert practice.run_script(practice.main) == 2
         assert f"{flag} " in (line := capsys.readouterr().err) and "was trained with" in line
 
 
+def test_the_base_policy_of_a_checkpoint_may_lie_elsewhere_but_must_be_the_same(
+    practised, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(practised, copied := tmp_path / "copied")
+    saved = load(copied / MODEL)
+    for name in ("a", "b"):
+        shutil.copy(ROOT / "assets" / "arm.onnx", tmp_path / f"{name}.onnx")
+    policy = OnnxPolicy(str(tmp_path / "a.onnx"))
+    saved["args"]["base"]["base_policy"], saved["base_fingerprint"] = f"onnx:{tmp_path / 'a.onnx'}", policy.fingerprint
+    save_tensors(copied / MODEL, saved)
+    (tmp_path / "a.onnx").unlink()
+    flags = ["--virtual-time", "--minutes", "0.1", "--resume", str(copied / MODEL)]
+    for more, words in (
+        ([], "a.onnx: no such file"), (["--base-policy", "jacobian"], "trained on base policy"),
+        (["--base-policy", f"onnx:{tmp_path / 'b.onnx'}"], "has 0.5 already"),  # the check that comes next
+    ):  # fmt: skip
+        assert words in error_of(monkeypatch, "so101.practice", *flags, *more)
+
+
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("arm_time_s", "5"), ("arm_time_s", -1.0), ("hands", True), ("steps", 2.5), ("demonstrations", -3),
-        ("virtual_time", "yes"), ("flaws", {}), ("robot", 3), ("magic", 1), ("rng", {}), ("generator", "x"),
+        ("ticks", "5"), ("ticks", -1), ("max_speed", None), ("marks", "x"), ("hands", True), ("scene", {}),
+        ("scene", "x"), ("steps", 2.5), ("demonstrations", -3), ("virtual_time", "yes"), ("flaws", {}), ("robot", 3),
+        ("flaws", dataclasses.asdict(Flaws(joint_offset_deg=(1.0,)))), ("magic", 1), ("rng", {}), ("generator", "x"),
         ("first_rows", "many"), ("first_rows", 10**9), ("first_rows", 2.5), ("global_step", 0), ("record", {}),
         ("record", {"success": True, "steps": 3, "missed": 0}),
     ],

@@ -209,6 +209,9 @@ def interrupt(log_dir: Path, flags: list[str], when: Callable[[Path], bool], sig
         assert process.poll() is None and time.time() < deadline, process.communicate()
         time.sleep(0.005)
     process.send_signal(signum)
+    if signum == signal.SIGHUP:  # system and shell both report that a terminal is closed
+        time.sleep(0.02)
+        process.send_signal(signum)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 128 + signum and "Traceback" not in stderr, stderr
     (run,) = log_dir.glob("*")
@@ -468,6 +471,9 @@ def test_a_recording_that_is_stopped_keeps_its_complete_episodes(tmp_path, monke
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signum)
+    if signum == signal.SIGHUP:
+        time.sleep(0.02)
+        process.send_signal(signum)
     output, error = process.communicate(timeout=60)
     assert process.returncode == 128 + signum and not error, error
     info = json.loads((tmp_path / "demos" / "meta" / "info.json").read_text())
