@@ -196,7 +196,9 @@ def main() -> int:
     args, loaded, task = parse_subject(EvalArgs, __doc__)
     torch.set_num_threads(1)
     hub = connect("--push-to-hub", args.push_to_hub, "model") if args.push_to_hub else None
+    model_sha256 = args.subject.model and sha256(args.subject.model)  # now: a training may replace the file meanwhile
     if args.export:
+        check_output("--export", args.export, (".onnx",), loaded.base_policy.partition(":")[2] or None)
         export(args.subject.model, args.export, args.subject.trust)
         if hub:
             hub.push(args.export)
@@ -232,7 +234,7 @@ def main() -> int:
         result = {
             "provenance": {"command": command_line("eval_so101.py"), **describe_run("eval_so101.py", args)},
             "model": args.subject.model,
-            "model_sha256": args.subject.model and sha256(args.subject.model),
+            "model_sha256": model_sha256,
             "training_steps": loaded.steps,
             "training_seed": loaded.training_seed,
             "base_policy": loaded.base_policy,

@@ -91,6 +91,14 @@ def run_script(main: Callable[[], int]) -> int:
     return 2
 
 
+def print_line(line: str) -> None:
+    """Print a line. If nobody can read it any more, what is to be written is written all the same."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        silence_output()
+
+
 def silence_output() -> None:
     """Discard all further output: the reader of stdout or stderr is gone."""
     null = os.open(os.devnull, os.O_WRONLY)
@@ -102,6 +110,11 @@ def use_one_torch_thread() -> None:
     """Leave the other cores to the simulation or the camera, if a policy has loaded torch; not every one needs it."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+def is_ignored(signum: int) -> bool:
+    """Whether a signal was switched off before the script started, as `nohup` does with that of a closed terminal."""
+    return signal.getsignal(signum) == signal.SIG_IGN
 
 
 class Stop(BaseException):
@@ -125,7 +138,7 @@ class Stoppable:
         self.signum, self._finishing = 0, False
 
     def __enter__(self) -> Stoppable:
-        self._handlers = {each: signal.signal(each, self._on_signal) for each in self.SIGNALS}
+        self._handlers = {each: signal.signal(each, self._on_signal) for each in self.SIGNALS if not is_ignored(each)}
         return self
 
     def __exit__(self, *error: object) -> None:

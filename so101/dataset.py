@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from so101.extras import import_extra
-from so101.files import is_file
+from so101.files import SHOWN, is_file
 from so101.groot import JOINT_GROUPS
 from so101_env import ACTION, ENVIRONMENT, ENVIRONMENT_NAMES, STATE, STATE_NAMES, TASK_TEXT, SO101Error
 from so101_sim.control import JOINTS, OLD_UNIT, UNITS, from_rad, to_rad
-from so101_sim.errors import strict_json
+from so101_sim.errors import LARGEST, strict_json
 from so101_sim.scene import CONTROL_HZ
 from so101_sim.vector import IMAGES
 
@@ -84,7 +84,9 @@ def write_dataset(
     if not episodes:
         raise DatasetError(f"{path}: there is no episode to write")
     try:
-        with tempfile.TemporaryDirectory(prefix=f"{path.name}.tmp", dir=path.parent) as temporary:  # always a new one
+        with tempfile.TemporaryDirectory(
+            prefix=f"{path.name[:SHOWN]}.tmp", dir=path.parent
+        ) as temporary:  # always a new one
             whole = Path(temporary) / "dataset"  # with the usual permissions; those of `temporary` are private
             _write_files(whole, episodes, cameras or {})
             _check_new(path)
@@ -422,6 +424,8 @@ def _listed_lengths(path: Path, version: str) -> dict[float, float] | None:
     else:
         name = path / "meta" / "episodes.jsonl"
         files = [name] if os.path.lexists(name) else []
+        if files and os.path.exists(name) and not is_file(name):
+            raise DatasetError(f"{name}: is not a file")
         try:
             lines = [strict_json(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
             rows = [(float(line["episode_index"]), float(line["length"])) for line in lines]
@@ -468,8 +472,8 @@ def _matrix(column: pyarrow.ChunkedArray, width: int, name: str) -> np.ndarray:
     if any(row is None or len(row) != width or None in row for row in rows):
         raise DatasetError(f"{name} must have {width} numbers in every frame")
     array = np.array(rows, np.float64).reshape(-1, width)
-    if not (np.abs(array) <= np.finfo(np.float32).max).all():
-        raise DatasetError(f"{name} has numbers that are not finite")
+    if not (np.abs(array) <= LARGEST).all():
+        raise DatasetError(f"{name} has numbers that are not finite, or larger than {LARGEST:g}")
     return array.astype(np.float32)
 
 

@@ -24,6 +24,9 @@ class DiskError(SO101Error):
     """A file cannot be written."""
 
 
+SHOWN = 40  # characters of a name that its temporary file begins with: the whole name may be the longest possible
+
+
 def disk_error(path: str | bytes | Path, error: OSError) -> DiskError:
     """The error message for a file that cannot be written."""
     reason = error.strerror or str(error).splitlines()[0]  # FFmpeg's own message has many lines
@@ -51,7 +54,7 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     if os.path.lexists(path) and not path.is_file():
         raise DiskError(f"{path}: exists and is not a file; name another place")
     try:
-        descriptor, name = tempfile.mkstemp(path.suffix, f"{path.stem}.tmp", path.parent)
+        descriptor, name = tempfile.mkstemp(path.suffix, f"{path.stem[:SHOWN]}.tmp", path.parent)
     except OSError as error:
         raise disk_error(path, error) from error
     os.close(descriptor)

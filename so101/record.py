@@ -32,6 +32,7 @@ from so101.cli import (
     check_unused,
     command_of,
     parse,
+    print_line,
     run_script,
     use_one_torch_thread,
 )
@@ -106,12 +107,12 @@ def write(args: RecordArgs, envs: ArmVectorEnv, episodes: list[dict[str, Any]]) 
     finally:
         for each in frames.values():
             each.close()  # ends the line of its progress bar before an error is printed
-    print(f"{len(demos)} episodes, {length} frames in {args.dataset}")
+    print_line(f"{len(demos)} episodes, {length} frames in {args.dataset}")
     if privileged:
-        print(f"clone: {command_of('so101.clone')} --dataset {shlex.quote(args.dataset)}")
+        print_line(f"clone: {command_of('so101.clone')} --dataset {shlex.quote(args.dataset)}")
     if cameras:
         flags = f"--dataset.repo_id=local/demos --dataset.root={shlex.quote(args.dataset)} --policy.type=act"
-        print(f"train: lerobot-train {flags} --policy.push_to_hub=false --output_dir=outputs/act")
+        print_line(f"train: lerobot-train {flags} --policy.push_to_hub=false --output_dir=outputs/act")
 
 
 def main() -> int:
@@ -145,8 +146,10 @@ def main() -> int:
             raise ended
         if not episodes:
             raise SO101Error(f"{loaded.base_policy}: ended before its first episode did; nothing is written")
+        if not kept:
+            raise SO101Error(f"--only-successes: none of {len(episodes)} episodes succeeded; nothing is written")
         if ended:
-            print(f"stopped; writing {len(kept)} complete episodes; Ctrl+C again discards them", flush=True)
+            print_line(f"stopped; writing {len(kept)} complete episodes; Ctrl+C again discards them")
         while True:
             try:
                 write(args, envs, kept)
@@ -157,13 +160,13 @@ def main() -> int:
                 input(f"{error}, then press Enter to try again (Ctrl+C discards the episodes) ")
         if not ended:
             low, high = (summary := summarize(episodes))["success_ci95"]
-            print(f"success {summary['success_rate']:.2f} [{low:.2f}, {high:.2f}] in {len(episodes)} episodes")
+            print_line(f"success {summary['success_rate']:.2f} [{low:.2f}, {high:.2f}] in {len(episodes)} episodes")
         envs.close()
     if hub and not ended:
         hub.push(args.dataset)
     elif hub:
         again = upload_command(args.dataset, args.push_to_hub)
-        print(f"not uploaded, because the recording ended early; upload it: {again}")
+        print_line(f"not uploaded, because the recording ended early; upload it: {again}")
     if isinstance(ended, SO101Error):
         raise SO101Error(f"{ended}; the {len(kept)} complete episodes are in {args.dataset}") from ended
     if ended:

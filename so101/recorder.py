@@ -22,7 +22,15 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from so101.checkpoints import BEST_BY, is_rate, load_file, load_weights, rating, restoring, save_tensors
-from so101.cli import check_plain_name, check_rendering, check_unused, command_of, flat_settings, silence_output
+from so101.cli import (
+    check_plain_name,
+    check_rendering,
+    check_unused,
+    command_of,
+    flat_settings,
+    is_ignored,
+    silence_output,
+)
 from so101.distributed import World
 from so101.evaluation import VALIDATION_SEED, episode_mean, evaluate, no_residual, residual_to_base
 from so101.files import DiskError, copy_file, disk_error, write_atomic, write_json
@@ -179,7 +187,8 @@ class Recorder:
         if self.run.track and self.world.is_main:
             self._open_wandb()
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signum, self._on_signal)
+            if not is_ignored(signum):
+                signal.signal(signum, self._on_signal)
         self.run_dir = self._make_run_dir() if self.world.is_main else Path()
         if self.world.is_main:
             self._open_logs()

@@ -345,7 +345,7 @@ def check_out(path: str) -> Path:
     present = [name for name in FILES if (out / name).exists() or (out / name).is_symlink()]
     if present:
         try:
-            ours = json.loads((out / FILES[0]).read_text()).get("format") == FORMAT
+            ours = (out / FILES[0]).is_file() and json.loads((out / FILES[0]).read_text()).get("format") == FORMAT
         except (OSError, ValueError, AttributeError, RecursionError):
             ours = False
         if not ours:

@@ -17,11 +17,12 @@ from so101.files import disk_error
 from so101_sim.errors import SO101Error
 
 ROOT = Path(__file__).resolve().parent.parent
+MAX_SAME_NAME = 100  # runs of one name; further ones are refused
 
 
 def new_run_dir(log_dir: Path, name: str, *subdirectories: str) -> Path:
     """A new directory for a run. Raises SO101Error if log_dir cannot be written."""
-    for attempt in range(100):
+    for attempt in range(MAX_SAME_NAME):
         run_dir = log_dir / (name + (f"_{attempt}" if attempt else ""))
         try:
             run_dir.mkdir(parents=True)
@@ -34,6 +35,8 @@ def new_run_dir(log_dir: Path, name: str, *subdirectories: str) -> Path:
         except OSError as error:
             text = f"--log-dir {log_dir}: cannot be written ({error.strerror}); name another directory"
             raise SO101Error(text) from error
+    if log_dir.is_dir():
+        raise SO101Error(f"--run-name {name}: {log_dir} has {MAX_SAME_NAME} runs of this name; give another")
     raise SO101Error(f"--log-dir {log_dir}: is not a directory; name another one")
 
 

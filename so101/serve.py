@@ -36,6 +36,8 @@ def check_processors(path: Path) -> None:
     LeRobot imports and calls any class that these files name, with the arguments that they give.
     """
     for file in sorted(path.glob("*.json")):
+        if not file.is_file():
+            raise RequestError(f"{file.name} is not a file; save the policy again")
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:

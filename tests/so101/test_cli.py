@@ -1,5 +1,7 @@
 """Command lines: every user error is one line with exit code 2."""
 
+import contextlib
+import json
 import os
 import shutil
 import signal
@@ -285,6 +287,24 @@ def test_memory_that_runs_out_is_one_line(capsys, use):
         signal.signal(signal.SIGINT, handler)
     error = capsys.readouterr().err
     assert "error: out of memory: lower the numbers of" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_hangup_that_nohup_ignores_stays_ignored(monkeypatch, ignored):
+    monkeypatch.setattr(cli, "silence_output", lambda: None)  # it would silence the tests
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with contextlib.nullcontext() if ignored else pytest.raises(cli.Stop), cli.Stoppable():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if ignored else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_longest_name_of_a_file_can_be_written(tmp_path):
+    for name in ("a" * 250 + ".json", "\N{CJK UNIFIED IDEOGRAPH-5F35}" * 83 + ".json"):
+        write_json(tmp_path / name, {"a": 1})
+        assert json.loads((tmp_path / name).read_text()) == {"a": 1}
 
 
 class UsageError(Exception):

@@ -516,6 +516,7 @@ FRAMES = {
     "no rows": (lambda table: table.slice(0, 0), "episode 0 has 0 frames in data/"),
     "a column twice": (lambda table: table.append_column(ACTION, table[ACTION]), "2 times"),
     "huge numbers": (column(ACTION, lambda a: [[1e300] * 6] * len(a)), "not finite"),
+    "numbers that no table has": (column(ACTION, lambda a: [[1e30] * 6] * len(a)), "or larger than"),
     "truth values": (column(ACTION, lambda a: [[True] * 6] * len(a)), "must be lists of numbers, but is"),
 }  # fmt: skip
 
@@ -543,6 +544,28 @@ SOUND = {
 def test_what_is_only_unusual_is_read(tiny, tmp_path, kind):
     path = change(tiny, tmp_path / "unusual", **SOUND[kind])
     assert all(map(np.array_equal, joints_rad(path), joints_rad(tiny)))
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(tiny, tmp_path):
+    path = change(tiny, tmp_path / "v21", codebase_version="v2.1")
+    (path / "data" / "chunk-000" / "file-000.parquet").rename(path / "data" / "chunk-000" / "episode_000000.parquet")
+    os.mkfifo(path / "meta" / "episodes.jsonl")
+    with pytest.raises(dataset.DatasetError, match="episodes.jsonl: is not a file"):
+        joints_rad(path)
+
+
+def test_the_longest_name_of_a_dataset_can_be_written(tmp_path):
+    """Its temporary name is no longer."""
+    path, joints = tmp_path / ("a" * 255), np.full((5, 6), 0.25)
+    dataset.write_dataset(path, [{STATE: joints, ACTION: joints}])
+    np.testing.assert_allclose(joints_rad(path)[0], joints, atol=1e-6)
+
+
+def test_a_recording_without_a_success_is_refused_in_one_line(tmp_path, monkeypatch):
+    flags = f"--base-policy zero --episodes 1 --only-successes --dataset {tmp_path / 'none'}"
+    line = error_of(monkeypatch, "so101.record", *flags.split())
+    assert "--only-successes: none of 1 episodes succeeded; nothing is written" in line
+    assert not (tmp_path / "none").exists()
 
 
 def test_lengths_of_v21_are_compared(tiny, tmp_path):

@@ -4,14 +4,15 @@ import copy
 import dataclasses
 import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, error_of, run_script, train
+from conftest import ROOT, error_of, load, run_script, train
 from gymnasium.vector import AutoresetMode
 
-from so101.checkpoints import load_checkpoint, load_script
+from so101.checkpoints import load_checkpoint, load_script, save_tensors
 from so101.evaluation import evaluate, no_residual
 from so101.networks import Derived, sheet_to_tip
 from so101.onnx import OnnxPolicy
@@ -55,6 +56,18 @@ def test_it_acts_as_the_checkpoint(exported):
         results.append([(episode["success"], episode["length"]) for episode in evaluate(no_residual, envs, SEEDS)])
     same = [a == b for a, b in zip(*results)]  # a rounding may turn one step of one of them
     assert sum(same) >= 28 and sum(success for success, _ in results[1]) >= 28
+
+
+def test_an_export_does_not_replace_the_base_policy(exported, tmp_path):
+    """Afterwards neither the base policy nor the residual on it could be used."""
+    saved, base = load(MODEL), shutil.copy(exported, tmp_path / "base.onnx")
+    saved["args"]["base"]["base_policy"] = f"onnx:{base}"
+    saved["base_fingerprint"] = OnnxPolicy(str(base)).fingerprint
+    save_tensors(tmp_path / "residual.pt", saved)
+    before = base.read_bytes()
+    done = run_script("eval_so101.py", "--model", str(tmp_path / "residual.pt"), "--export", str(base))
+    assert done.returncode == 2 and "is only read; name another place" in done.stderr, done.stderr
+    assert base.read_bytes() == before
 
 
 def test_its_metadata_say_what_a_user_must_know(exported):

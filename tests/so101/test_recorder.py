@@ -460,8 +460,11 @@ class Dies(JacobianPolicy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_recording_that_is_stopped_keeps_its_complete_episodes(tmp_path, monkeypatch, signum):
+@pytest.mark.parametrize(
+    "signum, piped", [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGHUP, False)]
+)
+def test_a_recording_that_is_stopped_keeps_its_complete_episodes(tmp_path, monkeypatch, signum, piped):
+    """Also with `| tee log`: Ctrl+C ends tee as well, and nobody reads the output any more."""
     pytest.importorskip("pyarrow")
     (tmp_path / "own_policy.py").write_text(SLOW_POLICY)
     monkeypatch.chdir(tmp_path)
@@ -470,6 +473,9 @@ def test_a_recording_that_is_stopped_keeps_its_complete_episodes(tmp_path, monke
     while not (tmp_path / "far").exists():
         assert process.poll() is None
         time.sleep(0.01)
+    if piped:
+        process.stdout.close()
+        process.stdout = None
     process.send_signal(signum)
     if signum == signal.SIGHUP:
         time.sleep(0.02)
@@ -478,7 +484,7 @@ def test_a_recording_that_is_stopped_keeps_its_complete_episodes(tmp_path, monke
     assert process.returncode == 128 + signum and not error, error
     info = json.loads((tmp_path / "demos" / "meta" / "info.json").read_text())
     assert info["total_episodes"] >= 1
-    assert signum == signal.SIGHUP or f"{info['total_episodes']} complete episodes" in output
+    assert piped or signum == signal.SIGHUP or f"{info['total_episodes']} complete episodes" in output
 
 
 def test_a_recording_whose_policy_dies_keeps_its_complete_episodes(tmp_path, monkeypatch):
