@@ -17,6 +17,8 @@ import torch
 from so101.checkpoints import load_script
 from so101_env import SO101Error
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # with nohup it would be ignored, by the scripts, too
+
 ROOT = Path(__file__).resolve().parent.parent
 # a run of a few seconds that still has every part: several rollouts, checkpoints, evaluations, a shortened last rollout
 SMALL = (
