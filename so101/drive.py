@@ -46,14 +46,14 @@ from so101.files import is_file, write_json
 from so101.guide import STEPS, Guide, load_profile
 from so101.lerobot_arm import LeRobotArm
 from so101.locator import Marks, SheetLocator
-from so101.loop import RAISED_RAD, Blind, Clock, Loop, ask, say
+from so101.loop import RAISED_RAD, Blind, Clock, Loop, ask, make_controller, say
 from so101.opencv import OpenCVPolicy
 from so101.policies import load_policy
 from so101.robot import LEROBOT_P, Robot
 from so101.server import Server
 from so101.simulated_arm import SimulatedRobot
-from so101_env import MAX_EPISODE_STEPS, Task, load_model
-from so101_sim.control import ACT_DIM, BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Calibration, Controller
+from so101_env import MAX_EPISODE_STEPS, Task
+from so101_sim.control import ACT_DIM, Calibration
 from so101_sim.errors import SO101Error
 from so101_sim.scene import ASSETS, CONTROL_HZ
 
@@ -215,10 +215,7 @@ def arm_loop(
             measured = robot.ranges and Calibration(
                 robot.ranges.low_rad - MAX_OFFSET_RAD, robot.ranges.high_rad + MAX_OFFSET_RAD
             )
-            controller = Controller(
-                load_model(task.tape_margin), task.firmware_p, BACKLASH_RAD, LATENCY_S, args.max_speed,
-                robot.servo_gain, 1.0 if robot.gain_known else GAIN_FLOOR, measured,
-            )  # fmt: skip
+            controller = make_controller(robot, task, args.max_speed, measured)
             loop = Loop(robot, policy, controller, clock, args.dry_run, offset_rad)
             try:
                 yield loop

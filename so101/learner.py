@@ -30,6 +30,7 @@ from so101.arm_film import CameraFilm, Frame
 from so101.checkpoints import CHECKPOINT, load_file, load_weights, restore_optimizer, restoring, save_tensors
 from so101.distributed import World
 from so101.files import DiskError, disk_error, write_atomic
+from so101.loop import say
 from so101.processes import spawn
 from so101.run_dirs import open_curves
 from so101_env import OBS, TAPE_CENTER_M, Scene, SO101ResidualVectorEnv, sheet_pose
@@ -426,21 +427,16 @@ class LearnerProcess:
         calls, waiting = itertools.count(1), "the learner finishes the last episode; Ctrl+C drops it"
         try:
             if self.lost:
-                self.take(lambda: next(calls) == CONTROL_HZ and _print(waiting))
+                self.take(lambda: next(calls) == CONTROL_HZ and say(waiting))
             self.pipe.close()
             self.process.join(CLOSE_S)
         except SO101Error as error:
-            _print(str(error))
+            say(str(error))
         finally:
             self.process.kill()
             self.pipe.close()
             if self.lost:
-                _print("the last episode is lost")
-
-
-def _print(line: str) -> None:
-    """Print what happens while the learner ends."""
-    print(line, file=sys.stderr, flush=True)
+                say("the last episode is lost")
 
 
 def set_weights(agent: torch.nn.Module, weights: Mapping[str, np.ndarray]) -> None:

@@ -25,11 +25,23 @@ from so101_env import (
     SUCCESS_STEPS,
     TAPE_CENTER_M,
     BaseObservation,
+    Task,
     base_observation,
+    load_model,
     make_observation,
     sheet_inside,
 )
-from so101_sim.control import ACT_DIM, JOINTS, Controller, from_rad, valid_delta
+from so101_sim.control import (
+    ACT_DIM,
+    BACKLASH_RAD,
+    GAIN_FLOOR,
+    JOINTS,
+    LATENCY_S,
+    Calibration,
+    Controller,
+    from_rad,
+    valid_delta,
+)
 from so101_sim.errors import SO101Error
 from so101_sim.scene import CONTROL_HZ
 
@@ -135,6 +147,16 @@ class Clock:
     def sleep(self, seconds: float) -> None:
         """Wait for some seconds."""
         time.sleep(seconds)
+
+
+def make_controller(
+    robot: Robot, task: Task, max_speed_rad_s: float = 2.0, measured: Calibration | None = None
+) -> Controller:  # fmt: skip
+    """The command law for an arm; it estimates the servo gain, unless robot.gain_known. Arguments: see Controller."""
+    return Controller(
+        load_model(task.tape_margin), task.firmware_p, BACKLASH_RAD, LATENCY_S, max_speed_rad_s, robot.servo_gain,
+        1.0 if robot.gain_known else GAIN_FLOOR, measured,
+    )  # fmt: skip
 
 
 def way_to(

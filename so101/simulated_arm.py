@@ -242,11 +242,8 @@ class SimulatedArm:
         check_arrays(own, state, "state of the simulated arm")
         self.arms.check_state(state["arms"])
         self.arms.set_state(state["arms"])
-        self.target_rad, self.time_s, self.count = (
-            state["target_rad"].copy(),
-            float(state["time_s"]),
-            int(state["count"]),
-        )
+        self.target_rad = state["target_rad"].copy()
+        self.time_s, self.count = float(state["time_s"]), int(state["count"])
         self.pending = list(zip(state["pending_s"].tolist(), state["pending_rad"].copy()))
 
     def truth(self) -> dict[str, Any]:

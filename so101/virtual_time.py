@@ -12,11 +12,10 @@ import numpy as np
 
 from so101.base import BasePolicy
 from so101.camera import CAMERA
-from so101.loop import Clock, Loop
+from so101.loop import Clock, Loop, make_controller
 from so101.robot import Picture, Robot
 from so101.simulated_arm import Flaws, SimulatedArm
-from so101_env import Task, load_model
-from so101_sim.control import BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Controller
+from so101_env import Task
 from so101_sim.errors import check_arrays
 from so101_sim.scene import Renderer
 
@@ -125,10 +124,5 @@ class VirtualClock(Clock):
 
 
 def virtual_loop(robot: VirtualRobot, policy: BasePolicy, task: Task) -> Loop:
-    """The loop of so101.drive on an arm in virtual time. Unless robot.gain_known, it estimates the servo gain."""
-    gain_floor = 1.0 if robot.gain_known else GAIN_FLOOR
-    controller = Controller(
-        load_model(task.tape_margin), task.firmware_p, BACKLASH_RAD, LATENCY_S, gain_factor=robot.servo_gain,
-        gain_floor=gain_floor,
-    )  # fmt: skip
-    return Loop(robot, policy, controller, VirtualClock(robot))
+    """The loop of so101.drive on an arm in virtual time, see make_controller."""
+    return Loop(robot, policy, make_controller(robot, task), VirtualClock(robot))

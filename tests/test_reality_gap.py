@@ -14,9 +14,8 @@ from so101.opencv import OpenCVPolicy
 from so101.policies import load_policy
 from so101.robot import RobotError
 from so101.simulated_arm import Flaws, SimulatedArm
-from so101.virtual_time import VirtualClock
+from so101.virtual_time import VirtualClock, virtual_loop
 from so101_env import HOME_RAD, TAPE_CENTER_M, Task, load_model
-from so101_sim.control import BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Controller
 from so101_sim.errors import SO101Error
 
 pytest.importorskip("cv2")
@@ -68,8 +67,7 @@ def loop_of(row: gap.Row, policy: BasePolicy | None = None) -> Loop:
     """A control loop on an arm, before its first episode."""
     robot = gap.RowRobot(TASK, row, pictures=False)
     robot.reset(SEED)
-    controller = Controller(load_model(), 16, BACKLASH_RAD, LATENCY_S, gain_floor=GAIN_FLOOR)
-    loop = Loop(robot, policy or OpenCVPolicy(None), controller, VirtualClock(robot), dry_run=False)
+    loop = virtual_loop(robot, policy or OpenCVPolicy(None), TASK)
     loop.measure()
     return loop
 

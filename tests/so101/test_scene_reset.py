@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from so101.loop import Loop
 from so101.opencv import OpenCVPolicy
 from so101.scene_reset import GOAL_M, HandNeeded, SceneReset, press_point
 from so101.simulated_arm import Flaws, SimulatedArm
-from so101.virtual_time import VirtualClock, VirtualRobot
+from so101.virtual_time import VirtualRobot, virtual_loop
 from so101_env import (
     ENVIRONMENT,
     HOME_RAD,
@@ -19,10 +18,9 @@ from so101_env import (
     SHEET_HALF_M,
     TAPE_CENTER_M,
     Task,
-    load_model,
     sheet_inside,
 )
-from so101_sim.control import ACT_DIM, BACKLASH_RAD, GAIN_FLOOR, LATENCY_S, Controller
+from so101_sim.control import ACT_DIM
 from so101_sim.errors import SO101Error
 from so101_sim.geometry import wrap_angle
 
@@ -39,8 +37,7 @@ def make_reset(flaws: Flaws | None = None, sheet: tuple[float, float, float] = I
     """The reset of an arm at home, whose sheet lies at x, y (m), yaw (rad), after an episode that has seen the tape."""
     robot, mask = VirtualRobot(TASK, flaws), np.ones(1, bool)
     robot.reset(seed)
-    controller = Controller(load_model(), 16, BACKLASH_RAD, LATENCY_S, gain_floor=GAIN_FLOOR)
-    loop = Loop(robot, OpenCVPolicy(None), controller, VirtualClock(robot))
+    loop = virtual_loop(robot, OpenCVPolicy(None), TASK)
     lay(robot, INSIDE)
     loop.measure()
     loop.home()
