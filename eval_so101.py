@@ -230,6 +230,12 @@ def main() -> int:
         columns["pose by OpenCV"] = summarize(evaluate(no_residual, seeing, seeds))
         seeing.close()
     ratios = residual_to_base(episodes) if loaded.kind == "agent" else {}
+    print(describe(loaded, args, task, len(episodes)))
+    if loaded.command:
+        print("trained by: " + "".join(each if each.isprintable() else "?" for each in loaded.command[:1000]))
+    print_table(columns)
+    if ratios:
+        print("residual to base, per joint  " + "  ".join(f"{joint} {ratio:.2f}" for joint, ratio in ratios.items()))
     if args.json:
         result = {
             "provenance": {"command": command_line("eval_so101.py"), **describe_run("eval_so101.py", args)},
@@ -253,12 +259,6 @@ def main() -> int:
         plot(envs, episodes, args.subject.model or f"base policy {loaded.base_policy}", Path(args.plot))
     if args.video:
         write_video(envs, films, Path(args.video), args.size, blind=["teacher"])
-    print(describe(loaded, args, task, len(episodes)))
-    if loaded.command:
-        print("trained by: " + "".join(each if each.isprintable() else "?" for each in loaded.command[:1000]))
-    print_table(columns)
-    if ratios:
-        print("residual to base, per joint  " + "  ".join(f"{joint} {ratio:.2f}" for joint, ratio in ratios.items()))
     if args.render_mode:
         play(envs, episodes)
     envs.close()

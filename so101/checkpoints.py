@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 
 from so101.cli import flat_settings, training_command
-from so101.files import CHECKSUM_BYTES, checksum, has_checksum, is_file, write_atomic
+from so101.files import CHECKSUM_BYTES, check_file, checksum, has_checksum, write_atomic
 from so101.settings import MAX_COUNT, restore_args
 from so101.trust import OWN_SCRIPTS, Trust
 from so101_sim.errors import SO101Error
@@ -35,9 +35,9 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "global_step": int, "base_fingerprint": str, "recorder": dict,
     },
     "so101 clone 5": {"script": str, "args": dict, "agent": dict},
-    "so101 student 4": {
+    "so101 student 5": {
         "script": str, "args": dict, "task": dict, "base": dict, "base_fingerprint": str, "teacher_fingerprint": str,
-        "global_step": int, "agent": dict, "training": (dict, type(None)), "recorder": dict,
+        "teacher_success": float, "global_step": int, "agent": dict, "training": (dict, type(None)), "recorder": dict,
     },
 }  # fmt: skip
 CHECKPOINT, CLONE, STUDENT = SCHEMAS
@@ -84,8 +84,7 @@ def load_file(path: str | Path, *kinds: str) -> dict[str, Any]:
         SO101Error: the file is missing, damaged, or of another kind or version.
     """
     noun = kinds[0].split()[1]
-    if not is_file(path):
-        raise SO101Error(f"{path}: no such file")
+    check_file(path)
     try:
         content = Path(path).read_bytes()
     except OSError as error:

@@ -15,6 +15,7 @@ if __name__ == "__main__":  # Ctrl+C during the imports ends the program without
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
+import math
 import shlex
 import sys
 import time
@@ -32,7 +33,7 @@ from so101.cli import check_flags, command_of, parse, run_script
 from so101.dataset import joints_rad, read_dataset, read_info
 from so101.files import write_json
 from so101.networks import Features
-from so101.run_dirs import describe_run, new_run_dir, open_curves
+from so101.run_dirs import describe_run, new_run_dir, open_curves, writing
 from so101.settings import restore_args
 from so101.trust import allow_flags
 from so101_env import ACT_DIM, ACTION, ENVIRONMENT, STATE, BaseObservation, SO101Error
@@ -202,7 +203,7 @@ def main() -> int:
     run_dir = new_run_dir(Path(args.log_dir), name, "tensorboard")
     write_json(run_dir / "config.json", describe_run(SCRIPT, args))
     writer, start = open_curves(run_dir), time.perf_counter()
-    valid_loss = float("nan")
+    valid_loss = 0.0
     for step in (bar := tqdm(range(1, args.train_steps + 1), unit="step", dynamic_ncols=True, disable=None)):
         rows = torch.randint(len(obs), (args.batch_size,), generator=generator)
         loss = (clone.get_motion(x[rows]) - target[rows]).square().mean()
@@ -210,16 +211,15 @@ def main() -> int:
         loss.backward()
         optimizer.step()
         schedule.step()
-        if not torch.isfinite(loss):
-            raise SO101Error(
-                f"--learning-rate {args.learning_rate}: the loss is {loss.item()} at step {step}; lower it"
-            )
         if step % 500 == 0 or step == args.train_steps:
             with torch.no_grad():
                 valid_loss = (clone.get_motion(valid_x) - valid_target).square().mean().item()
-            writer.add_scalar("train/loss", loss.item(), step)
-            writer.add_scalar("validation/loss", valid_loss, step)
+            with writing(run_dir):
+                writer.add_scalar("train/loss", loss.item(), step)
+                writer.add_scalar("validation/loss", valid_loss, step)
             bar.set_postfix(loss=f"{loss.item():.4f}", validation=f"{valid_loss:.4f}")
+        if not math.isfinite(total := loss.item() + valid_loss):  # the second sees what the last step has done
+            raise SO101Error(f"--learning-rate {args.learning_rate}: the loss is {total} at step {step}; lower it")
 
     model, wall_time = run_dir / "final_model.pt", time.perf_counter() - start
     settings = dataclasses.asdict(args)
@@ -229,7 +229,8 @@ def main() -> int:
         "train_loss": loss.item(), "validation_loss": valid_loss, "wall_time_s": wall_time,
     }  # fmt: skip
     write_json(run_dir / "training_summary.json", summary)
-    writer.close()
+    with writing(run_dir):
+        writer.close()
     print(
         f"{len(parts[0])} episodes, {len(obs)} frames, {wall_time:.1f} s; validation loss {valid_loss:.4f} (variance 1)"
     )

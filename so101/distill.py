@@ -440,13 +440,13 @@ def success_of(policy: BasePolicy, args: Args, task: Task) -> float:
 def main() -> int:
     """Distil; returns the exit code."""
     args, saved = parse_run(Args, __doc__, SCRIPT, STUDENT, check_args, one_rank=True)
-    if saved and saved["training"] is None:
-        raise SO101Error(f"--resume {args.run.resume}: is finished; there is nothing to continue")
     teacher = CheckpointPolicy(args.model, trust=args.trust)
     generator = World().seed(args.seed)  # for minibatches; after the teacher, whose networks draw random weights, too
     pool = ThreadPoolExecutor(SHARDS, initializer=torch.set_num_threads, initargs=(1,))
     task = dataclasses.replace(teacher.args.task, visual_randomization=args.visual_randomization)
     base, num_envs = teacher.args.base, min(args.dagger.num_envs, args.total_timesteps)
+    if saved and saved["training"] is None and args.total_timesteps - saved["global_step"] >= num_envs:
+        raise SO101Error(f"--resume {args.run.resume}: is finished and has no samples to go on with; start a new run")
 
     student = Student(args.networks)
     settings = {"lr": args.dagger.learning_rate, "weight_decay": args.dagger.weight_decay}
@@ -458,18 +458,20 @@ def main() -> int:
     acting = StudentPolicy(student, load_policy(base.base_policy, base.server), args.networks, task)
     eval_envs = make_envs(args, acting, task, args.run.eval_envs, evaluation=True)
     if saved:
-        training = saved["training"]
+        training, teacher_success = saved["training"], saved["teacher_success"]
         load_weights(student, saved["agent"], args.run.resume)
         with restoring(args.run.resume):
             if saved["teacher_fingerprint"] != teacher.fingerprint:
                 raise SO101Error("its teacher has other weights now; put the old one back")
-            restore_optimizer(optimizer, training["optimizer"], saved["global_step"] > 0)
-            generator.set_state(training["generator"])
-            envs.set_state(to_numpy(training["envs"]))
-            samples.set_state(to_numpy(training["samples"]), envs, saved["global_step"])
-            teacher_success = training["teacher_success"]
             if not is_rate(teacher_success) or saved["task"] != dataclasses.asdict(task):
                 raise ValueError("its task is not the teacher's, or teacher_success is no rate")
+            if training is None:  # it was stopped in its last evaluation, for which the weights suffice
+                samples.count = saved["global_step"]
+            else:
+                restore_optimizer(optimizer, training["optimizer"], saved["global_step"] > 0)
+                generator.set_state(training["generator"])
+                envs.set_state(to_numpy(training["envs"]))
+                samples.set_state(to_numpy(training["samples"]), envs, saved["global_step"])
     else:
         envs.reset(seed=training_seeds(args.seed, num_envs))
         teacher_success = success_of(CheckpointPolicy(args.model, trust=args.trust), args, task)
@@ -478,13 +480,14 @@ def main() -> int:
         """What a resumed run needs: the mirror of the lines above; of a finished run, what acting needs."""
         training = {
             "optimizer": optimizer.state_dict(), "generator": generator.get_state(), "envs": to_plain(envs.get_state()),
-            "samples": to_plain(samples.get_state()), "teacher_success": teacher_success,
+            "samples": to_plain(samples.get_state()),
         }  # fmt: skip
         kept = {"base_policy": base.base_policy, "server": dataclasses.asdict(base.server)}
         return {
             "agent": student.state_dict(), "task": dataclasses.asdict(task), "base": kept,
             "base_fingerprint": teacher.base.fingerprint if teacher.base else "",
-            "teacher_fingerprint": teacher.fingerprint, "global_step": samples.count,
+            "teacher_fingerprint": teacher.fingerprint, "teacher_success": teacher_success,
+            "global_step": samples.count,
             "training": training if args.total_timesteps - samples.count >= num_envs else None,
         }  # fmt: skip
 

@@ -42,7 +42,7 @@ from so101.cli import (
 )
 from so101.evaluation import TEST_SEED
 from so101.extras import import_extra
-from so101.files import is_file, write_json
+from so101.files import check_file, write_json
 from so101.guide import STEPS, Guide, load_profile
 from so101.lerobot_arm import LeRobotArm
 from so101.locator import Marks, SheetLocator
@@ -128,8 +128,8 @@ def check_args(args: Args) -> None:
         raise SO101Error("--check: needs an arm, --robot lerobot:PORT, without --dry-run")
     if args.check and (flag := "--json" if args.json else "--video" if args.video else ""):
         raise SO101Error(f"{flag}: --check keeps its results in a file of its own; drop {flag}")
-    if args.replay is not None and not is_file(args.replay):
-        raise SO101Error(f"--replay {args.replay}: no such file")
+    if args.replay is not None:
+        check_file(args.replay, "--replay")
     check_plain_name("--robot-id", args.robot_id)
     check_arm_flags(args)
     if args.model is not None and args.base_policy is not None:

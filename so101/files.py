@@ -39,6 +39,16 @@ def is_file(path: str | Path) -> bool:
     return "\0" not in str(path) and Path(path).is_file()
 
 
+def check_file(path: str | Path, flag: str = "") -> None:
+    """Raise SO101Error, naming the flag if there is one, unless there is a file to read."""
+    if is_file(path):
+        return
+    reason = "no such file"
+    if "\0" not in str(path) and Path(path).exists():
+        reason = "is a directory; name a file in it" if Path(path).is_dir() else "is not a file"
+    raise SO101Error(f"{flag} {path}: {reason}".lstrip())
+
+
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file's content, in hexadecimal digits."""
     with open(path, "rb") as file:

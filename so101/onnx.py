@@ -23,7 +23,7 @@ import numpy as np
 
 from so101.base import StackedPolicy, check_base, extend_observation, flat_observation
 from so101.extras import import_extra
-from so101.files import has_checksum, is_file
+from so101.files import check_file, has_checksum
 from so101.policies import load_policy
 from so101.server import Server
 from so101.settings import MAX_COUNT, restore_settings
@@ -101,8 +101,7 @@ class OnnxPolicy(StackedPolicy):
 
 def _read(path: str) -> bytes:
     """The content of a file. Raises SO101Error if it cannot be read."""
-    if not is_file(path):
-        raise SO101Error(f"{path}: no such file")
+    check_file(path)
     try:
         return Path(path).read_bytes()
     except OSError as error:

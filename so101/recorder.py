@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
@@ -11,7 +10,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
@@ -36,7 +35,7 @@ from so101.evaluation import VALIDATION_SEED, episode_mean, evaluate, no_residua
 from so101.files import DiskError, copy_file, disk_error, write_atomic, write_json
 from so101.films import write_video
 from so101.resume import reason_for_new_dir
-from so101.run_dirs import ROOT, describe_run, new_run_dir, open_curves, run_dir_of, stem_of
+from so101.run_dirs import ROOT, describe_run, new_run_dir, open_curves, run_dir_of, stem_of, writing
 from so101.torchrun import RankError
 from so101.trust import allow_flags, trust_of
 from so101_env import BasePolicyError, SO101Error, SO101ResidualVectorEnv
@@ -250,14 +249,6 @@ class Recorder:
             return "the run's state could not be saved"
         return f"resume {self.global_step} steps with {self._resume_flags(path)}"
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Report a disk or directory that fails meanwhile as DiskError."""
-        try:
-            yield
-        except OSError as error:
-            raise disk_error(error.filename or self.run_dir, error) from error
-
     def stopped(self) -> bool:
         """Whether a signal requested a stop on any rank: the same answer on all of them."""
         self.stop_signum = max(self.world.gather(self.signum))  # one that comes meanwhile stays for the next call
@@ -282,7 +273,7 @@ class Recorder:
             scalars |= {f"rollout/{ROLLOUT_TAGS.get(key, key)}": value for key, value in means.items()}
             if "success" in means:
                 scalars["Success/training"] = means["success"]
-            with self._writing():
+            with writing(self.run_dir):
                 for tag, value in scalars.items():
                     self.writer.add_scalar(tag, value, global_step)
             self._show(steps=global_step - before)
@@ -298,15 +289,16 @@ class Recorder:
 
     def evaluate(self) -> None:
         """Evaluate the agent, log it, and keep its model if it is among the best so far."""
-        self.evaluation_due = False
+        self.evaluation_due = True  # until its results are on disk: a run that fails before repeats it when resumed
         content = self._content()
         if not self.world.is_main:
+            self.evaluation_due = False
             return
         start, step = time.perf_counter(), self.global_step
         film = self.run_dir / "eval_results" / f"step_{step}.mp4" if self.run.capture_video else None
         self._show("evaluating")
         self.result = {"step": step, **self._evaluate(film)}
-        with self._writing():
+        with writing(self.run_dir):
             for name, value in self.result.items():
                 tag = name if "/" in name else f"eval/{EVAL_TAGS.get(name, name)}"
                 if name not in ("step", "reference_success_rate"):
@@ -324,10 +316,11 @@ class Recorder:
         if own in best:
             self.finalists = best
             self.weights[step] = copy.deepcopy(self.agent.state_dict())
-            model = self.run_dir / "best_model" / self._model_name(step)
-            save_tensors(model, content | {"recorder": self._own_state()})
+            own_state = self._own_state() | {"evaluation_due": False}
+            save_tensors(self.run_dir / "best_model" / self._model_name(step), content | {"recorder": own_state})
             if own == best[0]:
-                copy_file(model, self.run_dir / "best_model" / "best_model.pt")
+                self._place_best(step)
+        self.evaluation_due = False
         if self.before is not None:
             self.before["recorder"] = self._own_state()
         self.eval_time_s += time.perf_counter() - start
@@ -345,10 +338,9 @@ class Recorder:
             self._show("choosing the best model")
             start = time.perf_counter()
             best = self._choose_best()
-            best_model = self.run_dir / "best_model" / self._model_name(best["step"])
-            copy_file(best_model, self.run_dir / "best_model" / "best_model.pt")
+            self._place_best(best["step"])
             self.eval_time_s += time.perf_counter() - start
-            with self._writing():
+            with writing(self.run_dir):
                 self._log_best()
         self._show()
         model = self.run_dir / ("interrupted_model.pt" if stop else "final_model.pt")
@@ -393,7 +385,8 @@ class Recorder:
         speed = f"{summary['steps_per_second']:.0f} steps/s"
         if summary["base_time_s"]:
             speed += f", {summary['base_time_s'] / summary['wall_time_s']:.0%} of the time for the base policy"
-        self._say(f"{self.global_step} steps in {summary['wall_time_s']:.1f} s ({speed}), saved in {self.run_dir}")
+        steps = f"steps {self.first_step} to {self.global_step}" if self.first_step else f"{self.global_step} steps"
+        self._say(f"{steps} in {summary['wall_time_s']:.1f} s ({speed}), saved in {self.run_dir}")
         if self.stop_signum:
             self._say(f"resume:   {self._own_command()} {self._resume_flags(model)}")
             return
@@ -480,17 +473,16 @@ class Recorder:
             self.continued = not reason
             if self.continued:
                 return old
-            log_dir = old.parent if log_dir == Path(Run.log_dir) else log_dir
-            name = name or old.name
+            if (old / "config.json").is_file():  # else it is a lone checkpoint, anywhere
+                log_dir = old.parent if log_dir == Path(Run.log_dir) else log_dir
+                name = name or old.name
             if not reason.startswith("--"):
                 self._say(f"{reason}; the resumed run gets a directory of its own")
         name = name or f"{stem_of(self.script)}_{time.strftime('%Y%m%d-%H%M%S')}_s{self.args.seed}"
         run_dir = new_run_dir(log_dir, name, *subdirectories)
-        if self.run.resume:  # the best one last
-            for each in reversed(self.finalists):
-                model = self._model_name(each["step"])
-                for target in (model, "best_model.pt"):
-                    copy_file(run_dir_of(self.run.resume) / "best_model" / model, run_dir / "best_model" / target)
+        for each in self.finalists:  # of the resumed run
+            model = self._model_name(each["step"])
+            copy_file(run_dir_of(self.run.resume) / "best_model" / model, run_dir / "best_model" / model)
         return run_dir
 
     def _open_wandb(self) -> None:
@@ -518,6 +510,8 @@ class Recorder:
             import wandb
 
             wandb.run.name = self.run_dir.name
+        if self.finalists:  # best_model.pt can be of a step after the checkpoint
+            self._place_best(self.finalists[0]["step"])
         evaluations = self.run_dir / "eval_results" / "evaluations.jsonl"
         if self.continued and evaluations.is_file():  # what was evaluated after the checkpoint is evaluated again
             lines = self._evaluations(evaluations)
@@ -546,7 +540,8 @@ class Recorder:
                 rates = each["success_rate"], each["reference_success_rate"]
                 if type(each["step"]) is not int or each["step"] < 0 or not all(map(is_rate, rates)):
                     raise ValueError(f"step {each['step']!r:.80}, success {rates!r:.80}")
-            return [line for line, each in zip(lines, evaluations) if each["step"] <= self.first_step]
+            known = self.first_step - self.evaluation_due  # the last step whose evaluation is complete
+            return [line for line, each in zip(lines, evaluations) if each["step"] <= known]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise SO101Error(f"{path}: damaged ({error!r:.200}); move it away") from error
 
@@ -578,6 +573,10 @@ class Recorder:
             **{f"mean_{name}": episode_mean(episodes, name) for name in estimates},
             **{f"residual_to_base/{joint}": ratio for joint, ratio in residual_to_base(episodes).items()},
         }
+
+    def _place_best(self, step: int) -> None:
+        """Make the model of this step best_model.pt."""
+        copy_file(self.run_dir / "best_model" / self._model_name(step), self.run_dir / "best_model" / "best_model.pt")
 
     def _choose_best(self) -> dict[str, Any]:
         """The best of the finalists, with its means over final_eval_episodes, those of its evaluation and more."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from so101.files import is_file, sha256
+from so101.files import check_file, is_file, sha256
 from so101_sim.errors import SO101Error, strict_json
 
 NOT_RECORDED = "not recorded"
@@ -174,8 +174,7 @@ def read_sweep(content: dict[str, Any]) -> dict[str, Any]:
 
 def read_file(path: str, base: bool, seed: int | None) -> dict[str, Any]:
     """The fields of a Policy in a file of any of the three kinds. Raises SO101Error, naming the file."""
-    if not is_file(path):
-        raise SO101Error(f"--results: {path}: no such file")
+    check_file(path, "--results")
     try:
         content = strict_json(Path(path).read_text())
         if isinstance(content, dict) and "episode_list" in content:

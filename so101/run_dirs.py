@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import platform
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,15 @@ def open_curves(run_dir: Path, **options: Any) -> Any:
         raise disk_error(error.filename or run_dir / "tensorboard", error) from error
 
 
+@contextlib.contextmanager
+def writing(run_dir: Path) -> Iterator[None]:
+    """Report a disk or run directory that fails meanwhile as DiskError."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error.filename or run_dir, error) from error
+
+
 def _report_unless_kept(args: threading.ExceptHookArgs) -> None:
     """Report an error that ended a thread, unless TensorBoard's writer keeps it."""
     if type(args.thread).__name__ != "_AsyncWriterThread":
@@ -61,9 +72,10 @@ def _report_unless_kept(args: threading.ExceptHookArgs) -> None:
 
 
 def run_dir_of(path: str) -> Path:
-    """The directory of the run that a checkpoint belongs to."""
-    parent = Path(path).parent
-    return parent.parent if parent.name in ("checkpoints", "best_model") else parent
+    """The directory of the run that a checkpoint belongs to, also of a symbolic link to one."""
+    parent = Path(path).resolve().parent
+    run_dir = parent.parent if parent.name in ("checkpoints", "best_model") else parent
+    return run_dir.relative_to(Path.cwd()) if Path.cwd() in run_dir.parents else run_dir
 
 
 def stem_of(script: str) -> str:

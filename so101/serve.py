@@ -30,6 +30,13 @@ class RequestError(ValueError):
     """A request that cannot be answered. The client gets the text."""
 
 
+def check_files(path: Path) -> None:
+    """Raise RequestError if a policy directory has no configuration or no weights."""
+    for name in ("config.json", "model.safetensors"):
+        if not (path / name).is_file():
+            raise RequestError(f"has no {name}; name a pretrained_model directory of lerobot-train")
+
+
 def check_processors(path: Path) -> None:
     """Raise RequestError if the pre- or postprocessing of a policy directory names code that is not LeRobot's.
 
@@ -148,6 +155,17 @@ class LeRobotPolicy:
         return self.policy.diffusion.generate_actions(batch)
 
 
+def load_saved_policy(path: Path, device: str) -> LeRobotPolicy:
+    """The policy in a directory. Raises RequestError for any that LeRobot cannot load."""
+    try:
+        return LeRobotPolicy(path, device)
+    except RequestError:
+        raise
+    except Exception as error:  # LeRobot raises many types of exceptions for a directory that it cannot read
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise RequestError(f"LeRobot cannot load it ({reason})") from error
+
+
 def _map(value: Any, key: str) -> dict[str, Any]:
     """The map `key` of an observation. Raises RequestError if it is missing."""
     if not isinstance(value, dict) or not isinstance(value.get(key), dict):
@@ -223,9 +241,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
     parser.add_argument("--num-threads", type=int, help="torch threads; the last digits of answers depend on it")
     args = parser.parse_args()
-    for name in ("config.json", "model.safetensors"):
-        if not (args.model / name).is_file():
-            parser.error(f"--model {args.model}: has no {name}; name a pretrained_model directory of lerobot-train")
+    try:
+        check_files(args.model)
+    except RequestError as error:
+        parser.error(f"--model {args.model}: {error}")
     if not 1 <= args.port <= 65535 or (args.num_threads is not None and args.num_threads < 1):
         parser.error("--port must be in 1 to 65535, --num-threads at least 1")
     try:
@@ -242,11 +261,12 @@ def main() -> None:
         except zmq.ZMQError as error:
             parser.error(f"--port {args.port}: {error.strerror}; name another port")
         try:
+            import lerobot  # noqa: F401
             import torch
 
             if args.num_threads:
                 torch.set_num_threads(args.num_threads)
-            policy = LeRobotPolicy(args.model, args.device)
+            policy = load_saved_policy(args.model, args.device)
         except ImportError as error:
             parser.error(f"{error}; run this in LeRobot's environment, see requirements-lerobot.txt")
         except RequestError as error:

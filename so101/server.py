@@ -296,19 +296,14 @@ class LeRobotBase(ChunkPolicy):
     def __init__(self, directory: str, options: Server):
         spec, path = f"lerobot:{directory}", Path(directory)
         check_units(spec, options)
-        for name in ("config.json", "model.safetensors"):
-            if not (path / name).is_file():
-                raise BasePolicyError(f"base policy {spec}: has no {name}; name a pretrained_model directory")
-        import_extra("lerobot", "lerobot", f"base policy {spec}")
-        from so101.serve import LeRobotPolicy, RequestError
+        from so101.serve import RequestError, check_files, load_saved_policy
 
         try:
-            policy = LeRobotPolicy(path, "cpu")
+            check_files(path)
+            import_extra("lerobot", "lerobot", f"base policy {spec}")
+            policy = load_saved_policy(path, "cpu")
         except RequestError as error:
             raise BasePolicyError(f"base policy {spec}: {error}") from error
-        except Exception as error:  # LeRobot raises many types of exceptions for a directory that it cannot read
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise BasePolicyError(f"base policy {spec}: LeRobot cannot load it ({reason})") from error
         sizes = {shape[1:] for shape in policy.images.values()} or {options.size}
         if len(sizes) > 1:
             raise BasePolicyError(f"base policy {spec}: its cameras have pictures of different sizes, {sizes}")

@@ -53,14 +53,14 @@ def run_script(name: str, *flags: str, **env: str | None) -> subprocess.Complete
     return subprocess.run(words, capture_output=True, text=True, env=environment(**env), timeout=300)
 
 
-def train(log_dir: Path, *flags: str, script: str = "ppo_residual_so101.py") -> Path:
-    """Train to the end, in this process, and return the run's directory."""
+def train(log_dir: Path, *flags: str, script: str = "ppo_residual_so101.py", code: int = 0) -> Path:
+    """Train to the end, or until the exit code, in this process, and return the run's directory."""
     before = set(log_dir.glob("*")) if log_dir.exists() else set()
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     argv, handlers = sys.argv, {each: signal.getsignal(each) for each in signals}
     sys.argv = [script, "--log-dir", str(log_dir), *flags]
     try:
-        assert module_of(script).main() == 0
+        assert module_of(script).main() == code
     finally:
         sys.argv = argv
         for signum, handler in handlers.items():

@@ -67,7 +67,7 @@ def assert_error(done: subprocess.CompletedProcess, *words: str) -> None:
         ("--base-policy ..x:Y", "'..x' is not the name of a module"),
         ("--base-policy :x", "is not the name of a module"),
         ("--base-policy so101.pusher:JacobianPolicy:3", "does not fit its constructor"),
-        ("--base-policy onnx:/dev/stdin", "/dev/stdin: no such file"),
+        ("--base-policy onnx:/dev/stdin", "/dev/stdin: is not a file"),
         ("--base-policy server:127.0.0.1:\N{SUPERSCRIPT TWO} --units deg", "give server:HOST:PORT"),
         ("--base-policy server:a..b:1 --units deg --allow-remote", "nothing answers there"),
     ],

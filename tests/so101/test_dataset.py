@@ -1,5 +1,6 @@
 """Recording, cloning and replaying demonstrations, and the dataset on disk."""
 
+import errno
 import json
 import os
 import shutil
@@ -642,6 +643,30 @@ def test_clone_acts_like_the_pusher_and_is_deterministic(demos, clone, tmp_path)
     assert run_script("so101.clone", *flags).returncode == 0
     first, second = (torch.load(p, weights_only=True)["agent"] for p in (clone, next(again.glob("*/final_model.pt"))))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_disk_that_is_full_under_the_curves_of_a_clone_is_named(demos, tmp_path, monkeypatch):
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    line = error_of(
+        monkeypatch, "so101.clone", "--dataset", str(demos), "--train-steps", "1", "--log-dir", str(tmp_path)
+    )
+    (run,) = tmp_path.iterdir()
+    assert line.startswith(f"{run}: cannot be written (No space left on device)")
+
+
+def test_a_clone_whose_last_step_goes_wrong_is_refused(demos, tmp_path, monkeypatch):
+    """Its training loss, of before the step, is finite."""
+    flags = ["--dataset", str(demos), "--train-steps", "1", "--learning-rate", "10", "--log-dir", str(tmp_path)]
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *_: self.param_groups[0]["params"][-1].data.fill_(np.nan)
+    )
+    assert "--learning-rate 10.0: the loss is nan at step 1" in error_of(monkeypatch, "so101.clone", *flags)
+    assert not list(tmp_path.glob("*/final_model.pt"))
 
 
 def test_clone_carries_out_a_chunk_before_it_looks_again(clone):

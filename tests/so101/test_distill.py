@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -187,6 +188,24 @@ def test_every_resume_equals_the_uninterrupted_run_whatever_the_threads(run, tea
 
 
 @pytest.mark.slow
+def test_a_distillation_that_is_stopped_in_its_last_step_can_be_resumed(run, teacher, tmp_path, monkeypatch):
+    script = module_of("so101.distill")
+    update = script.update
+
+    def interrupted(student, optimizer, samples, *others):
+        if samples.count == 1000:
+            signal.raise_signal(signal.SIGINT)
+        return update(student, optimizer, samples, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "update", interrupted)
+        stopped = train(tmp_path, "--model", teacher, *TINY, script="so101.distill", code=128 + signal.SIGINT)
+    resumed = distil(tmp_path / "resumed", "--resume", str(stopped / "interrupted_model.pt"))
+    for name in ("final_model.pt", "best_model/best_model.pt"):
+        assert_same(load(resumed / name)["agent"], load(run / name)["agent"], name)
+
+
+@pytest.mark.slow
 def test_a_student_is_evaluated_beside_its_teacher_filmed_and_recorded(run, tmp_path):
     flags = ["--model", str(run / "final_model.pt"), "--episodes", "2"]
     result, film, demos = tmp_path / "result.json", tmp_path / "film.gif", tmp_path / "demos"
@@ -245,7 +264,7 @@ def test_a_student_can_be_corrected(run, tmp_path):
         ("--updates 0", "--updates"),
         ("--minibatch-size 1", "--minibatch-size"),
         ("--run-name a/b", "--run-name 'a/b'"),
-        ("--resume STUDENT", "is finished"),
+        ("--resume STUDENT --total-timesteps 2000", "is finished and has no samples to go on with"),
         ("--resume FIRST --updates 7", "--updates 7: FIRST was trained with 3"),
     ],
 )
@@ -271,11 +290,15 @@ def test_students_that_cannot_be_used_end_with_one_line(run, tmp_path, monkeypat
         with pytest.raises(SO101Error, match=str(path)):
             load_policy(f"checkpoint:{path}")
     for key, value in (
-        ("samples", {}), ("optimizer", {}), ("envs", {}), ("generator", torch.zeros(3)), ("teacher_success", 2.0),
+        ("samples", {}), ("optimizer", {}), ("envs", {}), ("generator", torch.zeros(3)),
         ("samples", {name: rows[1:] for name, rows in first["training"]["samples"].items()}),
         ("samples", {**first["training"]["samples"], "qpos": first["training"]["samples"]["qpos"] + 1e30}),
     ):  # fmt: skip
         save_tensors(path, {**first, "training": {**first["training"], key: value}})
+        line = error_of(monkeypatch, "so101.distill", "--resume", str(path), "--log-dir", str(tmp_path / "logs"))
+        assert line.startswith(f"{path}: cannot be continued") and not (tmp_path / "logs").exists()
+    for rate in (2.0, -0.5):
+        save_tensors(path, {**first, "teacher_success": rate})
         line = error_of(monkeypatch, "so101.distill", "--resume", str(path), "--log-dir", str(tmp_path / "logs"))
         assert line.startswith(f"{path}: cannot be continued") and not (tmp_path / "logs").exists()
     save_tensors(path, {**first, "teacher_fingerprint": "other"})

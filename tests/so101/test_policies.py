@@ -282,6 +282,8 @@ def test_what_is_no_policy_is_refused_at_the_start(own_module):
         ("bc:", "known:"),
         ("checkpoint:nowhere.pt", "nowhere.pt: no such file"),
         ("bc:nowhere.pt", "nowhere.pt: no such file"),
+        ("checkpoint:/dev", "/dev: is a directory; name a file in it"),
+        ("onnx:/dev/null", "/dev/null: is not a file"),
     ):
         with pytest.raises(SO101Error, match=re.escape(words)):
             load_policy(spec)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import errno
 import fcntl
 import json
 import os
@@ -13,6 +14,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import termios
 import threading
 import time
@@ -32,18 +34,20 @@ from conftest import (
     environment,
     error_of,
     load,
+    module_of,
     run_script,
     train,
 )
 
 from ppo_residual_so101 import Agent, Args, make_envs
+from so101 import recorder
 from so101.checkpoints import CHECKPOINT, load_checkpoint, save_tensors
 from so101.cli import flat_settings
 from so101.distributed import World
 from so101.evaluation import VALIDATION_SEED, episode_mean, evaluate
 from so101.files import disk_error
 from so101.recorder import Recorder
-from so101.run_dirs import open_curves
+from so101.run_dirs import open_curves, run_dir_of
 
 # -- what a run leaves behind
 
@@ -310,6 +314,77 @@ def test_a_lone_checkpoint_can_be_resumed(small_run, tmp_path, beside):
         assert_same(states[0][key], states[1][key], key)
 
 
+def test_a_lone_checkpoint_goes_on_where_runs_go(small_run, tmp_path, monkeypatch):
+    shutil.copy(small_run / "checkpoints" / "ppo_residual_3000_steps.pt", tmp_path / "lone.pt")
+    monkeypatch.chdir(tmp_path)
+    done = run_script("ppo_residual_so101.py", "--resume", "lone.pt")
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "logs").iterdir()
+    assert run.name.startswith("ppo_residual_") and {path.name for path in tmp_path.iterdir()} == {"lone.pt", "logs"}
+
+
+@pytest.mark.parametrize(
+    "directory, checkpoint, expected",
+    [
+        (".", "logs/run/final_model.pt", "logs/run"),
+        (".", "logs/run/checkpoints/x.pt", "logs/run"),
+        ("logs/run", "interrupted_model.pt", "{root}/logs/run"),
+        ("logs/run/checkpoints", "x.pt", "{root}/logs/run"),
+        ("logs/run/checkpoints", "../interrupted_model.pt", "{root}/logs/run"),
+        ("logs", "run/best_model/x.pt", "run"),
+        ("logs", "link.pt", "run"),
+        ("logs", "../x.pt", "{root}"),
+    ],
+)
+def test_the_run_of_a_checkpoint_is_found_from_anywhere(tmp_path, monkeypatch, directory, checkpoint, expected):
+    run = tmp_path / "logs" / "run"
+    for each in ("checkpoints", "best_model"):
+        (run / each).mkdir(parents=True)
+        (run / each / "x.pt").touch()
+    (tmp_path / "logs" / "link.pt").symlink_to(run / "checkpoints" / "x.pt")
+    monkeypatch.chdir(tmp_path / directory)
+    assert str(run_dir_of(checkpoint)) == expected.format(root=tmp_path)
+
+
+def test_an_evaluation_that_a_full_disk_ends_is_repeated(small_run, tmp_path, monkeypatch):
+    saving = recorder.save_tensors
+
+    def full(path, content):
+        if path.name == "ppo_residual_1536_steps.pt":
+            raise disk_error(path, OSError(errno.ENOSPC, "No space left on device"))
+        saving(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder, "save_tensors", full)
+        flags = ["--log-dir", str(tmp_path), "--run-name", "run", *SMALL.split()]
+        line = error_of(patch, "ppo_residual_so101.py", *flags)
+    model = tmp_path / "run" / "interrupted_model.pt"
+    assert "No space left" in line and line.endswith(f"resume 1536 steps with --resume {model}")
+    done = run_script("ppo_residual_so101.py", "--resume", str(model))
+    assert done.returncode == 0 and f"continuing in {model.parent}" in done.stdout, done.stderr
+    assert_equal_best_models(tmp_path / "run", small_run)
+    evaluations = [run / "eval_results" / "evaluations.jsonl" for run in (tmp_path / "run", small_run)]
+    assert evaluations[0].read_text() == evaluations[1].read_text()
+
+
+def test_the_best_model_of_a_killed_run_is_that_of_the_summary(small_run, tmp_path, monkeypatch):
+    """An evaluation after the last checkpoint has made another one the best; the resumed run is stopped before it."""
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    (run / "final_model.pt").unlink()
+    first = run / "checkpoints" / "ppo_residual_2048_steps.pt"
+    (own,) = load(first)["recorder"]["finalists"]
+    for path in (run / "checkpoints" / "ppo_residual_3000_steps.pt", run / "best_model" / "ppo_residual_3000_steps.pt"):
+        path.unlink()
+    (run / "best_model" / "best_model.pt").write_bytes((small_run / "final_model.pt").read_bytes())
+    monkeypatch.setattr(recorder.Recorder, "stopped", lambda self: bool(setattr(self, "stop_signum", 2) or True))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["ppo_residual_so101.py", "--resume", str(first)])
+    assert module_of("ppo_residual_so101.py").main() == 130
+    summary = json.loads((run / "training_summary.json").read_text())
+    assert summary["best_eval_step"] == own["step"] == load(run / "best_model" / "best_model.pt")["global_step"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("file, step", [("config.json", 0), ("eval_results/evaluations.jsonl", 6400)])
 def test_a_run_interrupted_in_its_first_evaluation_or_last_rollout(tmp_path, file, step):
@@ -540,6 +615,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path):
         error = [line for line in done.stderr.splitlines() if "error" in line]
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         assert len(error) == 1 and word in error[0] and "File too large" in error[0], done.stderr
+        assert ("success rate" in done.stdout) == (script == "eval_so101.py")  # what was measured is shown first
     assert not [path for path in tmp_path.rglob("*") if ".tmp" in path.name]
     assert not demos.exists() and not result.exists()
 

@@ -49,8 +49,9 @@ def student(victim, spec) -> str:
     base = {"base_policy": spec, "server": dataclasses.asdict(Server())}
     content = {
         "format": STUDENT, "script": "distill.py", "args": dataclasses.asdict(StudentArgs()), "base": base,
-        "task": dataclasses.asdict(Task()), "base_fingerprint": "", "teacher_fingerprint": "", "global_step": 0,
-        "agent": {}, "training": None, "recorder": {"recent_episodes": [], "finalists": [], "evaluation_due": False},
+        "task": dataclasses.asdict(Task()), "base_fingerprint": "", "teacher_fingerprint": "", "teacher_success": 1.0,
+        "global_step": 0, "agent": {}, "training": None,
+        "recorder": {"recent_episodes": [], "finalists": [], "evaluation_due": False},
     }  # fmt: skip
     save_tensors(victim / "student.pt", content)
     return "student.pt"

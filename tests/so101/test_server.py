@@ -677,3 +677,23 @@ def test_serve_lerobot_needs_no_lerobot_to_say_so(tmp_path):
     done = run_script("so101.serve", "--model", str(tmp_path), "--port", "47999", PYTHONPATH=path)
     assert done.returncode == 2 and "run this in LeRobot's environment, see requirements-lerobot.txt" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_serve_names_a_directory_that_lerobot_cannot_load(tmp_path):
+    """A stand-in for LeRobot, which fails as LeRobot does on a config.json without a type."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    modules = {
+        "configs/policies": "class PreTrainedConfig:\n    def from_pretrained(path):\n        raise KeyError('type')\n",
+        "policies/factory": "get_policy_class = make_pre_post_processors = None\n",
+    }
+    for name, content in modules.items():
+        module = tmp_path / "lerobot" / f"{name}.py"
+        module.parent.mkdir(parents=True)
+        module.write_text(content)
+        (module.parent / "__init__.py").touch()
+    (tmp_path / "lerobot" / "__init__.py").touch()
+    path = os.pathsep.join((str(tmp_path), str(ROOT)))
+    done = run_script("so101.serve", "--model", str(tmp_path), "--port", "47999", PYTHONPATH=path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.endswith(f"error: --model {tmp_path}: LeRobot cannot load it (KeyError: 'type')\n")
