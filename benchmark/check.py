@@ -123,12 +123,13 @@ def trainer(words: list[str], seeds: int, path: Path, trust: Trust) -> tuple[typ
         raise SO101Error(f"{stale}: {name} cannot read {shlex.join(words[start:])!r}; name another row") from error
     script.check_args(args)
     plain = json.loads(json.dumps(dataclasses.asdict(args)))
-    command = training_command(script, report.settings({"config": {"args": plain}}))
+    settings = report.settings({"config": {"args": plain}})
+    command = training_command(script, settings)
     if sorted(shlex.split(command)) != sorted(words):
         odd = shlex.join(sorted({*words} - {*shlex.split(command)})) or shlex.join(words)
         raise SO101Error(f"{stale}: {name} would not write {odd}, its defaults were others then; name another row")
-    base = flat_settings(plain)["base_policy"]
-    trust.spec(base, path)
+    base, _ = trust.resolve(flat_settings(plain)["base_policy"], path)
+    command = training_command(script, settings | {"base_policy": base})  # it may lie elsewhere by now
     if seeds < 2:
         raise SO101Error(f"{path}: has one seed, so nothing is known about the spread; name another row")
     return script, command, base

@@ -52,13 +52,12 @@ class OnnxPolicy(StackedPolicy):
     """
 
     def __init__(self, path: str, trust: Trust | None = None):
-        trust = trust or Trust()
         self.path, content = path, _read(path)
         if any(word.encode() in content for word in (FORMAT, CHECKSUM)) and not has_checksum(content):
             raise SO101Error(f"{path}: damaged, its checksum is wrong or missing; export it again")
         self.session, data = open_session(content, path)
         self.metadata = _metadata(self.session, content, path)
-        spec = trust.spec(self.metadata["base_policy"], path)
+        spec, trust = (trust or Trust()).resolve(self.metadata["base_policy"], path)
         base = load_policy(spec, dataclasses.replace(self.metadata["server"], trust=trust))
         super().__init__(base)
         check_base(self.metadata, spec, base, path)

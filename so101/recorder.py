@@ -232,10 +232,9 @@ class Recorder:
                 text += f"; resume {self.before['global_step']} steps with {self._resume_flags(path)}"
             raise SO101Error(text) from error
         if isinstance(error, FloatingPointError):
-            raise RankError(
-                f"NaN or Inf in the {error} after {self.global_step} steps; the checkpoints in {self.run_dir} are from "
-                "before; try a lower --learning-rate"
-            ) from error
+            kept = any(self.run_dir.glob("checkpoints/*.pt")) * f"; the checkpoints in {self.run_dir} are from before"
+            text = f"NaN or Inf in the {error} after {self.global_step} steps; try a lower --learning-rate{kept}"
+            raise RankError(text) from error
 
     def _rescue(self) -> str:
         """Save the run's state although its disk or directory has failed, if that is possible; what came of it."""

@@ -80,7 +80,7 @@ def restore_args(
 def trusted_base(base: Any, path: str | Path, trust: Trust) -> Any:
     """A dataclass with base_policy and server from a file, with the permissions of the person.
 
-    Raises SO101Error as Trust.spec does.
+    Raises SO101Error as Trust.resolve does.
     """
-    server = dataclasses.replace(base.server, trust=trust)
-    return dataclasses.replace(base, base_policy=trust.spec(base.base_policy, path), server=server)
+    spec, trust = trust.resolve(base.base_policy, path)
+    return dataclasses.replace(base, base_policy=spec, server=dataclasses.replace(base.server, trust=trust))

@@ -17,7 +17,7 @@ from so101.cli import check_flags, flag_of, parse
 from so101.evaluation import no_residual
 from so101.policies import load_policy
 from so101.server import Server
-from so101.trust import SERVED, Trust
+from so101.trust import Trust, are_of_one_kind
 from so101_env import SO101Error, SO101ResidualVectorEnv, Task
 from so101_sim.scene import ASSETS
 from so101_sim.vector import ArmVectorEnv
@@ -38,7 +38,7 @@ class Subject:
     model: str | None = None
     """checkpoint, student or ONNX file (default, without --base-policy: the model that comes with the project)"""
     base_policy: str | None = None
-    """without --model: the base policy to run; with --model: where its LeRobot or GR00T policy is now"""
+    """without --model: the base policy to run; with --model: where the model's base policy is now"""
     tape_margin: float = Task.tape_margin
     """m between sheet and tape, 0.04 standard, 0.02 precise"""
     full_randomization: bool = False
@@ -144,7 +144,7 @@ def _load(subject: Subject, unused: tuple[str, ...]) -> Loaded:
 def _check_base_flag(subject: Subject, own: Any) -> None:
     """Raise SO101Error if --base-policy is not the base policy that the model's file names, `own`."""
     given = subject.base_policy
-    if given is not None and given != own and not all(str(spec).startswith(SERVED) for spec in (given, own)):
+    if given is not None and given != own and not are_of_one_kind(given, str(own)):
         raise SO101Error(f"--base-policy {given}: the model has its own base policy; drop the flag")
 
 

@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 import sys
 
 import mujoco
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, error_of, press_force_n, run_script, train
+from conftest import ROOT, SMALL, assert_same, error_of, load, press_force_n, run_script, train
 from gymnasium.vector import AutoresetMode
 
 import ppo_residual_so101 as ppo
@@ -17,6 +18,8 @@ from so101.checkpoints import load_checkpoint
 from so101.evaluation import VALIDATION_SEED, evaluate, no_residual
 from so101.policies import load_policy
 from so101.pusher import JacobianPolicy
+from so101.server import Server
+from so101.trust import Trust
 from so101_env import TAPE_CENTER_M, BasePolicyError, SO101ResidualVectorEnv, base_observation
 from so101_sim.control import ACT_DIM
 from so101_sim.errors import SO101Error
@@ -138,6 +141,41 @@ def test_residuals_stack(observe_base, tmp_path):
         [e["final_distance_m"] for e in stacked], [e["final_distance_m"] for e in trained], atol=1e-9
     )
     assert np.mean([e["residual_magnitude"] for e in trained]) > 0.05  # it does not just repeat the pusher
+
+
+def test_a_base_policy_in_a_file_may_have_moved(tmp_path, monkeypatch):
+    """Both files of a chain: the person says where they are, and the weights must still be the same."""
+    tiny = "--total-timesteps 256 --num-envs 2 --num-steps 64 --minibatch-size 64 --eval-every 0 --checkpoint-every 128"
+    below, middle, top = (tmp_path / f"{name}.pt" for name in ("below", "middle", "top"))
+    for path, base in ((below, "zero"), (middle, f"checkpoint:{below}"), (top, f"checkpoint:{middle}")):
+        run = train(tmp_path / path.stem, *tiny.split(), "--base-policy", base)
+        shutil.copy(run / "final_model.pt", path)
+    half = run / "checkpoints" / "ppo_residual_128_steps.pt"
+    before = load_policy(f"checkpoint:{top}").fingerprint
+    (tmp_path / "moved").mkdir()
+    moved = [path.rename(tmp_path / "moved" / path.name) for path in (below, middle)]
+    names = [f"checkpoint:{path}" for path in moved]
+
+    evaluate_top = ("eval_so101.py", "--model", str(top), "--episodes", "1")
+    for flags, words in (
+        ([], f"{top}: its base policy, {middle}: no such file; add --allow checkpoint:PATH if it has moved"),
+        (["--allow", f"checkpoint:{top}"], f"{middle}: no such file"),  # no file is its own base policy
+        (["--base-policy", names[1]], f"{moved[1]}: its base policy, {below}: no such file; add --allow"),
+        (["--base-policy", names[0]], f"{top}: trained on base policy {names[0]} with weights"),
+        (["--allow", *names[::-1]], f"{top}: trained on base policy {names[0]} with weights"),  # the outer one last
+        (["--base-policy", "jacobian"], "the model has its own base policy; drop the flag"),
+        (["--base-policy", f"bc:{moved[1]}"], "the model has its own base policy; drop the flag"),
+        (["--allow", *names], ""),
+        (["--allow", names[0], "--base-policy", names[1]], ""),
+    ):  # fmt: skip
+        if words:
+            assert words in error_of(monkeypatch, *evaluate_top, *flags), flags
+        else:
+            assert run_script(*evaluate_top, *flags).returncode == 0, flags
+    assert load_policy(f"checkpoint:{top}", Server(trust=Trust(tuple(names)))).fingerprint == before
+    resumed = train(tmp_path / "resumed", "--resume", str(half), "--base-policy", names[1], "--allow", names[0])
+    assert_same(load(resumed / "final_model.pt")["agent"], load(top)["agent"])
+    assert load(resumed / "final_model.pt")["args"]["base"]["base_policy"] == names[1]
 
 
 def test_another_base_is_refused(tmp_path, monkeypatch):

@@ -109,7 +109,7 @@ class Draft:
             self.train_seed = load_file(model, CHECKPOINT)["args"].get("seed")
         residual = OnnxPolicy(str(self.path / RESIDUAL), trust)
         self.metadata, self.task, base = residual.metadata, residual.task, residual.base
-        self.spec = trust.spec(self.metadata["base_policy"], model)
+        self.spec, _ = trust.resolve(self.metadata["base_policy"], model)
         features, self.cameras = {}, {}
         if self.spec.startswith(SERVED):
             kind, _, source = self.spec.partition(":")
