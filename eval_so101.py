@@ -120,7 +120,7 @@ def export(model: str, path: str, trust: Trust) -> None:
     made = export_onnx(model, Path(path), trust)
     print(f"{model} ({made['global_step']} steps, base policy {made['base_policy']}) exported to {path}")
     print(f"largest difference on {CHECKED_OBSERVATIONS} observations: {made['difference']:.1g}")
-    allow = allow_flags([made["base_policy"]])
+    allow = allow_flags([made["base_policy"]], trust)
     print(f"evaluate: {command_of('eval_so101.py')} --model {shlex.quote(path)}{allow}")
 
 
@@ -174,15 +174,22 @@ def print_table(columns: dict[str, dict[str, Any]]) -> None:
         print(f"{name:28}" + "".join(f"{text(summary):>24}" for summary in columns.values()))
 
 
-def describe(loaded: Loaded, args: EvalArgs, task: Any, count: int) -> str:
-    """What is evaluated on what, in a line."""
+def print_results(
+    loaded: Loaded, args: EvalArgs, task: Any, count: int, columns: dict[str, dict[str, Any]], ratios: dict[str, float]
+) -> None:
+    """What was evaluated on what, what has trained it, the table, and the size of the residual."""
     name = f"{args.subject.model} ({loaded.steps} steps)" if args.subject.model else f"base policy {loaded.base_policy}"
     wide = [name for name in ("arm", "full") if getattr(task, f"{name}_randomization", False)]
     physics = wide[0] if wide else "default" if task.randomize else "no"
     visual = ", visual too" if getattr(task, "visual_randomization", False) else ""
     margin = f", tape margin {1000 * task.tape_margin:.0f} mm" if hasattr(task, "tape_margin") else ""
     block = f" of block {args.seed}" if args.seed else ""
-    return f"{name}: {count} held-out episodes{block}, mean action{margin}, {physics} randomisation{visual}"
+    print(f"{name}: {count} held-out episodes{block}, mean action{margin}, {physics} randomisation{visual}")
+    if loaded.command:
+        print("trained by: " + "".join(each if each.isprintable() else "?" for each in loaded.command[:1000]))
+    print_table(columns)
+    if ratios:
+        print("residual to base, per joint  " + "  ".join(f"{joint} {ratio:.2f}" for joint, ratio in ratios.items()))
 
 
 def listed(episodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -230,35 +237,32 @@ def main() -> int:
         columns["pose by OpenCV"] = summarize(evaluate(no_residual, seeing, seeds))
         seeing.close()
     ratios = residual_to_base(episodes) if loaded.kind == "agent" else {}
-    print(describe(loaded, args, task, len(episodes)))
-    if loaded.command:
-        print("trained by: " + "".join(each if each.isprintable() else "?" for each in loaded.command[:1000]))
-    print_table(columns)
-    if ratios:
-        print("residual to base, per joint  " + "  ".join(f"{joint} {ratio:.2f}" for joint, ratio in ratios.items()))
-    if args.json:
-        result = {
-            "provenance": {"command": command_line("eval_so101.py"), **describe_run("eval_so101.py", args)},
-            "model": args.subject.model,
-            "model_sha256": model_sha256,
-            "training_steps": loaded.steps,
-            "training_seed": loaded.training_seed,
-            "base_policy": loaded.base_policy,
-            "task": dataclasses.asdict(task),
-            "seed": args.seed,
-            **columns[loaded.kind],
-            "episodes": len(episodes),
-            "base_success_rate": base["success_rate"] if base else None,
-            "base": base,
-            "residual_to_base": ratios,
-            "episode_list": listed(episodes),
-            "base_episode_list": listed(alone) if base else None,
-        }
-        write_json(Path(args.json), result)
-    if args.plot:
-        plot(envs, episodes, args.subject.model or f"base policy {loaded.base_policy}", Path(args.plot))
-    if args.video:
-        write_video(envs, films, Path(args.video), args.size, blind=["teacher"])
+    try:
+        if args.json:
+            result = {
+                "provenance": {"command": command_line("eval_so101.py"), **describe_run("eval_so101.py", args)},
+                "model": args.subject.model,
+                "model_sha256": model_sha256,
+                "training_steps": loaded.steps,
+                "training_seed": loaded.training_seed,
+                "base_policy": loaded.base_policy,
+                "task": dataclasses.asdict(task),
+                "seed": args.seed,
+                **columns[loaded.kind],
+                "episodes": len(episodes),
+                "base_success_rate": base["success_rate"] if base else None,
+                "base": base,
+                "residual_to_base": ratios,
+                "episode_list": listed(episodes),
+                "base_episode_list": listed(alone) if base else None,
+            }
+            write_json(Path(args.json), result)
+        if args.plot:
+            plot(envs, episodes, args.subject.model or f"base policy {loaded.base_policy}", Path(args.plot))
+        if args.video:
+            write_video(envs, films, Path(args.video), args.size, blind=["teacher"])
+    finally:  # also if a file could not be written
+        print_results(loaded, args, task, len(episodes), columns, ratios)
     if args.render_mode:
         play(envs, episodes)
     envs.close()

@@ -26,8 +26,9 @@ from scipy.stats import t
 
 from so101.checkpoints import load_script
 from so101.cli import check_unused, flat_settings, parse, run_script, training_command
+from so101.files import is_file
 from so101.stats import rate_interval
-from so101.trust import Trust
+from so101.trust import FILES, Trust
 from so101_env import SO101Error
 
 ROOT = report.ROOT
@@ -123,13 +124,15 @@ def trainer(words: list[str], seeds: int, path: Path, trust: Trust) -> tuple[typ
         raise SO101Error(f"{stale}: {name} cannot read {shlex.join(words[start:])!r}; name another row") from error
     script.check_args(args)
     plain = json.loads(json.dumps(dataclasses.asdict(args)))
-    settings = report.settings({"config": {"args": plain}})
-    command = training_command(script, settings)
+    command = training_command(script, report.settings({"config": {"args": plain}}))
     if sorted(shlex.split(command)) != sorted(words):
         odd = shlex.join(sorted({*words} - {*shlex.split(command)})) or shlex.join(words)
         raise SO101Error(f"{stale}: {name} would not write {odd}, its defaults were others then; name another row")
-    base, _ = trust.resolve(flat_settings(plain)["base_policy"], path)
-    command = training_command(script, settings | {"base_policy": base})  # it may lie elsewhere by now
+    base = flat_settings(plain)["base_policy"]
+    kind, _, file = base.partition(":")
+    if kind in FILES and not is_file(file):
+        raise SO101Error(f"{path}: needs {file}; benchmark/README.md has the commands that make it")
+    trust.resolve(base, path)
     if seeds < 2:
         raise SO101Error(f"{path}: has one seed, so nothing is known about the spread; name another row")
     return script, command, base

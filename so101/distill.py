@@ -50,6 +50,7 @@ from so101.networks import MEASURED_DIM, POSE_SCALE, SheetFinder, scaled_pose
 from so101.policies import load_policy
 from so101.recorder import Recorder, Run
 from so101.resume import parse_run
+from so101.run_dirs import run_dir_of
 from so101.server import Server
 from so101.settings import restore_args, restore_settings, trusted_base
 from so101.trust import Trust
@@ -445,8 +446,10 @@ def main() -> int:
     pool = ThreadPoolExecutor(SHARDS, initializer=torch.set_num_threads, initargs=(1,))
     task = dataclasses.replace(teacher.args.task, visual_randomization=args.visual_randomization)
     base, num_envs = teacher.args.base, min(args.dagger.num_envs, args.total_timesteps)
-    if saved and saved["training"] is None and args.total_timesteps - saved["global_step"] >= num_envs:
-        raise SO101Error(f"--resume {args.run.resume}: is finished and has no samples to go on with; start a new run")
+    if saved and saved["training"] is None:  # it took its last step
+        left = args.total_timesteps - saved["global_step"]
+        if left >= num_envs or (run_dir_of(args.run.resume) / "final_model.pt").exists():
+            raise SO101Error(f"--resume {args.run.resume}: is finished, and has no samples to go on with")
 
     student = Student(args.networks)
     settings = {"lr": args.dagger.learning_rate, "weight_decay": args.dagger.weight_decay}

@@ -23,7 +23,7 @@ def load_policy(spec: str, server: Server | None = None) -> BasePolicy | None:
     """Base policy of a spec string, see SPECS; None for zero.
 
     Args:
-        spec: from the person who runs the command, or from a file and then checked by `Trust.spec`.
+        spec: from the person who runs the command, or from a file and then resolved by `Trust.resolve`.
         server: options of lerobot:DIR and server:HOST:PORT; its `trust` holds for the files that the spec names.
 
     Raises:

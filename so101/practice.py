@@ -513,7 +513,7 @@ def print_report(practice: Practice, run_dir: Path, args: Args) -> None:
     )
     print(f"hands {practice.hands}, missed deadlines {missed} of {ticks}", end=", ")
     print(f"waited for the learner {sum(each['waited_s'] for each in records):.1f} s")
-    allow = allow_flags([*trust_of(args).allow, args.base_policy])
+    allow = allow_flags([args.base_policy], trust_of(args))
     drive.print_events(practice.loop.robot.events)
     arm, model = arm_flags(args), shlex.quote(str(model))
     print(f"run:      {command_of('so101.drive')} --model {model}{arm}{allow}")

@@ -34,8 +34,8 @@ from so101.distributed import World
 from so101.evaluation import VALIDATION_SEED, episode_mean, evaluate, no_residual, residual_to_base
 from so101.files import DiskError, copy_file, disk_error, write_atomic, write_json
 from so101.films import write_video
-from so101.resume import reason_for_new_dir
-from so101.run_dirs import ROOT, describe_run, new_run_dir, open_curves, run_dir_of, stem_of, writing
+from so101.resume import reason_for_new_dir, step_of
+from so101.run_dirs import ROOT, describe_run, is_run_dir, new_run_dir, open_curves, run_dir_of, stem_of, writing
 from so101.torchrun import RankError
 from so101.trust import allow_flags, trust_of
 from so101_env import BasePolicyError, SO101Error, SO101ResidualVectorEnv
@@ -232,8 +232,9 @@ class Recorder:
                 text += f"; resume {self.before['global_step']} steps with {self._resume_flags(path)}"
             raise SO101Error(text) from error
         if isinstance(error, FloatingPointError):
-            kept = any(self.run_dir.glob("checkpoints/*.pt")) * f"; the checkpoints in {self.run_dir} are from before"
-            text = f"NaN or Inf in the {error} after {self.global_step} steps; try a lower --learning-rate{kept}"
+            text = f"NaN or Inf in the {error} after {self.global_step} steps; try a lower --learning-rate"
+            if self.world.is_main and any(self.run_dir.glob("checkpoints/*.pt")):
+                text += f"; the checkpoints in {self.run_dir} are from before"
             raise RankError(text) from error
 
     def _rescue(self) -> str:
@@ -297,29 +298,28 @@ class Recorder:
         film = self.run_dir / "eval_results" / f"step_{step}.mp4" if self.run.capture_video else None
         self._show("evaluating")
         self.result = {"step": step, **self._evaluate(film)}
+        own = {key: self.result[key] for key in ("step", *BEST_BY)}
+        others = [each for each in self.finalists if each["step"] != step]  # a resumed run may evaluate a step again
+        best = sorted([*others, own], key=rating, reverse=True)[:FINALISTS]
+        if own in best:
+            recorder = self._own_state() | {"finalists": best, "evaluation_due": False}
+            save_tensors(self.run_dir / "best_model" / self._model_name(step), content | {"recorder": recorder})
+            self.finalists, self.weights[step] = best, copy.deepcopy(self.agent.state_dict())
+            if own == best[0]:
+                self._place_best(step)
+        with writing(self.run_dir), open(self.run_dir / "eval_results" / "evaluations.jsonl", "a") as file:
+            file.write(json.dumps(self.result) + "\n")
+        self.evaluation_due = False
         with writing(self.run_dir):
             for name, value in self.result.items():
                 tag = name if "/" in name else f"eval/{EVAL_TAGS.get(name, name)}"
                 if name not in ("step", "reference_success_rate"):
                     self.writer.add_scalar(tag, value, step)
             self.writer.add_scalar("Success/evaluation", self.result["success_rate"], step)
-            with open(self.run_dir / "eval_results" / "evaluations.jsonl", "a") as file:
-                file.write(json.dumps(self.result) + "\n")
         if self.run.track and film:
             import wandb
 
             wandb.log({"eval/video": wandb.Video(str(film), format="mp4"), "global_step": step})
-        own = {key: self.result[key] for key in ("step", *BEST_BY)}
-        others = [each for each in self.finalists if each["step"] != step]  # a resumed run may evaluate a step again
-        best = sorted([*others, own], key=rating, reverse=True)[:FINALISTS]
-        if own in best:
-            self.finalists = best
-            self.weights[step] = copy.deepcopy(self.agent.state_dict())
-            own_state = self._own_state() | {"evaluation_due": False}
-            save_tensors(self.run_dir / "best_model" / self._model_name(step), content | {"recorder": own_state})
-            if own == best[0]:
-                self._place_best(step)
-        self.evaluation_due = False
         if self.before is not None:
             self.before["recorder"] = self._own_state()
         self.eval_time_s += time.perf_counter() - start
@@ -407,7 +407,7 @@ class Recorder:
     def _allow_flags(self, *script: str) -> str:
         """The flag that lets a command use the base policy of this run's files, and the script that wrote them."""
         spec = self.args.base.base_policy if hasattr(self.args, "base") else "zero"
-        return allow_flags([*script, *trust_of(self.args).allow, spec])
+        return allow_flags([*script, spec], trust_of(self.args))
 
     def _resume_flags(self, model: Path) -> str:
         """The flags that resume a model of this run."""
@@ -472,7 +472,7 @@ class Recorder:
             self.continued = not reason
             if self.continued:
                 return old
-            if (old / "config.json").is_file():  # else it is a lone checkpoint, anywhere
+            if is_run_dir(old):  # else it is a lone checkpoint, anywhere
                 log_dir = old.parent if log_dir == Path(Run.log_dir) else log_dir
                 name = name or old.name
             if not reason.startswith("--"):
@@ -509,8 +509,11 @@ class Recorder:
             import wandb
 
             wandb.run.name = self.run_dir.name
-        if self.finalists:  # best_model.pt can be of a step after the checkpoint
+        best = self.run_dir / "best_model" / "best_model.pt"
+        if self.finalists:
             self._place_best(self.finalists[0]["step"])
+        elif best.is_file() and step_of(best) > self.first_step:  # it will be made again
+            best.unlink()
         evaluations = self.run_dir / "eval_results" / "evaluations.jsonl"
         if self.continued and evaluations.is_file():  # what was evaluated after the checkpoint is evaluated again
             lines = self._evaluations(evaluations)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from so101.checkpoints import SCHEMAS, load_file
 from so101.cli import OF_A_RUN, flag_of, flat_settings, parse
+from so101.run_dirs import is_run_dir
 from so101.settings import restore_args
 from so101.torchrun import is_launched
 from so101.trust import trust_of
@@ -18,8 +19,8 @@ from so101_sim.errors import SO101Error
 Settings = TypeVar("Settings")
 
 # Flags that may differ from those of the run that is resumed. None changes what is learned, except that a larger budget
-# lets the learning rate fall more slowly.
-RESUMABLE = {*OF_A_RUN, "total_timesteps"}
+# lets the learning rate fall more slowly. The model of a distillation may lie elsewhere; its weights are compared.
+RESUMABLE = {*OF_A_RUN, "total_timesteps", "model"}
 
 
 def parse_run(
@@ -65,7 +66,7 @@ def parse_run(
 
 def reason_for_new_dir(run_dir: Path, step: int) -> str:
     """Why a run cannot go on in its own directory from a checkpoint of this step; "" if it can."""
-    if not (run_dir / "config.json").is_file():
+    if not is_run_dir(run_dir):
         return f"{run_dir} is not the directory of a run"
     if (run_dir / "final_model.pt").exists():
         return f"the run in {run_dir} is finished"

@@ -72,10 +72,19 @@ def _report_unless_kept(args: threading.ExceptHookArgs) -> None:
 
 
 def run_dir_of(path: str) -> Path:
-    """The directory of the run that a checkpoint belongs to, also of a symbolic link to one."""
-    parent = Path(path).resolve().parent
-    run_dir = parent.parent if parent.name in ("checkpoints", "best_model") else parent
+    """The directory of the run that a checkpoint, or a symbolic link to one, belongs to."""
+
+    def above(file: Path) -> Path:
+        return file.parents[1 if file.parent.name in ("checkpoints", "best_model") else 0]
+
+    named, real = above(Path(os.path.abspath(path))), above(Path(path).resolve())
+    run_dir = next((each for each in (named, real) if is_run_dir(each)), named)
     return run_dir.relative_to(Path.cwd()) if Path.cwd() in run_dir.parents else run_dir
+
+
+def is_run_dir(directory: Path) -> bool:
+    """Whether it is the directory of a run."""
+    return (directory / "config.json").is_file()
 
 
 def stem_of(script: str) -> str:

@@ -17,7 +17,7 @@ from so101.cli import check_flags, flag_of, parse
 from so101.evaluation import no_residual
 from so101.policies import load_policy
 from so101.server import Server
-from so101.trust import Trust, are_of_one_kind
+from so101.trust import Trust, may_lie_at
 from so101_env import SO101Error, SO101ResidualVectorEnv, Task
 from so101_sim.scene import ASSETS
 from so101_sim.vector import ArmVectorEnv
@@ -144,7 +144,7 @@ def _load(subject: Subject, unused: tuple[str, ...]) -> Loaded:
 def _check_base_flag(subject: Subject, own: Any) -> None:
     """Raise SO101Error if --base-policy is not the base policy that the model's file names, `own`."""
     given = subject.base_policy
-    if given is not None and given != own and not are_of_one_kind(given, str(own)):
+    if given is not None and given != own and not may_lie_at(str(own), given):
         raise SO101Error(f"--base-policy {given}: the model has its own base policy; drop the flag")
 
 

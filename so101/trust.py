@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from so101.files import is_file
+from so101.files import check_file, is_file
 from so101_sim.errors import SO101Error
 
 # scripts of this project that write policy files, and base policies that are part of it
@@ -37,14 +37,12 @@ class Trust:
 
     def also(self, *names: str | None) -> Trust:
         """With more names that the person has given on the command line."""
-        inner = [name.removeprefix(OPENCV) for name in names if name]
-        return dataclasses.replace(self, allow=(*self.allow, *(each for each in inner if each not in OWN_POLICIES)))
+        return dataclasses.replace(self, allow=(*self.allow, *(_inner(name) for name in names if name)))
 
     def resolve(self, spec: str, path: str | Path) -> tuple[str, Trust]:
         """The base policy to load for the file at path, which names `spec`, and the permissions for what that names.
 
-        A policy that may lie elsewhere by now is looked for where the person says: at the last name of its kind, if
-        there is one.
+        A policy that lies elsewhere by now is looked for where the person says: at the last name that it may have.
 
         Raises:
             SO101Error: the spec is empty, its file is missing, or it is code, a server or a directory that the person
@@ -52,26 +50,23 @@ class Trust:
         """
         if not spec:
             raise SO101Error(f"{path}: names no base policy")
-        inner = spec.removeprefix(OPENCV)
+        inner, own = _inner(spec), os.path.realpath(path)
         kind, _, file = inner.partition(":")
-        named = [each for each in self.allow if are_of_one_kind(each, inner)]
-        if kind in FILES:
-            own = os.path.realpath(path)  # no file is its own base policy
-            if moved := [each for each in named if os.path.realpath(each.partition(":")[2]) != own]:
-                left = tuple(
-                    each for each in self.allow if each != moved[-1]
-                )  # the next file may have a base policy, too
-                return spec.removesuffix(inner) + moved[-1], dataclasses.replace(self, allow=left)
-            if not is_file(file):
-                raise SO101Error(
-                    f"{path}: its base policy, {file}: no such file; add --allow {kind}:PATH if it has moved"
-                )
-        elif inner.startswith(SERVED):
-            if not named:
-                raise _refusal(path, "its base policy is behind", inner)
-            return spec.removesuffix(inner) + named[-1], self
-        elif inner not in (*OWN_POLICIES, *self.allow):
+        others = tuple(each for each in self.allow if _realpath(each) != own)  # no file is its own base policy
+        if places := [each for each in others if may_lie_at(inner, each)]:
+            # what was found is not looked for again: the policy in this file may have a base policy of the same kind
+            left = tuple(each for each in others if each != places[-1]) if kind in FILES else self.allow
+            return spec.removesuffix(inner) + _inner(places[-1]), dataclasses.replace(self, allow=left)
+        if inner.startswith(SERVED):
+            raise _refusal(path, "its base policy is behind", inner)
+        if kind not in FILES and inner not in (*OWN_POLICIES, *self.allow):
             raise _refusal(path, "its base policy is the code", inner or spec)
+        if kind in FILES and file:
+            try:
+                check_file(file)
+            except SO101Error as error:
+                hint = f"if it has moved, add --allow {kind}:PATH"
+                raise SO101Error(f"{path}: its base policy, {error}; {hint}") from error
         return spec, self
 
     def check_script(self, name: str, path: str | Path) -> None:
@@ -80,17 +75,33 @@ class Trust:
             raise _refusal(path, "was written by the script", name)
 
 
-def are_of_one_kind(one: str, other: str) -> bool:
-    """Whether two specs can name the same base policy in two places: files, or directories or servers of LeRobot."""
-    while one.startswith(OPENCV) and other.startswith(OPENCV):
-        one, other = one.removeprefix(OPENCV), other.removeprefix(OPENCV)
-    kinds = {each.partition(":")[0] for each in (one, other)}
-    return all(each.startswith(SERVED) for each in (one, other)) or (len(kinds) == 1 and kinds <= {*FILES})
+def may_lie_at(spec: str, place: str) -> bool:
+    """Whether a person may name `place` for the base policy that a file calls `spec`.
+
+    It is a file of the same kind in place of one that is missing, or where a policy of LeRobot or GR00T is now.
+    """
+    spec, place = _inner(spec), _inner(place)
+    kind, _, file = spec.partition(":")
+    if spec.startswith(SERVED):
+        return place.startswith(SERVED)
+    return kind in FILES and place.startswith(f"{kind}:") and not is_file(file)
+
+
+def _inner(spec: str) -> str:
+    """A spec without what concerns only where the sheet's pose comes from."""
+    while spec.startswith(OPENCV):
+        spec = spec.removeprefix(OPENCV)
+    return spec
+
+
+def _realpath(spec: str) -> str:
+    """Where the file of a spec lies."""
+    return os.path.realpath(_inner(spec).partition(":")[2])
 
 
 def _foreign(spec: str) -> str:
     """The code or the server within a base policy's spec; "" if there is none."""
-    inner = spec.removeprefix(OPENCV)
+    inner = _inner(spec)
     return "" if inner in OWN_POLICIES or inner.partition(":")[0] in FILES else inner
 
 
@@ -108,7 +119,13 @@ def trust_of(settings: Any) -> Trust:
     return next((trust for trust in found if trust != Trust()), Trust())
 
 
-def allow_flags(names: Iterable[str]) -> str:
-    """The flag that lets files use scripts and base policies: " --allow ...", or nothing if all are the project's."""
-    foreign = [name for name in dict.fromkeys(map(_foreign, names)) if name and name not in OWN_SCRIPTS]
-    return f" --allow {shlex.join(foreign)}" if foreign else ""
+def allow_flags(names: Iterable[str], trust: Trust | None = None) -> str:
+    """The flag that lets files use scripts and base policies: " --allow ...", or nothing if all are the project's.
+
+    Args:
+        names: scripts and base policies that files name.
+        trust: what the person has allowed, files included.
+    """
+    allowed = [*(trust or Trust()).allow, *map(_foreign, names)]
+    shown = [name for name in dict.fromkeys(allowed) if name and name not in (*OWN_SCRIPTS, *OWN_POLICIES)]
+    return f" --allow {shlex.join(shown)}" if shown else ""

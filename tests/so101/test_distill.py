@@ -200,7 +200,8 @@ def test_a_distillation_that_is_stopped_in_its_last_step_can_be_resumed(run, tea
     with monkeypatch.context() as patch:
         patch.setattr(script, "update", interrupted)
         stopped = train(tmp_path, "--model", teacher, *TINY, script="so101.distill", code=128 + signal.SIGINT)
-    resumed = distil(tmp_path / "resumed", "--resume", str(stopped / "interrupted_model.pt"))
+    moved = shutil.copy(teacher, tmp_path / "moved.pt")
+    resumed = distil(tmp_path / "resumed", "--resume", str(stopped / "interrupted_model.pt"), "--model", str(moved))
     for name in ("final_model.pt", "best_model/best_model.pt"):
         assert_same(load(resumed / name)["agent"], load(run / name)["agent"], name)
 
@@ -264,7 +265,8 @@ def test_a_student_can_be_corrected(run, tmp_path):
         ("--updates 0", "--updates"),
         ("--minibatch-size 1", "--minibatch-size"),
         ("--run-name a/b", "--run-name 'a/b'"),
-        ("--resume STUDENT --total-timesteps 2000", "is finished and has no samples to go on with"),
+        ("--resume STUDENT", "is finished, and has no samples to go on with"),
+        ("--resume STUDENT --total-timesteps 2000", "is finished, and has no samples to go on with"),
         ("--resume FIRST --updates 7", "--updates 7: FIRST was trained with 3"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import sys
 
@@ -19,7 +20,7 @@ from so101.evaluation import VALIDATION_SEED, evaluate, no_residual
 from so101.policies import load_policy
 from so101.pusher import JacobianPolicy
 from so101.server import Server
-from so101.trust import Trust
+from so101.trust import Trust, may_lie_at
 from so101_env import TAPE_CENTER_M, BasePolicyError, SO101ResidualVectorEnv, base_observation
 from so101_sim.control import ACT_DIM
 from so101_sim.errors import SO101Error
@@ -143,7 +144,7 @@ def test_residuals_stack(observe_base, tmp_path):
     assert np.mean([e["residual_magnitude"] for e in trained]) > 0.05  # it does not just repeat the pusher
 
 
-def test_a_base_policy_in_a_file_may_have_moved(tmp_path, monkeypatch):
+def test_a_base_policy_in_a_file_may_have_moved(tmp_path, monkeypatch, capsys):
     """Both files of a chain: the person says where they are, and the weights must still be the same."""
     tiny = "--total-timesteps 256 --num-envs 2 --num-steps 64 --minibatch-size 64 --eval-every 0 --checkpoint-every 128"
     below, middle, top = (tmp_path / f"{name}.pt" for name in ("below", "middle", "top"))
@@ -153,29 +154,69 @@ def test_a_base_policy_in_a_file_may_have_moved(tmp_path, monkeypatch):
     half = run / "checkpoints" / "ppo_residual_128_steps.pt"
     before = load_policy(f"checkpoint:{top}").fingerprint
     (tmp_path / "moved").mkdir()
-    moved = [path.rename(tmp_path / "moved" / path.name) for path in (below, middle)]
-    names = [f"checkpoint:{path}" for path in moved]
-
+    names = [f"checkpoint:{tmp_path / 'moved' / path.name}" for path in (below, middle)]
     evaluate_top = ("eval_so101.py", "--model", str(top), "--episodes", "1")
-    for flags, words in (
-        ([], f"{top}: its base policy, {middle}: no such file; add --allow checkpoint:PATH if it has moved"),
+
+    def check(*cases: tuple[list[str], str]) -> None:
+        for flags, words in cases:
+            if words:
+                assert words in error_of(monkeypatch, *evaluate_top, *flags), flags
+            else:
+                assert (done := run_script(*evaluate_top, *flags)).returncode == 0, done.stderr
+
+    check((["--allow", f"checkpoint:{below}"], ""))  # without need
+    check((["--base-policy", f"checkpoint:{below}"], "the model has its own base policy; drop the flag"))
+    below.rename(tmp_path / "moved" / below.name)
+    hint = f"{middle}: its base policy, {below}: no such file; if it has moved, add --allow checkpoint:PATH"
+    check(([], hint), (["--allow", names[0]], ""))
+    resumed = train(tmp_path / "resumed", "--resume", str(half), "--allow", names[0])
+    assert_same(load(resumed / "final_model.pt")["agent"], load(top)["agent"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("evaluate: ")][-1:]
+    assert run_script("eval_so101.py", "--episodes", "1", *shlex.split(line)[3:]).returncode == 0
+
+    middle.rename(tmp_path / "moved" / middle.name)
+    check(
+        ([], f"{top}: its base policy, {middle}: no such file; if it has moved, add --allow checkpoint:PATH"),
         (["--allow", f"checkpoint:{top}"], f"{middle}: no such file"),  # no file is its own base policy
-        (["--base-policy", names[1]], f"{moved[1]}: its base policy, {below}: no such file; add --allow"),
+        (["--base-policy", names[1]], f"{tmp_path / 'moved' / middle.name}: its base policy, {below}: no such file"),
         (["--base-policy", names[0]], f"{top}: trained on base policy {names[0]} with weights"),
-        (["--allow", *names[::-1]], f"{top}: trained on base policy {names[0]} with weights"),  # the outer one last
+        (["--allow", *names[::-1]], f"{top}: trained on base policy {names[0]} with weights"),  # the model's own: last
         (["--base-policy", "jacobian"], "the model has its own base policy; drop the flag"),
-        (["--base-policy", f"bc:{moved[1]}"], "the model has its own base policy; drop the flag"),
+        (["--base-policy", names[1].replace("checkpoint", "bc")], "the model has its own base policy; drop the flag"),
         (["--allow", *names], ""),
         (["--allow", names[0], "--base-policy", names[1]], ""),
-    ):  # fmt: skip
-        if words:
-            assert words in error_of(monkeypatch, *evaluate_top, *flags), flags
-        else:
-            assert run_script(*evaluate_top, *flags).returncode == 0, flags
+    )  # fmt: skip
     assert load_policy(f"checkpoint:{top}", Server(trust=Trust(tuple(names)))).fingerprint == before
-    resumed = train(tmp_path / "resumed", "--resume", str(half), "--base-policy", names[1], "--allow", names[0])
-    assert_same(load(resumed / "final_model.pt")["agent"], load(top)["agent"])
-    assert load(resumed / "final_model.pt")["args"]["base"]["base_policy"] == names[1]
+    for flags in (["--base-policy", names[1], "--allow", names[0]], ["--allow", *names]):
+        resumed = train(tmp_path / "resumed", "--resume", str(half), *flags)
+        assert_same(load(resumed / "final_model.pt")["agent"], load(top)["agent"])
+        assert load(resumed / "final_model.pt")["args"]["base"]["base_policy"] == names[1]
+
+
+@pytest.mark.parametrize(
+    "spec, place, fits",
+    [
+        ("checkpoint:gone.pt", "checkpoint:b.pt", True),
+        ("opencv:checkpoint:gone.pt", "checkpoint:b.pt", True),
+        ("checkpoint:gone.pt", "opencv:opencv:checkpoint:b.pt", True),
+        ("checkpoint:/dev", "checkpoint:b.pt", True),
+        ("server:localhost:1", "lerobot:b", True),
+        ("opencv:lerobot:a", "server:localhost:1", True),
+        (f"checkpoint:{ROOT / 'assets' / 'pretrained.pt'}", "checkpoint:b.pt", False),  # it is there
+        ("checkpoint:gone.pt", "bc:b.pt", False),
+        ("checkpoint:gone.pt", "my_policy:Mine", False),
+        ("my_policy:Mine", "checkpoint:b.pt", False),
+        ("lerobot:a", "bc:b.pt", False),
+        ("jacobian", "checkpoint:b.pt", False),
+        ("zero", "zero", False),
+    ],
+)
+def test_what_a_person_may_name_in_place_of_a_base_policy(spec, place, fits):
+    assert may_lie_at(spec, place) == fits
+    if fits:
+        resolved, _ = Trust((place,)).resolve(spec, "model.pt")
+        assert resolved.startswith("opencv:") == spec.startswith("opencv:")
+        assert resolved.removeprefix("opencv:") == place.replace("opencv:", "")
 
 
 def test_another_base_is_refused(tmp_path, monkeypatch):

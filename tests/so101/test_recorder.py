@@ -334,6 +334,7 @@ def test_a_lone_checkpoint_goes_on_where_runs_go(small_run, tmp_path, monkeypatc
         ("logs", "run/best_model/x.pt", "run"),
         ("logs", "link.pt", "run"),
         ("logs", "../x.pt", "{root}"),
+        ("logs", "other/checkpoints/x.pt", "other"),
     ],
 )
 def test_the_run_of_a_checkpoint_is_found_from_anywhere(tmp_path, monkeypatch, directory, checkpoint, expected):
@@ -342,11 +343,17 @@ def test_the_run_of_a_checkpoint_is_found_from_anywhere(tmp_path, monkeypatch, d
         (run / each).mkdir(parents=True)
         (run / each / "x.pt").touch()
     (tmp_path / "logs" / "link.pt").symlink_to(run / "checkpoints" / "x.pt")
+    (other := tmp_path / "logs" / "other").mkdir()
+    (other / "checkpoints").symlink_to(tmp_path)  # on another disk
+    for each in (run, other):
+        (each / "config.json").touch()
     monkeypatch.chdir(tmp_path / directory)
     assert str(run_dir_of(checkpoint)) == expected.format(root=tmp_path)
 
 
 def test_an_evaluation_that_a_full_disk_ends_is_repeated(small_run, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     saving = recorder.save_tensors
 
     def full(path, content):
@@ -363,6 +370,10 @@ def test_an_evaluation_that_a_full_disk_ends_is_repeated(small_run, tmp_path, mo
     done = run_script("ppo_residual_so101.py", "--resume", str(model))
     assert done.returncode == 0 and f"continuing in {model.parent}" in done.stdout, done.stderr
     assert_equal_best_models(tmp_path / "run", small_run)
+    assert "missing in" not in done.stdout
+    for run in (tmp_path / "run", small_run):
+        events = EventAccumulator(str(run / "tensorboard")).Reload()
+        assert [event.step for event in events.Scalars("Success/evaluation")] == [1536, 3000], run
     evaluations = [run / "eval_results" / "evaluations.jsonl" for run in (tmp_path / "run", small_run)]
     assert evaluations[0].read_text() == evaluations[1].read_text()
 
