@@ -82,7 +82,7 @@ def prediction_interval(values: np.ndarray, count: int, episodes: int) -> tuple[
 def read_row(path: Path) -> tuple[dict[int, float], int, float, list[str]]:
     """Success by seed, episodes, minutes per seed and words of the command in a results.json of a sweep.
 
-    Raises SO101Error if it is not one, or too old to say its version: defaults have changed since.
+    Raises SO101Error if it is not one.
     """
     try:
         results = json.loads(path.read_text())
@@ -91,13 +91,10 @@ def read_row(path: Path) -> tuple[dict[int, float], int, float, list[str]]:
         known = isinstance(results["command"], str) and int(results["episodes"]) > 0
         if not known or not all(0 <= value <= 1 for value in success.values()):
             raise ValueError(results)
-        words = shlex.split(results["command"])
-        if "version" in results:
-            return success, int(results["episodes"]), minutes, words
+        return success, int(results["episodes"]), minutes, shlex.split(results["command"])
     except (OSError, KeyError, TypeError, ValueError, ArithmeticError) as error:
         text = f"{path}: not the report of a seed sweep, which benchmark/report.py writes; name another row"
         raise SO101Error(text) from error
-    raise SO101Error(f"{path}: is of a version before 0.13.0, which had other defaults; name another row")
 
 
 def trainer(words: list[str], seeds: int, path: Path, trust: Trust) -> tuple[types.ModuleType, str, str]:

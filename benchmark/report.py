@@ -177,8 +177,6 @@ def summarize(seeds: list[dict[str, Any]], name: str, trust: Trust) -> dict[str,
         row |= {"wall_time_s": seed["summary"]["wall_time_s"], "cpu_time_s": seed["summary"]["cpu_time_s"]}
         rows.append(row)
     versions = {seed["config"]["version"] for seed in seeds}
-    if None in versions:
-        raise SO101Error(f"{name}: has runs of a version before 0.13.0; train them again")
     final = np.array([row["final_success"] for row in rows])
     outcomes = np.array([[int(digit) for digit in row["final_outcomes"]] for row in rows])
     config = seeds[0]["config"]

@@ -27,7 +27,7 @@ class Policy:
     name: str
     rates: np.ndarray  # (n,) success rate of each run
     episodes: int  # m
-    outcomes: np.ndarray | None  # (n, m) success, if the files list the episodes
+    outcomes: np.ndarray  # (n, m) success
     seeds: list[Any] | None  # one per episode, if known
     starts: list[Any] | None  # one per episode, if known
     settings: dict[str, Any] | None  # the task's, if known
@@ -145,7 +145,7 @@ def seeds_of_training(given: list[Any]) -> list[int] | None:
 
 
 def read_sweep(content: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a Policy in a results.json of benchmark/report.py; before 0.13.0 it had no list of episodes."""
+    """The fields of a Policy in a results.json of benchmark/report.py."""
     rows = [get(each, dict, "a seed") for each in get(content["seeds"], list, "seeds")]
     rates = np.array([get(row.get("final_success"), (int, float), "final_success") for row in rows])
     if not len(rates) or not ((rates >= 0) & (rates <= 1)).all():
@@ -153,13 +153,12 @@ def read_sweep(content: dict[str, Any]) -> dict[str, Any]:
     episodes = get(content.get("episodes"), int, "episodes")
     if not 1 <= episodes <= 10**9:
         raise ValueError(f"states {episodes} episodes")
-    texts, outcomes = [row.get("final_outcomes") for row in rows], None
-    if None not in texts:
-        if any(not isinstance(text, str) or len(text) != episodes or {*text} - {*"01"} for text in texts):
-            raise ValueError(f"final_outcomes must have {episodes} digits, 0 or 1, for each seed")
-        outcomes = np.array([[digit == "1" for digit in text] for text in texts])
-        for rate, row in zip(rates, outcomes):
-            check_rate(float(rate), row, 1)
+    texts = [row.get("final_outcomes") for row in rows]
+    if any(not isinstance(text, str) or len(text) != episodes or {*text} - {*"01"} for text in texts):
+        raise ValueError(f"final_outcomes must have {episodes} digits, 0 or 1, for each seed")
+    outcomes = np.array([[digit == "1" for digit in text] for text in texts])
+    for rate, row in zip(rates, outcomes):
+        check_rate(float(rate), row, 1)
     commits = ", ".join(map(str, get(content.get("commits", []), list, "commits")))
     sources = {
         "written by": "benchmark/report.py", "command": content.get("command"), "commit": commits,
@@ -202,16 +201,15 @@ def read_policy(name: str, pattern: str, base: bool, seed: int | None) -> Policy
     runs = [read_file(path, base, seed) for path in paths]
     first = runs[0]
     for path, run in zip(paths[1:], runs[1:]):
-        if len(run["rates"]) > 1 or len(first["rates"]) > 1 or run["outcomes"] is None or first["outcomes"] is None:
+        if len(run["rates"]) > 1 or len(first["rates"]) > 1:
             raise SO101Error(f"--results: {path}: is a whole sweep; give it a NAME of its own")
         if reason := episodes_differ(Policy(name, **first), Policy(name, **run)):
             raise SO101Error(
                 f"--results: {paths[0]} and {path} are not runs on the same episodes ({reason}); give them two names"
             )
-    outcomes = None if first["outcomes"] is None else np.concatenate([run["outcomes"] for run in runs])
-    rates = first["rates"] if outcomes is None else outcomes.mean(1)
+    outcomes = np.concatenate([run["outcomes"] for run in runs])
     trained = [seed for run in runs for seed in run["training_seeds"] or [None]]
-    fields = {"rates": rates, "outcomes": outcomes, "sources": [run["sources"] for run in runs]}
+    fields = {"rates": outcomes.mean(1), "outcomes": outcomes, "sources": [run["sources"] for run in runs]}
     fields["training_seeds"] = None if None in trained or len({*trained}) < len(trained) else trained
     return Policy(**{"name": name, **first, **fields})
 
@@ -227,8 +225,6 @@ def episodes_differ(one: Policy, other: Policy) -> str:
     for name in sorted(({*mine} & {*theirs}) - OF_THE_POLICY):
         if mine[name] != theirs[name]:
             return f"{name} is {mine[name]} and {theirs[name]}"
-    if one.outcomes is None or other.outcomes is None:
-        return "a file has no list of episodes"
     if one.episodes != other.episodes:
         return f"{one.episodes} and {other.episodes} episodes"
     if one.seeds is None or other.seeds is None:

@@ -202,8 +202,9 @@ def test_a_file_does_not_choose_where_a_run_writes(victim, small_run):
     save_tensors(victim / "files" / "stranger.pt", {**saved, "args": {**saved["args"], "run": run}})
     done = run_script("ppo_residual_so101.py", "--resume", "files/stranger.pt")
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in victim.iterdir()} == {"helper.py", "files", "files_1"}, done.stdout
-    assert not list(victim.glob("files_1/eval_results/*.mp4"))
+    assert {path.name for path in victim.iterdir()} == {"helper.py", "files", "logs"}, done.stdout
+    (own,) = (victim / "logs").iterdir()
+    assert own.name != "out" and not list(own.glob("eval_results/*.mp4"))
     save_tensors(
         victim / "files" / "stranger.pt", {**saved, "args": {**saved["args"], "run": {**run, "run_name": ".."}}}
     )
