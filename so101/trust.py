@@ -88,7 +88,7 @@ def may_lie_at(spec: str, place: str) -> bool:
 
 
 def _inner(spec: str) -> str:
-    """A spec without what concerns only where the sheet's pose comes from."""
+    """A spec without `opencv:`, which only says where the sheet's pose comes from."""
     while spec.startswith(OPENCV):
         spec = spec.removeprefix(OPENCV)
     return spec
