@@ -88,7 +88,7 @@ def read_row(path: Path) -> tuple[dict[int, float], int, float, list[str]]:
         results = json.loads(path.read_text())
         success = {int(row["seed"]): float(row["final_success"]) for row in results["seeds"]}
         minutes = sum(float(row["wall_time_s"]) for row in results["seeds"]) / len(success) / 60
-        known = isinstance(results["command"], str) and int(results["episodes"]) > 0
+        known = all(isinstance(results[key], str) for key in ("command", "version")) and int(results["episodes"]) > 0
         if not known or not all(0 <= value <= 1 for value in success.values()):
             raise ValueError(results)
         return success, int(results["episodes"]), minutes, shlex.split(results["command"])

@@ -82,6 +82,7 @@ def test_equal_seeds_do_not_promise_equal_means():
         ({"seeds": [{"seed": 1, "final_success": 0.5, "wall_time_s": 1}]}, "", "has one seed"),
         ({"episodes": None}, "", "not the report of a seed sweep"),
         ({"command": None}, "", "not the report of a seed sweep"),
+        ({"version": None}, "", "not the report of a seed sweep"),
         ({"command": "python ppo_residual_so101.py 'open"}, "", "not the report of a seed sweep"),
         ({"command": ""}, "", "stale command: ''"),
         ({"command": "python -m"}, "", "stale command"),

@@ -617,11 +617,14 @@ def test_the_base_policy_of_a_checkpoint_may_lie_elsewhere_but_must_be_the_same(
     policy = OnnxPolicy(str(tmp_path / "a.onnx"))
     saved["args"]["base"]["base_policy"], saved["base_fingerprint"] = f"onnx:{tmp_path / 'a.onnx'}", policy.fingerprint
     save_tensors(copied / MODEL, saved)
-    (tmp_path / "a.onnx").unlink()
     flags = ["--virtual-time", "--minutes", "0.1", "--resume", str(copied / MODEL)]
+    other = ["--base-policy", "jacobian"]
+    assert "trained on base policy" in error_of(monkeypatch, "so101.practice", *flags, *other)
+    (tmp_path / "a.onnx").unlink()
+    minutes = saved["ranks"][0]["arm"]["ticks"] / 30 / 60
     for more, words in (
-        ([], "a.onnx: no such file"), (["--base-policy", "jacobian"], "a.onnx: no such file"),
-        (["--base-policy", f"onnx:{tmp_path / 'b.onnx'}"], "already; name more"),  # the check that comes next
+        ([], "a.onnx: no such file"), (other, "a.onnx: no such file"),
+        (["--base-policy", f"onnx:{tmp_path / 'b.onnx'}"], f"has {minutes:.1f} already"),  # the check that comes next
     ):  # fmt: skip
         assert words in error_of(monkeypatch, "so101.practice", *flags, *more)
 
