@@ -3,28 +3,34 @@
 #
 #   bash benchmark/practice.sh                 # five seeds of each row, in virtual time: about four hours on two cores
 #   SEEDS="1" ROWS="gain backlash" bash benchmark/practice.sh
+#   DEMOS=20 ROWS="nothing lift" bash benchmark/practice.sh   # from demonstrations alone
 #
 # MODEL     policy to start from, a checkpoint (default: one that has seen no such arms in training,
 #           unlike the included one; it is trained first, with --contact-gain 1, since practice on one with the
 #           default, 3, learned more slowly, see docs/practice.md)
 # PRIOR     checkpoint of so101.sac on that policy, in simulation, with which practice begins (it is trained, too);
 #           none: a fresh residual
+# DEMOS     number of demonstrations with which practice begins, without PRIOR and without a base policy: successes in
+#           as many episodes of MODEL (default then: the included assets/arm.onnx) on the same arm (0: none)
 # SEEDS     seeds of the practice (five of each row, see below)
 # ROWS      rows to run: nothing, lift, gain, backlash, finger, table (all of them)
 # MINUTES   arm time of the practice (20)
 # EPISODES  episodes of every evaluation (40): the same arm, other starts, no exploration
 # JOBS      number of runs at a time, each with a learner's process (one per core)
-# RUNS      directory of everything that is written (logs/benchmark/practice)
-# OUT       directory of the report (benchmark/results/practice); empty: no report
+# RUNS      directory of everything that is written (logs/benchmark/practice, with DEMOS logs/benchmark/practice_demos)
+# OUT       directory of the report (benchmark/results/practice, with DEMOS ..._demos); empty: no report
 #
 # Finished parts are not repeated, so the same command continues an interrupted benchmark. RUNS belongs to one MODEL,
-# PRIOR, MINUTES and EPISODES: others need another RUNS.
+# PRIOR, DEMOS, MINUTES and EPISODES: others need another RUNS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 JOBS=${JOBS:-$(env -u OMP_NUM_THREADS nproc)} # nproc reports OMP_NUM_THREADS if it is set
-ROWS=${ROWS:-nothing lift gain backlash finger table} SEEDS=${SEEDS:-} OUT=${OUT-benchmark/results/practice}
-export MINUTES=${MINUTES:-20} EPISODES=${EPISODES:-40} RUNS=${RUNS:-logs/benchmark/practice} OMP_NUM_THREADS=1
+ROWS=${ROWS:-nothing lift gain backlash finger table} SEEDS=${SEEDS:-}
+export MINUTES=${MINUTES:-20} EPISODES=${EPISODES:-40} DEMOS=${DEMOS:-0} OMP_NUM_THREADS=1
+name=practice
+[ "$DEMOS" = 0 ] || name=practice_demos MODEL=${MODEL:-assets/arm.onnx} PRIOR=none
+export RUNS=${RUNS:-logs/benchmark/$name} OUT=${OUT-benchmark/results/$name}
 naive=$RUNS/naive/run/final_model.pt simulated=$RUNS/prior/run/final_model.pt
 export MODEL=${MODEL:-$naive} PRIOR=${PRIOR:-$simulated}
 
@@ -39,19 +45,26 @@ table|2 4 6 10 11|--finger-friction 0.4 --table-friction 0.4"
 # table's by a tenth. Nobody can slide the sheet with the others: 1, 3, 5, 8 and 9 fall short of it, 7 has 6 %.
 
 check_once() { # FILE MODEL: evaluate a model on the arm of `run`, unless that has been done
-  [ -e "$1" ] || [ "$2" = none ] || "${check[@]}" --model "$2" --json "$1"
+  [ -e "$1" ] || [ "$2" = none ] || "${check[@]}" --model "$2" --episodes "$EPISODES" --json "$1"
+}
+
+record_once() { # DATASET: record demonstrations of MODEL on the arm of `run`, unless that has been done
+  [ -e "$1" ] || [ "$DEMOS" = 0 ] || "${check[@]}" --model "$MODEL" --episodes "$DEMOS" --dataset "$1"
 }
 
 run() { # ROW SEED FLAGS...: success on the arm of a seed before practice, also with the prior, and after it
-  local row=$1 seed=$2 dir=$RUNS/$1 check begin=(--base-policy "checkpoint:$MODEL")
+  local row=$1 seed=$2 dir=$RUNS/$1 check begin demos=$RUNS/$1/seed_$2_demos
   shift 2
   mkdir -p "$dir"
-  check=(python benchmark/practised_arm.py --seed "$seed" --episodes "$EPISODES" "$@")
+  check=(python benchmark/practised_arm.py --seed "$seed" "$@")
   if [ ! -e "$dir/seed_$seed.json" ]; then # the last file to be written
     rm -rf "$dir/seed_$seed"
+    begin=(--base-policy "checkpoint:$MODEL")
     [ "$PRIOR" = none ] || begin+=(--prior "$PRIOR")
+    [ "$DEMOS" = 0 ] || begin=(--base-policy zero --demos "$demos")
     if ! {
-      check_once "$dir/seed_${seed}_before.json" "$MODEL" && check_once "$dir/seed_${seed}_prior.json" "$PRIOR" &&
+      record_once "$demos" && check_once "$dir/seed_${seed}_before.json" "$MODEL" &&
+        check_once "$dir/seed_${seed}_prior.json" "$PRIOR" &&
         python -m so101.practice --virtual-time "${begin[@]}" "$@" --seed "$seed" \
           --minutes "$MINUTES" --log-dir "$dir" --run-name "seed_$seed" &&
         check_once "$dir/seed_$seed.json" "$dir/seed_$seed/practice_model.pt"
@@ -62,7 +75,7 @@ run() { # ROW SEED FLAGS...: success on the arm of a seed before practice, also 
   fi
   echo "$row: seed $seed done"
 }
-export -f check_once run
+export -f check_once record_once run
 
 fail() { # WHY: end with one line
   echo "benchmark/practice.sh: error: $1" >&2
@@ -75,7 +88,7 @@ done
 [ -e "$MODEL" ] || [ "$MODEL" = "$naive" ] || fail "MODEL=$MODEL: no such file"
 [ -e "$PRIOR" ] || [ "$PRIOR" = none ] || [ "$PRIOR" = "$simulated" ] || fail "PRIOR=$PRIOR: no such file"
 mkdir -p "$RUNS"
-settings="MODEL=$MODEL PRIOR=$PRIOR MINUTES=$MINUTES EPISODES=$EPISODES"
+settings="MODEL=$MODEL PRIOR=$PRIOR DEMOS=$DEMOS MINUTES=$MINUTES EPISODES=$EPISODES"
 [ -e "$RUNS/settings" ] || echo "$settings" > "$RUNS/settings"
 [ "$settings" = "$(cat "$RUNS/settings")" ] || fail "RUNS=$RUNS has runs with $(cat "$RUNS/settings"); name another RUNS"
 

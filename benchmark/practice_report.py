@@ -45,6 +45,7 @@ def outcomes_of(path: Path) -> list[bool]:
 
 def read_seed(result: Path) -> dict[str, Any]:
     """One practice: success after it, and what happened meanwhile."""
+    config = json.loads((result.with_suffix("") / "config.json").read_text())
     lines = (result.with_suffix("") / "episodes.jsonl").read_text().splitlines()
     episodes = [json.loads(line) for line in lines]
     time_s = np.array([each["arm_time_s"] for each in episodes])
@@ -54,7 +55,7 @@ def read_seed(result: Path) -> dict[str, Any]:
     enough = (np.arange(len(recent)) >= RECENT - 1) & (recent >= REACHED)
     return {
         "seed": int(result.stem.removeprefix("seed_")),
-        "version": json.loads((result.with_suffix("") / "config.json").read_text())["version"],
+        "version": config["version"], "demonstrated": config["args"]["demos"] is not None,
         "outcomes": outcomes_of(result), "before": outcomes_of(result.with_name(f"{result.stem}_before.json")),
         "prior": outcomes_of(prior) if prior.exists() else None,
         "time_s": time_s.tolist(), "recent": recent.tolist(),
@@ -88,15 +89,23 @@ def read_row(directory: Path) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
+def is_demonstrated(rows: dict[str, dict[str, Any]]) -> bool:
+    """Whether practice began with demonstrations instead of a policy."""
+    return all(seed["demonstrated"] for row in rows.values() for seed in row["seeds"])
+
+
 def markdown(rows: dict[str, dict[str, Any]]) -> str:
     """The tables: rows, and every seed."""
+    demonstrated = is_demonstrated(rows)
+    begin = ["demonstrator"] if demonstrated else ["policy", "with the prior"]
+    gained = [] if demonstrated else ["gained by practice, 95 % over the seeds"]
     columns = [
-        "wrong with the arm", "policy", "with the prior", "after practice", "95 %", "worst", "seeds",
-        "gained by practice, 95 % over the seeds",
+        "wrong with the arm", *begin, "after practice", "95 %", "worst", "seeds", *gained,
         "in the last 5 minutes, exploring", "minutes until 0.9", "hands per 100 episodes", "s per reset",
     ]  # fmt: skip
     versions = sorted({seed["version"] for row in rows.values() for seed in row["seeds"]})
-    title = f"# Practice, version {' and '.join(versions)}"
+    start = " from demonstrations alone" if demonstrated else ""
+    title = f"# Practice{start}, version {' and '.join(versions)}"
     lines = [title, "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for name, row in rows.items():
         seeds = row["seeds"]
@@ -105,30 +114,33 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
             f"{np.median(reached):.0f}" if None not in reached else f"not in {reached.count(None)} of {len(seeds)}"
         )
         low, high = row["after_ci95"]
-        prior = "-" if row["prior"] is None else f"{row['prior']:.2f}"
-        gained = f"{row['gained']:+.2f}"
+        begin = [row["before"]] if demonstrated else [row["before"], row["prior"]]
+        gained = [f"{row['gained']:+.2f}"]
         if row["gained_ci95"]:
-            gained += " [{:+.2f}, {:+.2f}]".format(*row["gained_ci95"])
-        lines.append(
-            f"| {TITLES[name]} | {row['before']:.2f} | {prior} | {row['after']:.2f} | [{low:.2f}, {high:.2f}] | "
-            f"{row['worst']:.2f} | {len(seeds)} | {gained} | "
-            f"{np.mean([seed['last'] for seed in seeds]):.2f} | {minutes} | "
-            f"{row['hands_per_100']:.1f} | {np.mean([seed['reset_s'] for seed in seeds]):.1f} |"
-        )
+            gained[0] += " [{:+.2f}, {:+.2f}]".format(*row["gained_ci95"])
+        cells = [
+            TITLES[name], *("-" if rate is None else f"{rate:.2f}" for rate in begin), f"{row['after']:.2f}",
+            f"[{low:.2f}, {high:.2f}]", f"{row['worst']:.2f}", f"{len(seeds)}", *([] if demonstrated else gained),
+            f"{np.mean([seed['last'] for seed in seeds]):.2f}", minutes, f"{row['hands_per_100']:.1f}",
+            f"{np.mean([seed['reset_s'] for seed in seeds]):.1f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    begin = ["demonstrator"] if demonstrated else ["policy", "with the prior"]
     columns = [
-        "wrong with the arm", "seed", "policy", "with the prior", "after practice",
+        "wrong with the arm", "seed", *begin, "after practice",
         "in the last 5 minutes, exploring", "minutes until 0.9", "episodes", "hands", "s per reset",
     ]  # fmt: skip
     lines += ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for name, row in rows.items():
         for seed in row["seeds"]:
-            prior = "-" if seed["prior"] is None else f"{np.mean(seed['prior']):.3f}"
-            minutes = "-" if seed["reached_min"] is None else f"{seed['reached_min']:.0f}"
-            lines.append(
-                f"| {TITLES[name]} | {seed['seed']} | {np.mean(seed['before']):.3f} | {prior} | "
-                f"{np.mean(seed['outcomes']):.3f} | {seed['last']:.2f} | {minutes} | {seed['episodes']} | "
-                f"{seed['hands']} | {seed['reset_s']:.1f} |"
-            )
+            begin = [seed["before"]] if demonstrated else [seed["before"], seed["prior"]]
+            cells = [
+                TITLES[name], f"{seed['seed']}", *(f"{np.mean(each):.3f}" if each else "-" for each in begin),
+                f"{np.mean(seed['outcomes']):.3f}", f"{seed['last']:.2f}",
+                "-" if seed["reached_min"] is None else f"{seed['reached_min']:.0f}", f"{seed['episodes']}",
+                f"{seed['hands']}", f"{seed['reset_s']:.1f}",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
@@ -146,7 +158,8 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
             axis.plot(np.array(seed["time_s"][first:]) / 60, seed["recent"][first:], color="tab:orange", linewidth=1)
         axis.set_xlabel("arm time, minutes")
     axes[0, 0].set(ylabel=f"success of the last {RECENT} episodes", ylim=(0, 1))
-    figure.suptitle("practice on a simulated arm with one thing wrong; dashed: the policy before", fontsize=10)
+    dashed = "the demonstrator" if is_demonstrated(rows) else "the policy before"
+    figure.suptitle(f"practice on a simulated arm with one thing wrong; dashed: {dashed}", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -10,12 +10,13 @@ frames are not complete or whose files do not fit together.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import tempfile
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from so101.extras import import_extra
 from so101.files import SHOWN, is_file
 from so101.groot import JOINT_GROUPS
 from so101_env import ACTION, ENVIRONMENT, ENVIRONMENT_NAMES, STATE, STATE_NAMES, TASK_TEXT, SO101Error
-from so101_sim.control import JOINTS, OLD_UNIT, UNITS, from_rad, to_rad
+from so101_sim.control import JOINTS, OLD_UNIT, UNITS, Calibration, from_rad, to_rad
 from so101_sim.errors import LARGEST, strict_json
 from so101_sim.scene import CONTROL_HZ
 from so101_sim.vector import IMAGES
@@ -214,6 +215,7 @@ def _write_meta(
 
 
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+OLD_VIDEO_PATH = "videos/chunk-{chunk:03d}/{video_key}/episode_{episode:06d}.mp4"  # v2.1
 NO_INDEX = {"chunk_index": 0, "file_index": 0}  # there is one video file for each camera
 
 
@@ -485,13 +487,14 @@ def _numbers(column: pyarrow.ChunkedArray, name: str) -> np.ndarray:
     return column.cast(pa.float64(), safe=False).to_numpy()
 
 
-def unit_of(info: dict[str, Any], key: str, given: str | None) -> str:
+def unit_of(info: dict[str, Any], key: str, given: str | None, flag: str = "--units") -> str:
     """Unit of a joint feature, one of so101_sim.control.UNITS.
 
     Args:
         info: the result of read_info.
         key: name of the feature.
         given: the user's unit, for a dataset without a unit.
+        flag: how the user gives it, for messages.
 
     Raises:
         DatasetError: there is no unit, or the user's is unknown, contradicts that of the dataset, or does not fit the
@@ -503,25 +506,26 @@ def unit_of(info: dict[str, Any], key: str, given: str | None) -> str:
     new = robot in ROBOTS or any(name.endswith(".pos") for name in names)
     found = f"robot_type {robot}" + (f" and joints named {names[0]} etc." if names else "")
     if given is not None and given not in UNITS:
-        raise DatasetError(f"--units {given}: must be one of {', '.join(UNITS)}")
+        raise DatasetError(f"{flag} {given}: must be one of {', '.join(UNITS)}")
     if own is None and given is None:
         fitting = OLD_UNIT if old else "deg, norm or rad"
-        raise DatasetError(f"the dataset does not contain the unit of {key}: give it with --units {fitting}")
+        raise DatasetError(f"the dataset does not contain the unit of {key}: give it with {flag} {fitting}")
     if own is not None and given is not None and own != given:
-        raise DatasetError(f"--units {given}: {key} is in {own} according to the dataset; drop the flag")
+        raise DatasetError(f"{flag} {given}: {key} is in {own} according to the dataset; drop the flag")
     if own is None and old and given != OLD_UNIT:
-        text = f"{key} has {found}, as before LeRobot's change of calibration: pass --units {OLD_UNIT}"
+        text = f"{key} has {found}, as before LeRobot's change of calibration: pass {flag} {OLD_UNIT}"
         newer = f"or, if it is newer, write {ROBOTS[0]} and {JOINTS[0]}.pos etc. in meta/info.json"
-        raise DatasetError(f"--units {given}: {text}, {newer}")
+        raise DatasetError(f"{flag} {given}: {text}, {newer}")
     if own is None and new and not old and given == OLD_UNIT:
-        text = f"{key} has {found}, as after LeRobot's change of calibration: pass --units deg or norm"
-        raise DatasetError(f"--units {given}: {text}")
+        text = f"{key} has {found}, as after LeRobot's change of calibration: pass {flag} deg or norm"
+        raise DatasetError(f"{flag} {given}: {text}")
     return own or given
 
 
 def joints_rad(
-    info: dict[str, Any], episode: dict[str, np.ndarray], given: str | None, name: str
-) -> tuple[np.ndarray, np.ndarray]:
+    info: dict[str, Any], episode: dict[str, np.ndarray], given: str | None, name: str,
+    ranges: Calibration | None = None, flag: str = "--units",
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Joint positions and joint targets (T, 6) of an episode, rad.
 
     Args:
@@ -529,15 +533,17 @@ def joints_rad(
         episode: a value of the result of read_dataset.
         given: the user's unit, for a dataset without a unit.
         name: the episode's name, for messages.
+        ranges: joint ranges of the arm's calibration, see so101_sim.control.to_rad.
+        flag: as in unit_of.
 
     Raises:
         DatasetError: as unit_of, or the numbers are impossible in this unit.
     """
-    units = [unit_of(info, key, given) for key in (STATE, ACTION)]
+    units = [unit_of(info, key, given, flag) for key in (STATE, ACTION)]
     try:
-        state, action = (to_rad(episode[key], unit) for key, unit in zip((STATE, ACTION), units))
+        state, action = (to_rad(episode[key], unit, ranges) for key, unit in zip((STATE, ACTION), units))
     except SO101Error as error:
-        raise DatasetError(f"{name}: {error}; check --units") from error
+        raise DatasetError(f"{name}: {error}; check {flag}") from error
     return state, action
 
 
@@ -564,3 +570,77 @@ def _write_data(root: Path, file_index: int, tables: list[pyarrow.Table]) -> Non
     with pq.ParquetWriter(path, tables[0].schema, write_page_checksum=True) as writer:
         for table in tables:
             writer.write_table(table)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures
+
+
+def find_videos(path: Path, info: dict[str, Any], camera: str) -> dict[int, tuple[Path, float]]:
+    """The videos of a camera: by episode_index the file, and where in it the episode begins, s.
+
+    Args:
+        path: directory of the dataset.
+        info: the result of read_info.
+        camera: its name in the dataset, as top for observation.images.top.
+
+    Raises:
+        DatasetError: there is no such camera, or meta/ does not say where its videos are.
+    """
+    key, features = IMAGES + camera, info["features"]
+    cameras = [name.removeprefix(IMAGES) for name in features if name.startswith(IMAGES)]
+    if camera not in cameras:
+        raise DatasetError(f"{path}: has no camera {camera:.80}, only {', '.join(cameras)[:200] or 'joints'}")
+    if not isinstance(features[key], dict) or features[key].get("dtype") != "video":
+        raise DatasetError(f"{path}: {key:.80} is not stored as video; record with videos")
+    if info["codebase_version"] == "v2.1":
+        videos = {}
+        for number in range(info["total_episodes"]):
+            name = OLD_VIDEO_PATH.format(chunk=number // 1000, video_key=key, episode=number)
+            videos[number] = path / name, 0.0
+        return videos
+    columns = ["episode_index", *(f"videos/{key}/{name}" for name in (*NO_INDEX, "from_timestamp"))]
+    videos = {}
+    for file in _files(path / "meta" / "episodes", "file-"):
+        read = _read_columns(file, columns, [])
+        rows = zip(*(_numbers(read[column], f"{file}: {column}") for column in columns))
+        for number, chunk_index, file_index, begin_s in rows:
+            indices = {"chunk_index": chunk_index, "file_index": file_index}
+            if not all(0 <= each < 1e6 for each in (number, *indices.values(), begin_s)):
+                raise DatasetError(f"{file}: says nothing usable about the videos of episode {number:.10g}")
+            whole = {name: int(index) for name, index in indices.items()}
+            videos[int(number)] = path / VIDEO_PATH.format(video_key=key, **whole), float(begin_s)
+    return videos
+
+
+def read_frames(file: Path, begin_s: float, count: int) -> Iterator[np.ndarray]:
+    """`count` successive pictures (H, W, 3) uint8, RGB, of a video of CONTROL_HZ pictures per second.
+
+    Args:
+        file: the video.
+        begin_s: time of the first picture, s.
+        count: number of pictures.
+
+    Raises:
+        DatasetError: the file is missing, or no video, or ends earlier.
+    """
+    import imageio_ffmpeg
+
+    if not is_file(file):
+        raise DatasetError(f"{file}: is missing or not a file; load the dataset again, completely")
+    # the demuxer is named: another one could follow references in the file to other files
+    begin = ["-f", "mp4", "-ss", f"{max(0.0, begin_s - 0.5 / CONTROL_HZ):.6f}"]
+    reader = imageio_ffmpeg.read_frames(str(file), input_params=begin, output_params=["-fps_mode", "passthrough"])
+    read = 0
+    try:
+        width, height = next(reader)["size"]
+        for content in itertools.islice(reader, count):
+            read += 1
+            yield np.frombuffer(content, np.uint8).reshape(height, width, 3)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DatasetError(f"{file}: cannot be decoded ({_reason(error)})") from error
+    finally:
+        reader.close()
+    if read < count:
+        text = f"ends {count - read} pictures too early at {begin_s:.3f} s plus {count / CONTROL_HZ:.3f} s"
+        raise DatasetError(f"{file}: {text}; load the dataset again, completely")

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +57,7 @@ class Episode(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """What the arm's process hands over after an episode."""
+    """What the arm's process hands over after an episode of the arm."""
 
     episode: Episode
     record: dict[str, Any]  # the line about it in episodes.jsonl
@@ -108,7 +108,7 @@ class Learner:
         self.agent = sac.Agent(args)
         self.optimizers = sac.make_optimizers(self.agent, args.sac)
         self.buffer = sac.ReplayBuffer(min(capacity, args.sac.buffer_size), 1, self.agent.features.dim)
-        self.first_rows = 0  # steps of the prior, or else of the base alone, the demonstrations; they are the first
+        self.first_rows = 0  # steps of prior or demonstrations, or else of the base alone; they are the first
 
     def _load_networks(self, saved: Mapping[str, Any], path: str | Path) -> None:
         """Take over weights and optimisers of a checkpoint. Raises SO101Error if they do not fit."""
@@ -133,11 +133,13 @@ class Learner:
             self.first_rows = len(rows["x"])
             self.buffer.load_state_dict(rows, self.first_rows)
 
-    def learn(self, episode: Episode, idle: Callable[[], Any] | None = None) -> dict[str, float]:
+    def learn(
+        self, episode: Episode, idle: Callable[[], Any] | None = None, demonstration: bool = False
+    ) -> dict[str, float]:  # fmt: skip
         """Keep an episode, and do the gradient steps it is worth; returns their mean metrics.
 
-        An episode that begins within the first learning_starts steps counts as one of the base alone. `idle` is called
-        every UPDATES_AT_ONCE gradient steps.
+        A demonstration belongs to the first rows, and so does an episode that begins within the first learning_starts
+        steps. `idle` is called every UPDATES_AT_ONCE gradient steps.
         """
         settings, before, steps = self.args.sac, self.buffer.rows, len(episode.actions)
         if steps:
@@ -149,7 +151,7 @@ class Learner:
                     rewards=episode.rewards[i : i + 1], terminations=last[i : i + 1] & episode.terminated,
                     dones=last[i : i + 1],
                 )  # fmt: skip
-        if before < settings.learning_starts:
+        if demonstration or before < settings.learning_starts:
             self.first_rows = self.buffer.rows
         left = steps * settings.updates_per_step * (self.buffer.rows >= settings.learning_starts)
         history: list[dict[str, float]] = []
@@ -250,6 +252,20 @@ class Worker:
             raise disk_error(error.filename or self.run.run_dir, error) from error
         return self.learner.weights()
 
+    def study(
+        self, demonstrations: Sequence[Episode], idle: Callable[[], Any] | None = None
+    ) -> dict[str, np.ndarray]:  # fmt: skip
+        """Learn from demonstrations before the first lesson; returns the new weights. Nothing is written.
+
+        Raises SO101Error: a loss that is not finite.
+        """
+        try:
+            for episode in demonstrations:
+                self.learner.learn(episode, idle, demonstration=True)
+        except FloatingPointError as error:
+            raise SO101Error(f"NaN or Inf in the {error}: a new run needs a lower --learning-rate") from error
+        return self.learner.weights()
+
     def _save(self, content: dict[str, Any]) -> None:
         """Write the checkpoint, also into a directory that was removed meanwhile."""
         try:
@@ -321,6 +337,10 @@ class LocalLearner:
         self.lesson: Lesson | None = None
         self.lost = 0  # how many lessons were given and have not been learned: 0 or 1
 
+    def study(self, demonstrations: Sequence[Episode], idle: Callable[[], Any] | None = None) -> None:
+        """Learn from demonstrations before the first lesson; `idle` as in `take`."""
+        self.worker.study(demonstrations, idle)
+
     def give(self, lesson: Lesson) -> None:
         """Hand over an episode; `take` must be called before the next one."""
         self.lesson, self.lost = lesson, 1
@@ -346,7 +366,7 @@ class LocalLearner:
 
 
 def _run_learner(pipe: Connection, run: Run) -> None:
-    """The learner's process: weights at first, then weights for every lesson; a text is an error, and the last word."""
+    """The learner's process: weights at first, then for everything given; a text is an error, and the last word."""
     os.nice(NICENESS)
     worker, told = None, False
     try:
@@ -354,10 +374,10 @@ def _run_learner(pipe: Connection, run: Run) -> None:
         pipe.send(worker.learner.weights())
         while True:
             try:
-                lesson = pipe.recv()
+                given = pipe.recv()
             except (EOFError, OSError):  # the arm's process has closed the pipe, or has ended: so does this one
                 return
-            pipe.send(worker.work(lesson))
+            pipe.send(worker.work(given) if isinstance(given, Lesson) else worker.study(given))
     except ConnectionError:
         return
     except SO101Error as error:
@@ -384,12 +404,21 @@ class LearnerProcess:
         self.pending, self.lost = True, 0  # whether an answer is due, at first the weights of the beginning
         self.weights: dict[str, np.ndarray] = {}  # the last answer
 
+    def study(self, demonstrations: Sequence[Episode], idle: Callable[[], Any] | None = None) -> None:
+        """See LocalLearner."""
+        self._send(list(demonstrations), sum(len(episode.actions) for episode in demonstrations))
+        self.take(idle)
+
     def give(self, lesson: Lesson) -> None:
         """See LocalLearner. Returns at once."""
-        self.limit_s = TAKE_S + UPDATE_S * self.updates_per_step * len(lesson.episode.actions)
-        self.pending, self.lost = True, 1
+        self.lost = 1
+        self._send(lesson, len(lesson.episode.actions))
+
+    def _send(self, given: Lesson | list[Episode], steps: int) -> None:
+        """Hand over something to learn from, with so many steps."""
+        self.limit_s, self.pending = TAKE_S + UPDATE_S * self.updates_per_step * steps, True
         try:
-            self.pipe.send(lesson)
+            self.pipe.send(given)
         except OSError as error:
             raise self._ended() from error
 

@@ -30,10 +30,11 @@ from tqdm import tqdm
 from so101 import drive
 from so101 import sac as trainer
 from so101.arm_film import CameraFilm
-from so101.base import BaseObservation, BasePolicy, StackedPolicy, check_base, extend_observation, flat_observation
+from so101.base import BasePolicy, check_base
 from so101.camera import CAMERA
 from so101.checkpoints import CHECKPOINT, load_file, restoring, to_numpy, to_plain
-from so101.cli import check_flags, check_memory, command_of, flag_of, parse, run_script
+from so101.cli import check_flags, check_memory, check_unused, command_of, flag_of, parse, run_script
+from so101.demos import Demos, read_demos, watch
 from so101.extras import import_extra
 from so101.files import write_json
 from so101.learner import FILM_EVERY, MODEL, RECENT, Episode, Judge, LearnerProcess, Lesson, LocalLearner, set_weights
@@ -42,6 +43,7 @@ from so101.locator import Marks
 from so101.loop import RAISED_RAD, Blind, Clock, Loop, ask, say
 from so101.opencv import OpenCVPolicy
 from so101.policies import load_policy
+from so101.practising import PractisingPolicy
 from so101.recorder import Run
 from so101.robot import LEROBOT_P, Robot
 from so101.run_dirs import describe_run, new_run_dir
@@ -71,7 +73,8 @@ MAX_HANDS = 5  # a sheet that cannot be reset after a person has laid it this of
 class Args:
     base_policy: str | None = None
     """policy to start from, which the residual corrects: onnx:PATH, checkpoint:PATH, jacobian, bc:PATH or any other
-    base policy (default: assets/arm.onnx). Where it needs the sheet's pose, it gets it from OpenCV"""
+    base policy (default: assets/arm.onnx); with --demos also zero. Where it needs the sheet's pose, it gets it from
+    OpenCV"""
     minutes: float = 20.0
     """arm time in all, in minutes: episodes and resets"""
     robot: str = "sim"
@@ -107,6 +110,13 @@ class Args:
     prior: str | None = None
     """checkpoint of so101.sac on the same base policy, in simulation: its networks are where learning starts, and its
     steps are --base-batch of every batch, by default a tenth"""
+    demos: str | None = None
+    """LeRobotDataset of this arm and camera with demonstrations by a person or another policy: practice learns from
+    them first, and they are --base-batch of every batch"""
+    demos_camera: str = CAMERA
+    """with --demos: name of the camera in the dataset"""
+    demos_units: str | None = None
+    """with --demos: unit of the joints, deg, deg-old, norm or rad, for a dataset that does not contain it"""
     resume: str | None = None
     """practice_model.pt of a run to go on with, with its buffer; --minutes counts from its beginning"""
     sac: trainer.SAC = dataclasses.field(default_factory=lambda: trainer.SAC(num_envs=1, train_episode_steps=150))
@@ -124,7 +134,7 @@ class ArmState:
     ticks: int  # control steps of all runs: arm time
     hands: int  # how often a hand had to lay the sheet
     steps: int  # control steps that were learned from
-    demonstrations: int  # of which the base alone made as many
+    demonstrations: int  # of the arm's steps, how many the base alone makes at first
     robot: str  # sim or lerobot
     robot_id: str
     virtual_time: bool
@@ -164,8 +174,8 @@ def check_args(args: Args) -> None:
         check_flags(settings, {name: limits for name, limits in RANGES.items() if hasattr(settings, name)})
     check_flaws(args.flaws)
     Run(run_name=args.run_name).check_name()
-    if args.base_policy == "zero":
-        raise SO101Error("--base-policy zero: an arm needs a policy to start from; name one")
+    if args.base_policy == "zero" and args.demos is None and args.resume is None:
+        raise SO101Error("--base-policy zero: an arm needs a policy or --demos to start from; name one")
     if (args.base_policy or "").startswith("opencv:"):
         raise SO101Error(f"--base-policy {args.base_policy}: the sheet is located anyway; drop opencv:")
     if args.robot != "sim" and args.virtual_time:
@@ -174,8 +184,15 @@ def check_args(args: Args) -> None:
         for field in dataclasses.fields(Flaws):
             if getattr(args.flaws, field.name) != field.default:
                 raise SO101Error(f"{flag_of(field.name)}: only the simulated arm, --robot sim, can be given flaws")
-    if args.resume is not None and args.prior is not None:
-        raise SO101Error("--prior: a resumed run has begun already; drop the flag")
+    for name in ("prior", "demos") if args.resume is not None else ():
+        if getattr(args, name) is not None:
+            raise SO101Error(f"{flag_of(name)}: a resumed run has begun already; drop the flag")
+    if args.demos is None:
+        check_unused(args, ("demos_camera", "demos_units"), "needs --demos")
+    elif args.prior is not None:
+        raise SO101Error("--prior: brings steps of its own, which take the place of demonstrations; drop --demos or it")
+    elif args.alpha == 0:
+        raise SO101Error("--alpha 0: a residual of zero learns nothing from --demos; raise it")
     for name in ("run_name", "log_dir") if args.resume is not None else ():
         if getattr(args, name) != getattr(Args, name):
             raise SO101Error(f"{flag_of(name)}: a resumed run goes on in its own directory; drop the flag")
@@ -268,54 +285,7 @@ def learner_args(args: Args, task: Task, capacity: int) -> trainer.Args:
 # the residual in the loop
 
 
-class PractisingPolicy(StackedPolicy):
-    """A residual that explores, on the base policy of an arm; it keeps the episode's observations and residuals.
-
-    Args:
-        base: the policy that it corrects.
-        task: with scale and observation of the residual.
-        agent: gives the residual.
-        observe_base: whether the residual observes the base policy's action.
-        seed: seed of the exploration.
-    """
-
-    def __init__(self, base: BasePolicy, task: Task, agent: trainer.Agent, observe_base: bool, seed: int):
-        super().__init__(base)
-        self.task, self.agent, self.observe_base, self.fingerprint = task, agent, observe_base, base.fingerprint
-        self.scale_rad = task.alpha * task.act_scale
-        self.generator = torch.Generator().manual_seed(seed)
-        self.exploring = False  # otherwise the base acts alone
-        self.rows: list[tuple[np.ndarray, np.ndarray]] = []  # observation and residual of each step
-
-    def reset(self, mask: np.ndarray) -> None:
-        """Forget the last episode."""
-        super().reset(mask)
-        self.rows = []
-
-    def residual_rad(self, obs: BaseObservation, base_delta: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """See StackedPolicy, (1, 6)."""
-        seen_base = base_delta if self.observe_base else None
-        flat = extend_observation(flat_observation(obs), obs, self.task.observe_load, seen_base)
-        residual = np.zeros((len(mask), ACT_DIM), np.float32)
-        if self.exploring:
-            residual = self.agent.explore(flat, torch.randn(len(mask), ACT_DIM, generator=self.generator))
-        self.rows.append((flat[0].astype(np.float32), residual[0]))
-        return self.scale_rad * residual.astype(np.float64)
-
-    def steps(self, moves: int, complete: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Observations (T + 1, D) and residuals (T, 6) of the episode.
-
-        Args:
-            moves: control steps that the arm has made.
-            complete: whether the arm was seen after the last of them; otherwise that step is left out.
-        """
-        rows = self.rows[len(self.rows) - moves - complete :]  # what was seen before, from aside, does not belong to it
-        if moves + complete == 0:
-            return np.zeros((1, 0), np.float32), np.zeros((0, ACT_DIM), np.float32)
-        return np.stack([obs for obs, _ in rows]), np.array([a for _, a in rows[:-1]]).reshape(-1, ACT_DIM)
-
-
-def make_policy(args: Args, agent: trainer.Agent, base: BasePolicy, task: Task) -> OpenCVPolicy:
+def make_policy(args: Args, agent: trainer.Agent, base: BasePolicy | None, task: Task) -> OpenCVPolicy:
     """The policy of the loop: OpenCV, the residual, and its base."""
     residual = PractisingPolicy(base, task, agent, args.observe_base, args.seed)
     policy = OpenCVPolicy(residual, task.tape_margin, args.marks, turned=args.flaws.camera_turned)
@@ -323,10 +293,10 @@ def make_policy(args: Args, agent: trainer.Agent, base: BasePolicy, task: Task) 
     return policy
 
 
-def load_base(args: Args) -> tuple[BasePolicy, Task]:
-    """The base policy, and the task with margin and P of this run."""
+def load_base(args: Args) -> tuple[BasePolicy | None, Task]:
+    """The base policy, None for zero, and the task with margin and P of this run."""
     base = load_policy(args.base_policy, args.server)
-    if others := [camera for camera in base.cameras if camera != CAMERA]:
+    if others := [camera for camera in base.cameras if camera != CAMERA] if base else []:
         raise SO101Error(f"--base-policy {args.base_policy}: needs the camera {others[0]}; the arm only has {CAMERA}")
     task = getattr(base, "task", None) or Task(firmware_p=LEROBOT_P, arm_randomization=True)
     changes = {"firmware_p": args.firmware_p, "tape_margin": args.tape_margin, "alpha": args.alpha}
@@ -369,7 +339,8 @@ class Practice:
         self.records: list[dict[str, Any]] = []
         self.steps, self.hands, self.earlier_ticks = 0, 0, 0  # steps learned from; control steps of earlier runs
         self.started = False  # whether the arm is where the run left it, otherwise see start
-        self.demonstrations = 0 if args.prior else args.sac.learning_starts  # steps of the base alone
+        # steps of the base alone, at first
+        self.demonstrations = 0 if args.prior or args.demos else args.sac.learning_starts
 
     @property
     def arm_time_s(self) -> float:
@@ -426,6 +397,28 @@ class Practice:
             ask(f"{request} (Ctrl+C stops at any time) ", self.loop.robot)
             self.loop.enable()
         self.loop.home()
+
+    def study(self, demos: Demos) -> None:
+        """Let the learner learn from demonstrations; the arm does not move.
+
+        Raises SO101Error if the dataset cannot be used, or if none of its episodes succeeds as the camera sees it.
+        """
+        say(f"looking at {len(demos.episodes)} demonstrations, {demos.steps} steps")
+        episodes, far = [], 0
+        for number in demos.episodes:
+            shown = watch(demos, number, self.loop, self.residual, self.task.tape_margin)
+            if shown is not None:
+                obs, wanted, success = shown
+                actions = np.clip(wanted, -1.0, 1.0)
+                episodes.append(Episode(obs, actions, self.judge.rewards(obs, actions, success), success))
+                far += int((wanted != actions).any(axis=1).sum())
+        steps, succeeded = sum(len(each.actions) for each in episodes), sum(each.terminated for each in episodes)
+        if not succeeded:
+            text = "in none of its episodes does the camera see the sheet come to lie inside the tape"
+            raise SO101Error(f"--demos {demos.path}: {text}; check its videos with so101.drive --replay")
+        beyond = f"{far / steps:.0%} of them farther from the base policy than the residual reaches"
+        say(f"{len(episodes)} of them show tape and sheet, {succeeded} succeed: {steps} steps, {beyond}")
+        self.learner.study(episodes)
 
     def run(self) -> Iterator[dict[str, Any]]:
         """Practise until the time is over; the record of every episode, once the learner has it."""
@@ -527,9 +520,13 @@ def main() -> int:
     import_extra("cv2", "arm", "python -m so101.practice")  # fails early, before the arm moves
     torch.set_num_threads(1)  # leaves the other cores to the learner, the simulation or the camera
     args.base_policy = args.base_policy or f"onnx:{ASSETS / 'arm.onnx'}"
+    args.observe_base &= args.base_policy != "zero"
     base, task = load_base(args)
     begun_with = args.resume or args.prior
     capacity = round(60 * args.minutes * CONTROL_HZ) + args.sac.train_episode_steps
+    demos = read_demos(Path(args.demos), args.demos_camera, args.demos_units) if args.demos is not None else None
+    if demos:
+        capacity += demos.steps
     if saved:
         with restoring(begun_with):
             capacity += int(saved["global_step"])  # steps that the buffer begins with
@@ -555,16 +552,18 @@ def main() -> int:
         run_dir = new_run_dir(Path(args.log_dir), name, "tensorboard")
         write_json(run_dir / "config.json", describe_run(SCRIPT, args))
     say(f"everything goes to {run_dir}; to watch: tensorboard --logdir {run_dir}")
-    run = LearnerRun(settings, capacity, run_dir, base.fingerprint, args.resume, args.prior)
-    learner = (LearnerProcess if args.learner_process else LocalLearner)(run)
     policy, practice = make_policy(args, agent, base, task), None
+    run = LearnerRun(settings, capacity, run_dir, policy.fingerprint, args.resume, args.prior)
+    learner = (LearnerProcess if args.learner_process else LocalLearner)(run)
     try:
-        with contextlib.closing(base), contextlib.closing(learner):
+        with contextlib.closing(policy), contextlib.closing(learner):
             learner.take()  # a learner that cannot begin says so before the arm moves
             with drive.arm_loop(drive_args(args), policy, task, lambda _, task: open_arm(args, task)) as loop:
                 begun = Practice(args, loop, task, learner, run_dir)
                 if args.resume:
                     begun.set_state(saved, args.resume)
+                if demos:
+                    begun.study(demos)
                 practice = begun
                 follow(practice)
     except SO101Error as error:

@@ -1,0 +1,295 @@
+"""Demonstrations for practice: videos of a dataset, and episodes that practice sees as its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import error_of, load, run_script
+
+from so101 import practice, sac
+from so101.dataset import DatasetError, find_videos, read_dataset, read_frames, read_info, write_dataset
+from so101.demos import read_demos, watch
+from so101.learner import MODEL
+from so101.opencv import OpenCVPolicy
+from so101.practising import PractisingPolicy
+from so101.pusher import JacobianPolicy
+from so101.virtual_time import VirtualRobot, virtual_loop
+from so101_env import ACTION, OBS, STATE, Task
+
+pytest.importorskip("cv2")
+pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("onnxruntime")
+
+KEYS = (STATE, ACTION)
+TASK = Task(firmware_p=16, observe_load=True)
+SMALL = "--virtual-time --minutes 0.3 --seed 3 --train-episode-steps 25 --hidden-size 16 --batch-size 32".split()
+
+
+def gray(value: int) -> np.ndarray:
+    return np.full((48, 64, 3), value, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    """A dataset of three episodes whose pictures are 5 shades brighter in every step."""
+    path = tmp_path_factory.mktemp("film") / "demos"
+    lengths = (7, 12, 5)
+    episodes = [dict.fromkeys(KEYS, np.zeros((length, 6))) for length in lengths]
+    write_dataset(path, episodes, {"front": (gray(20 + 5 * step) for step in range(sum(lengths)))})
+    return path
+
+
+def shades(file, begin_s: float, count: int) -> list[int]:
+    """The step of each picture, by its brightness."""
+    return [round((frame.mean() - 20) / 5) for frame in read_frames(file, begin_s, count)]
+
+
+def encode(source, target, *flags: str) -> None:
+    """Convert a video with the FFmpeg that comes with imageio."""
+    import imageio_ffmpeg
+
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-i", str(source), *flags, str(target)]
+    subprocess.run(command, check=True)
+
+
+def test_every_episode_has_its_own_pictures(film, tmp_path):
+    info = read_info(film, KEYS)
+    videos = find_videos(film, info, "front")
+    assert shades(*videos[0], 7) == [0, 1, 2, 3, 4, 5, 6]
+    assert shades(*videos[1], 12) == [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]
+    assert shades(*videos[2], 5) == [19, 20, 21, 22, 23]
+    # AV1 with sparse key frames, as recordings of LeRobot can have it
+    encode(videos[0][0], tmp_path / "av1.mp4", "-c:v", "libsvtav1", "-crf", "20", "-g", "30")
+    assert shades(tmp_path / "av1.mp4", videos[1][1], 12) == [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]
+
+
+WRITE_WITH_LEROBOT = """
+import sys
+import numpy as np
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+names = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
+joints = {"dtype": "float32", "shape": (6,), "names": [f"{name}.pos" for name in names]}
+camera = {"dtype": "video", "shape": (48, 64, 3), "names": ["height", "width", "channels"]}
+features = {"observation.state": joints, "action": joints, "observation.images.front": camera}
+dataset = LeRobotDataset.create("me/film", fps=30, root=sys.argv[1], robot_type="so101_follower", features=features)
+still, step = np.zeros(6, np.float32), 0
+for length in (7, 12, 5):
+    for _ in range(length):
+        image = np.full((48, 64, 3), 20 + 5 * step, np.uint8)
+        frame = {"observation.state": still, "action": still, "observation.images.front": image}
+        dataset.add_frame(frame | {"task": "brighten"})
+        step += 1
+    dataset.save_episode()
+dataset.finalize()
+"""
+
+
+def test_a_recording_of_lerobot(tmp_path):
+    """With the Python of an environment that has LeRobot 0.6 in LEROBOT_PYTHON."""
+    python = os.environ.get("LEROBOT_PYTHON") or pytest.skip("LEROBOT_PYTHON names no Python with LeRobot")
+    subprocess.run([python, "-c", WRITE_WITH_LEROBOT, str(tmp_path / "demos")], capture_output=True, check=True)
+    demos = read_demos(tmp_path / "demos", "front", "deg")
+    lengths = [len(episode[STATE]) for episode in demos.episodes.values()]
+    assert lengths == [7, 12, 5]
+    assert sum((shades(*demos.videos[i], lengths[i]) for i in range(3)), []) == [*range(24)]
+
+
+def test_videos_of_the_older_format(film, tmp_path):
+    shutil.copytree(film, path := tmp_path / "demos")
+    info = read_info(film, KEYS) | {"codebase_version": "v2.1"}
+    videos = find_videos(path, info, "front")
+    assert videos.keys() == {0, 1, 2}
+    assert videos[2] == (path / "videos/chunk-000/observation.images.front/episode_000002.mp4", 0.0)
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        ("gone", "is missing or not a file"),
+        ("cut", "too early"),
+        ("text", "cannot be decoded"),
+        ("playlist", "cannot be decoded"),
+    ],
+)
+def test_a_video_that_cannot_be_used(film, tmp_path, damage, words):
+    """A playlist is a file that leads FFmpeg to other files: it is not followed."""
+    source, target = find_videos(film, read_info(film, KEYS), "front")[0][0], tmp_path / "video.mp4"
+    if damage == "cut":
+        encode(source, target, "-c", "copy", "-frames:v", "10")
+    elif damage == "text":
+        target.write_text("no video")
+    elif damage == "playlist":
+        shutil.copy(source, tmp_path / "other.mp4")
+        target.write_text("ffconcat version 1.0\nfile other.mp4\n")
+    with pytest.raises(DatasetError, match=words) as error:
+        list(read_frames(target, 7 / 30, 12))
+    assert str(target) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_camera_that_the_dataset_lacks(film):
+    with pytest.raises(DatasetError, match="has no camera top, only front"):
+        find_videos(film, read_info(film, KEYS), "top")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# episodes
+
+
+class Recorded(VirtualRobot):
+    """An arm that keeps joints, picture and target of every step."""
+
+    def __init__(self, task):
+        super().__init__(task)
+        self.rows, self.shown = [], None
+
+    def picture(self):
+        self.shown = super().picture()
+        return self.shown
+
+    def write(self, target_rad):
+        if self.shown is not None:
+            self.rows.append((self.read()[0].copy(), target_rad.copy(), self.shown.image))
+        super().write(target_rad)
+
+
+def make_loop(robot, base):
+    args = sac.Args(base=sac.Base("jacobian" if base else "zero", observe_base=base is not None), task=TASK)
+    torch.manual_seed(0)
+    residual = PractisingPolicy(base, TASK, sac.Agent(args), base is not None, seed=1)
+    policy = OpenCVPolicy(residual, TASK.tape_margin)
+    policy.firmware_p = TASK.firmware_p
+    return virtual_loop(robot, policy, TASK), residual
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_a_recorded_episode_of_practice_is_that_episode(tmp_path, with_base):
+    """Observations and residuals are those of the learner when it was recorded; the film is compressed."""
+    robot = Recorded(TASK)
+    loop, residual = make_loop(robot, JacobianPolicy() if with_base else None)
+    robot.reset(5)
+    loop.controller.reset()
+    loop.measure()
+    loop.home()
+    loop.controller.reset()
+    loop.measure()
+    robot.rows, robot.shown, residual.exploring = [], None, True
+    loop.episode(40, TASK.tape_margin)
+    obs, asked = residual.steps(loop.moves, complete=True)
+    joints, targets, pictures = zip(*robot.rows)
+    write_dataset(tmp_path / "demos", [{STATE: np.array(joints), ACTION: np.array(targets)}], {"top": pictures})
+    residual.exploring = False
+
+    seen, wanted, success = watch(read_demos(tmp_path / "demos", "top", None), 0, loop, residual, TASK.tape_margin)
+    late = 40 - len(seen)  # the tape may be found some pictures later in a compressed film
+    assert not success and late <= 5 and wanted.shape == (39 - late, 6)
+    obs, asked, sent = obs[late:-1], asked[late:-1], np.array(targets)[late:]
+    np.testing.assert_allclose(seen[:, :6], obs[:, :6], atol=1e-5)
+    np.testing.assert_allclose(seen[1:, 25:31], obs[1:, 25:31], atol=2e-3)  # load
+    assert np.abs(seen - obs)[:, OBS["sheet_pos"]].max() < 2e-3  # m
+    # the command law has changed some of the targets that were asked for: what counts is what the arm did
+    assert (np.abs(wanted - asked) < (0.2 if with_base else 2e-3)).mean() > 0.7
+    if not with_base:
+        np.testing.assert_allclose(residual.scale_rad * wanted[1:], np.diff(sent, axis=0)[:-1], atol=2e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    """Successful episodes of the included policy on the simulated arm of seed 3, with the camera's film."""
+    path = tmp_path_factory.mktemp("demos") / "demos"
+    flags = ["--model", "assets/arm.onnx", "--seed", "3", "--episodes", "3", "--dataset", str(path)]
+    done = run_script("benchmark/practised_arm.py", *flags)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def practise(monkeypatch, log_dir, *flags: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["practice.py", "--log-dir", str(log_dir), *SMALL, *flags])
+    return practice.run_script(practice.main)
+
+
+@pytest.mark.parametrize("base", ["zero", "jacobian"])
+def test_practice_begins_with_demonstrations(demos, monkeypatch, tmp_path, capfd, base):
+    """They are the first rows of the buffer, and the arm explores from its first episode; a resumed run keeps them."""
+    flags = ["--base-policy", base, "--demos", str(demos), "--learning-starts", "40"]
+    assert practise(monkeypatch, tmp_path, *flags) == 0
+    said = capfd.readouterr().err
+    (model,) = tmp_path.glob(f"*/{MODEL}")
+    (own,) = (saved := load(model))["ranks"]
+    first, buffer, records = own["first_rows"], own["buffer"], saved["recorder"]["recent_episodes"]
+    assert "3 of them show tape and sheet, 3 succeed" in said and f": {first} steps, " in said
+    assert saved["global_step"] == len(buffer["x"]) == first + own["arm"]["steps"] and own["arm"]["steps"] > 0
+    assert buffer["terminations"][:first].sum() == buffer["dones"][:first].sum() == 3 and buffer["dones"][first - 1]
+    assert buffer["rewards"][:first][buffer["terminations"][:first]].min() > 1  # the bonus of the task
+    assert 0.3 < buffer["actions"][:first].abs().max() <= 1
+    assert all(record["exploring"] for record in records)
+    assert saved["optimizer"]["critics"]["state"][0]["step"] >= first - 40  # it has learned from them
+    flags = ["--virtual-time", "--minutes", "0.5", "--resume", str(model)]
+    assert "--demos: a resumed run has begun already" in error_of(monkeypatch, "so101.practice", *flags, "--demos", "x")
+    monkeypatch.setattr(sys, "argv", ["practice.py", *flags])
+    assert practice.run_script(practice.main) == 0
+    (later,) = (again := load(model))["ranks"]
+    assert later["first_rows"] == first and again["global_step"] > saved["global_step"]
+    assert torch.equal(later["buffer"]["x"][:first], buffer["x"][:first])
+
+
+def test_the_learner_of_demonstrations_is_the_same_in_its_own_process(demos, monkeypatch, tmp_path):
+    for name, flags in (("own", []), ("same", ["--no-learner-process"])):
+        given = ["--base-policy", "zero", "--demos", str(demos), "--run-name", name, *flags]
+        assert practise(monkeypatch, tmp_path, *given) == 0
+    one, other = (load(tmp_path / name / MODEL)["agent"] for name in ("own", "same"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["--demos", "nowhere"], "nowhere: is not a LeRobotDataset"),
+        (["--demos", "DEMOS", "--demos-camera", "front"], "has no camera front, only top"),
+        (["--demos", "DEMOS", "--demos-units", "rad"], "--demos-units rad: observation.state is in deg"),
+        (
+            ["--demos", "DEMOS", "--tape-margin", "0.01"],
+            "in none of its episodes does the camera see the sheet come to",
+        ),
+        (
+            ["--demos", "FILM", "--demos-camera", "front"],
+            "in none of its episodes does the camera see the sheet come to",
+        ),
+        (["--demos", "DEMOS", "--alpha", "0"], "--alpha 0: a residual of zero learns nothing from --demos"),
+        (["--demos", "DEMOS", "--prior", "x.pt"], "--prior: brings steps of its own"),
+        (["--demos-camera", "front"], "--demos-camera: needs --demos"),
+        (["--demos-units", "deg"], "--demos-units: needs --demos"),
+    ],
+)
+def test_demonstrations_that_cannot_be_used(demos, film, monkeypatch, tmp_path, flags, reason):
+    names = {"DEMOS": str(demos), "FILM": str(film)}
+    given = [names.get(flag, flag) for flag in flags]
+    line = error_of(monkeypatch, "so101.practice", "--virtual-time", "--log-dir", str(tmp_path), *given)
+    assert reason in line
+    assert not list(tmp_path.glob(f"*/{MODEL}"))
+
+
+def test_an_episode_of_another_arm_is_named(demos, monkeypatch, tmp_path):
+    """Joints that this arm cannot have."""
+    info = read_info(demos, KEYS)
+    episodes = read_dataset(demos, info, KEYS)
+    rows = [{key: np.deg2rad(episode[key]) for key in KEYS} for episode in episodes.values()]
+    rows[1][STATE][3, 1] = np.deg2rad(170.0)
+    pictures = (
+        frame
+        for i, row in enumerate(rows)
+        for frame in read_frames(*find_videos(demos, info, "top")[i], len(row[STATE]))
+    )
+    write_dataset(tmp_path / "demos", rows, {"top": pictures})
+    line = error_of(
+        monkeypatch, "so101.practice", "--virtual-time", "--log-dir", str(tmp_path), "--demos", str(tmp_path / "demos")
+    )
+    assert "demos: episode 1: shoulder_lift is" in line and "outside its range" in line
