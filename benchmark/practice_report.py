@@ -55,7 +55,7 @@ def read_seed(result: Path) -> dict[str, Any]:
     enough = (np.arange(len(recent)) >= RECENT - 1) & (recent >= REACHED)
     return {
         "seed": int(result.stem.removeprefix("seed_")),
-        "version": config["version"], "demonstrated": config["args"]["demos"] is not None,
+        "version": config["version"], "demonstrated": config["args"].get("demos") is not None,
         "outcomes": outcomes_of(result), "before": outcomes_of(result.with_name(f"{result.stem}_before.json")),
         "prior": outcomes_of(prior) if prior.exists() else None,
         "time_s": time_s.tolist(), "recent": recent.tolist(),

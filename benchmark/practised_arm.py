@@ -140,7 +140,9 @@ def main() -> int:
     starts = np.random.default_rng(first + args.seed).integers(2**31, size=args.episodes).tolist()
     bar = tqdm(starts, disable=None)
     episodes = [run_episode(loop, start, task, args.episode_steps, demos) for start in bar]
-    if demos:
+    if demos is not None:
+        if not demos:
+            raise SO101Error(f"--dataset {args.dataset}: no episode succeeds, so there is none to write")
         pictures = {CAMERA: (image for _, images in demos for image in images)}
         write_dataset(Path(args.dataset), [episode for episode, _ in demos], pictures)
     rate = float(np.mean([episode["success"] for episode in episodes]))

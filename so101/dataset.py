@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import re
+import subprocess
 import tempfile
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -453,7 +454,8 @@ def _read_columns(file: Path, columns: list[str], optional: list[str]) -> dict[s
     """The columns of a parquet file by name; the optional ones if it has them. Raises DatasetError if it cannot."""
     pa, pq = _pyarrow()
     try:
-        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+        # an absolute path, since pyarrow takes the beginning of a name with a colon for a protocol
+        with pq.ParquetFile(file.absolute(), page_checksum_verification=True) as parquet:
             names = [name for name in (*columns, *optional) if name in parquet.schema_arrow.names]
             table = parquet.read(names)
             read = {name: table[name] for name in names}
@@ -606,15 +608,46 @@ def find_videos(path: Path, info: dict[str, Any], camera: str) -> dict[int, tupl
         rows = zip(*(_numbers(read[column], f"{file}: {column}") for column in columns))
         for number, chunk_index, file_index, begin_s in rows:
             indices = {"chunk_index": chunk_index, "file_index": file_index}
-            if not all(0 <= each < 1e6 for each in (number, *indices.values(), begin_s)):
+            whole = all(0 <= each < 1e6 and each % 1 == 0 for each in (number, *indices.values()))
+            if not whole or not 0 <= begin_s < 1e6:
                 raise DatasetError(f"{file}: says nothing usable about the videos of episode {number:.10g}")
-            whole = {name: int(index) for name, index in indices.items()}
-            videos[int(number)] = path / VIDEO_PATH.format(video_key=key, **whole), float(begin_s)
+            indices = {name: int(index) for name, index in indices.items()}
+            videos[int(number)] = path / VIDEO_PATH.format(video_key=key, **indices), float(begin_s)
     return videos
 
 
+DEMUXER = ["-f", "mp4"]  # named, since another one could follow references in a file to other files
+
+
+def check_video(file: Path, frames: int) -> None:
+    """Raise DatasetError unless a file is a video of CONTROL_HZ pictures per second, of which it has as many or more.
+
+    Its pictures are not decoded.
+    """
+    import imageio_ffmpeg
+
+    if not is_file(file):
+        raise DatasetError(f"{file}: is missing or not a file; load the dataset again, completely")
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *DEMUXER, "-i", str(file.absolute()), "-map", "0:v:0"]
+    command += ["-c", "copy", "-f", "framecrc", "-"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    lines = done.stdout.splitlines()
+    times = [int(line.split(",")[2]) for line in lines if not line.startswith("#")]
+    base = next((line.split()[-1] for line in lines if line.startswith("#tb")), None)
+    if done.returncode or not times or base is None:
+        raise DatasetError(f"{file}: is not an MP4 video that FFmpeg can read; load the dataset again, completely")
+    ticks_per_s, seconds = base.split("/")[::-1]
+    expected = np.arange(len(times)) / CONTROL_HZ
+    shown = (np.sort(times) - min(times)) * int(seconds) / int(ticks_per_s)
+    if np.abs(shown - expected).max() > 0.5 / CONTROL_HZ:
+        raise DatasetError(f"{file}: is not a video of {CONTROL_HZ} pictures per second without gaps; record again")
+    if len(times) < frames:
+        text = f"has {len(times)} pictures, but the dataset has {frames} frames for it"
+        raise DatasetError(f"{file}: {text}; load the dataset again, completely")
+
+
 def read_frames(file: Path, begin_s: float, count: int) -> Iterator[np.ndarray]:
-    """`count` successive pictures (H, W, 3) uint8, RGB, of a video of CONTROL_HZ pictures per second.
+    """`count` successive pictures (H, W, 3) uint8, RGB, of a video that `check_video` accepts.
 
     Args:
         file: the video.
@@ -622,15 +655,15 @@ def read_frames(file: Path, begin_s: float, count: int) -> Iterator[np.ndarray]:
         count: number of pictures.
 
     Raises:
-        DatasetError: the file is missing, or no video, or ends earlier.
+        DatasetError: the file is missing, damaged, or no video.
     """
     import imageio_ffmpeg
 
-    if not is_file(file):
-        raise DatasetError(f"{file}: is missing or not a file; load the dataset again, completely")
-    # the demuxer is named: another one could follow references in the file to other files
-    begin = ["-f", "mp4", "-ss", f"{max(0.0, begin_s - 0.5 / CONTROL_HZ):.6f}"]
-    reader = imageio_ffmpeg.read_frames(str(file), input_params=begin, output_params=["-fps_mode", "passthrough"])
+    # on an error in a picture FFmpeg ends; it would show another picture instead
+    begin = [*DEMUXER, "-xerror", "-err_detect", "explode"]
+    begin += ["-ss", f"{max(0.0, begin_s - 0.5 / CONTROL_HZ):.6f}"]
+    flags = ["-fps_mode", "passthrough"]
+    reader = imageio_ffmpeg.read_frames(str(file.absolute()), input_params=begin, output_params=flags)
     read = 0
     try:
         width, height = next(reader)["size"]
@@ -638,9 +671,9 @@ def read_frames(file: Path, begin_s: float, count: int) -> Iterator[np.ndarray]:
             read += 1
             yield np.frombuffer(content, np.uint8).reshape(height, width, 3)
     except (OSError, RuntimeError, ValueError) as error:
-        raise DatasetError(f"{file}: cannot be decoded ({_reason(error)})") from error
+        raise DatasetError(f"{file}: is missing, damaged or not an MP4 video; load the dataset again") from error
     finally:
         reader.close()
     if read < count:
-        text = f"ends {count - read} pictures too early at {begin_s:.3f} s plus {count / CONTROL_HZ:.3f} s"
+        text = f"cannot be decoded from {(begin_s + read / CONTROL_HZ):.3f} s on"
         raise DatasetError(f"{file}: {text}; load the dataset again, completely")

@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from so101.dataset import DatasetError, find_videos, joints_rad, read_dataset, read_frames, read_info
+from so101.dataset import (
+    DatasetError,
+    check_video,
+    find_videos,
+    joints_rad,
+    read_dataset,
+    read_frames,
+    read_info,
+)
 from so101.loop import Loop, count_inside
 from so101.practising import PractisingPolicy
 from so101.robot import Picture
@@ -55,6 +63,12 @@ def read_demos(path: Path, camera: str, units: str | None) -> Demos:
         demos.joints_rad(number)
         if number not in demos.videos:
             raise DatasetError(f"{path}: meta/ names no video of episode {number}; load the dataset again, completely")
+    frames: dict[Path, int] = {}  # that each video must have
+    for number, episode in demos.episodes.items():
+        file, begin_s = demos.videos[number]
+        frames[file] = max(frames.get(file, 0), round(begin_s * CONTROL_HZ) + len(episode[STATE]))
+    for file, count in frames.items():
+        check_video(file, count)
     return demos
 
 
@@ -69,7 +83,8 @@ def watch(
     Args:
         demos: the dataset.
         number: the episode, its episode_index.
-        loop: of the arm; its OpenCVPolicy looks at the pictures.
+        loop: of the arm, which has been measured; its OpenCVPolicy looks at the pictures. The joints' load is seen
+            with the servo gain that its controller knows.
         residual: the base policy of that policy.
         tape_margin: m between sheet and tape.
 
@@ -81,10 +96,12 @@ def watch(
         SO101Error: its joints or pictures cannot be used.
     """
     policy, controller, mask = loop.policy, loop.controller, np.ones(1, bool)
+    own = controller.get_state()
     joints, targets = (each - loop.offset_rad for each in demos.joints_rad(number, loop.robot.ranges))
     frames = read_frames(*demos.videos[number], len(joints))
     success, streak = False, np.zeros(1, np.int64)
     controller.reset()
+    controller.gain_factor, controller.gain_floor = float(own["gain_factor"]), float(own["gain_floor"])
     policy.reset(mask)
     try:
         for step, image in enumerate(frames):
@@ -92,19 +109,21 @@ def watch(
             try:
                 controller.measure(joints[step], time_s)
             except SO101Error as error:
-                raise DatasetError(f"{demos.path}: episode {number}: {error}") from error
+                raise DatasetError(f"{demos.path}: episode {number}: {error}, or check --demos-units") from error
             if step:  # what was sent, also where practice would not have sent it
                 controller.command_rad = targets[step - 1]
             residual.demonstrated_rad = targets[step] - controller.command_rad
             policy.act(loop.observe(Picture(image, time_s)), mask)
+            loop.robot.watch()
             if policy.trouble and residual.rows:
                 break
-            streak = count_inside(streak, policy, tape_margin)
+            if len(residual.rows) > 1:  # as in practice, where the first picture does not count
+                streak = count_inside(streak, policy, tape_margin)
             if success := bool(streak[0] >= SUCCESS_STEPS):
                 break
     finally:
         residual.demonstrated_rad = None
-        controller.reset()
+        controller.set_state(own)
         frames.close()
     if len(residual.rows) < 2:
         return None

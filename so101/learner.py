@@ -457,6 +457,8 @@ class LearnerProcess:
         try:
             if self.lost:
                 self.take(lambda: next(calls) == CONTROL_HZ and say(waiting))
+            if self.pending:  # it still begins, or learns from demonstrations: nothing of that is kept
+                self.process.kill()
             self.pipe.close()
             self.process.join(CLOSE_S)
         except SO101Error as error:

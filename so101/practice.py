@@ -63,6 +63,7 @@ SCRIPT = Path(__file__).name
 FILMED = 10  # every tenth episode is filmed, with the reset before it; the first one, too
 PRIOR_BATCH = 0.1  # --base-batch with a prior: simulation and arm differ, and more of the one delays learning the other
 RECORD = {"success", "steps", "missed", "waited_s"}  # what the record of every episode has, among others
+FAR = 1e-3  # relative rounding of joint targets in a dataset
 MAX_HANDS = 5  # a sheet that cannot be reset after a person has laid it this often ends the run
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,6 +192,8 @@ def check_args(args: Args) -> None:
         check_unused(args, ("demos_camera", "demos_units"), "needs --demos")
     elif args.prior is not None:
         raise SO101Error("--prior: brings steps of its own, which take the place of demonstrations; drop --demos or it")
+    elif args.sac.learning_starts != Args().sac.learning_starts:
+        raise SO101Error("--learning-starts: --demos take the place of the first steps; drop one of them")
     elif args.alpha == 0:
         raise SO101Error("--alpha 0: a residual of zero learns nothing from --demos; raise it")
     for name in ("run_name", "log_dir") if args.resume is not None else ():
@@ -327,10 +330,15 @@ class Practice:
         task: the residual's task.
         learner: a LocalLearner or a LearnerProcess.
         run_dir: where pictures go.
+        demos: demonstrations to learn from first.
     """
 
-    def __init__(self, args: Args, loop: Loop, task: Task, learner: LocalLearner | LearnerProcess, run_dir: Path):
+    def __init__(
+        self, args: Args, loop: Loop, task: Task, learner: LocalLearner | LearnerProcess, run_dir: Path,
+        demos: Demos | None = None,
+    ):  # fmt: skip
         self.args, self.loop, self.task, self.learner, self.run_dir = args, loop, task, learner, run_dir
+        self.demos = demos
         self.residual: PractisingPolicy = loop.policy.base
         env = SO101ResidualVectorEnv(1, task=task, max_episode_steps=args.sac.train_episode_steps)
         self.judge = Judge(env, args.sac.gamma if args.sac.shaping else None)
@@ -399,31 +407,36 @@ class Practice:
         self.loop.home()
 
     def study(self, demos: Demos) -> None:
-        """Let the learner learn from demonstrations; the arm does not move.
+        """Let the learner learn from demonstrations. The arm stays at home, where its servos' gain has been estimated.
 
         Raises SO101Error if the dataset cannot be used, or if none of its episodes succeeds as the camera sees it.
         """
-        say(f"looking at {len(demos.episodes)} demonstrations, {demos.steps} steps")
+        say(f"looking at the demonstrations: {len(demos.episodes)} episodes, {demos.steps} steps")
+        if self.task.firmware_p != LEROBOT_P:
+            say(f"the arm has P = {self.task.firmware_p}; LeRobot records with {LEROBOT_P}, which shows other loads")
         episodes, far = [], 0
-        for number in demos.episodes:
+        for number in tqdm(demos.episodes, unit="episode", dynamic_ncols=True, leave=False, disable=None):
             shown = watch(demos, number, self.loop, self.residual, self.task.tape_margin)
             if shown is not None:
                 obs, wanted, success = shown
                 actions = np.clip(wanted, -1.0, 1.0)
                 episodes.append(Episode(obs, actions, self.judge.rewards(obs, actions, success), success))
-                far += int((wanted != actions).any(axis=1).sum())
+                far += int((np.abs(wanted) > 1.0 + FAR).any(axis=1).sum())
         steps, succeeded = sum(len(each.actions) for each in episodes), sum(each.terminated for each in episodes)
         if not succeeded:
-            text = "in none of its episodes does the camera see the sheet come to lie inside the tape"
-            raise SO101Error(f"--demos {demos.path}: {text}; check its videos with so101.drive --replay")
+            text = f"{len(episodes)} of {len(demos.episodes)} episodes show tape and sheet, and none of them success"
+            raise SO101Error(f"--demos {demos.path}: {text}; check a video with so101.drive --replay FILE.mp4")
         beyond = f"{far / steps:.0%} of them farther from the base policy than the residual reaches"
         say(f"{len(episodes)} of them show tape and sheet, {succeeded} succeed: {steps} steps, {beyond}")
-        self.learner.study(episodes)
+        say("learning from them")
+        self.learner.study(episodes, self.loop.robot.watch)
 
     def run(self) -> Iterator[dict[str, Any]]:
         """Practise until the time is over; the record of every episode, once the learner has it."""
         if not self.started:
             self.start()
+        if self.demos is not None:
+            self.study(self.demos)
         while self.arm_time_s < 60 * self.args.minutes:
             before = self.loop.clock.ticks
             filmed = len(self.records) % FILMED == 0
@@ -530,6 +543,10 @@ def main() -> int:
     if saved:
         with restoring(begun_with):
             capacity += int(saved["global_step"])  # steps that the buffer begins with
+    if demos:
+        if demos.steps >= args.sac.buffer_size:
+            raise SO101Error(f"--buffer-size {args.sac.buffer_size}: --demos has {demos.steps} steps; raise it")
+        args.sac.learning_starts = 1
     if not args.prior and args.sac.learning_starts >= capacity:
         text = f"--learning-starts {args.sac.learning_starts}: nothing is learned in {args.minutes:g} minutes"
         raise SO101Error(f"{text}; lower it, or raise --minutes")
@@ -559,11 +576,9 @@ def main() -> int:
         with contextlib.closing(policy), contextlib.closing(learner):
             learner.take()  # a learner that cannot begin says so before the arm moves
             with drive.arm_loop(drive_args(args), policy, task, lambda _, task: open_arm(args, task)) as loop:
-                begun = Practice(args, loop, task, learner, run_dir)
+                begun = Practice(args, loop, task, learner, run_dir, demos)
                 if args.resume:
                     begun.set_state(saved, args.resume)
-                if demos:
-                    begun.study(demos)
                 practice = begun
                 follow(practice)
     except SO101Error as error:

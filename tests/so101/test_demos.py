@@ -11,12 +11,13 @@ import torch
 from conftest import error_of, load, run_script
 
 from so101 import practice, sac
-from so101.dataset import DatasetError, find_videos, read_dataset, read_frames, read_info, write_dataset
+from so101.dataset import DatasetError, check_video, find_videos, read_dataset, read_frames, read_info, write_dataset
 from so101.demos import read_demos, watch
 from so101.learner import MODEL
 from so101.opencv import OpenCVPolicy
 from so101.practising import PractisingPolicy
 from so101.pusher import JacobianPolicy
+from so101.simulated_arm import Flaws
 from so101.virtual_time import VirtualRobot, virtual_loop
 from so101_env import ACTION, OBS, STATE, Task
 
@@ -111,24 +112,83 @@ def test_videos_of_the_older_format(film, tmp_path):
     "damage, words",
     [
         ("gone", "is missing or not a file"),
-        ("cut", "too early"),
-        ("text", "cannot be decoded"),
-        ("playlist", "cannot be decoded"),
+        ("cut", "has 20 pictures, but the dataset has 24 frames for it"),
+        ("60 fps", "is not a video of 30 pictures per second without gaps"),
+        ("gap", "is not a video of 30 pictures per second without gaps"),
+        ("text", "is not an MP4 video that FFmpeg can read"),
+        ("playlist", "is not an MP4 video that FFmpeg can read"),
+        ("noise", "is not an MP4 video that FFmpeg can read"),
     ],
 )
 def test_a_video_that_cannot_be_used(film, tmp_path, damage, words):
-    """A playlist is a file that leads FFmpeg to other files: it is not followed."""
-    source, target = find_videos(film, read_info(film, KEYS), "front")[0][0], tmp_path / "video.mp4"
+    """No other picture is shown instead. A playlist leads FFmpeg to other files: it is not followed."""
+    shutil.copytree(film, path := tmp_path / "my:demos")
+    target = find_videos(path, read_info(path, KEYS), "front")[0][0]
+    source = shutil.move(target, tmp_path / "source.mp4")
     if damage == "cut":
-        encode(source, target, "-c", "copy", "-frames:v", "10")
+        encode(source, target, "-c", "copy", "-frames:v", "20")
+    elif damage == "60 fps":
+        encode(source, target, "-vf", "setpts=0.5*PTS", "-r", "60")
+    elif damage == "gap":
+        encode(source, target, "-vf", "select='not(between(n,8,10))'", "-fps_mode", "passthrough")
     elif damage == "text":
         target.write_text("no video")
     elif damage == "playlist":
-        shutil.copy(source, tmp_path / "other.mp4")
+        shutil.copy(source, target.parent / "other.mp4")
         target.write_text("ffconcat version 1.0\nfile other.mp4\n")
+    elif damage == "noise":
+        content = bytearray(source.read_bytes())
+        begin = content.index(b"mdat") + 4
+        size = int.from_bytes(content[begin - 8 : begin - 4], "big") - 8  # of the pictures
+        content[begin + size // 2 : begin + size] = np.random.default_rng(0).bytes(size - size // 2)
+        target.write_bytes(content)
     with pytest.raises(DatasetError, match=words) as error:
-        list(read_frames(target, 7 / 30, 12))
+        read_demos(path, "front", None)
     assert str(target) in str(error.value) and "\n" not in str(error.value)
+    if damage in ("playlist", "text", "noise"):  # the decoder refuses it, too
+        with pytest.raises(
+            DatasetError, match="is missing, damaged or not an MP4 video|cannot be decoded from 0.[0-9]+ s"
+        ):
+            list(read_frames(target, 0.0, 24))
+
+
+def test_a_picture_that_is_damaged_is_not_shown(tmp_path):
+    """A decoder would show something like it; in a picture of an arm that would be another place of the sheet."""
+    texture = np.random.default_rng(0).integers(0, 256, (24, 32, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+    pictures = (np.roll(texture, 3 * step, axis=1) for step in range(60))
+    write_dataset(tmp_path / "demos", [dict.fromkeys(KEYS, np.zeros((60, 6)))], {"top": pictures})
+    file, _ = read_demos(tmp_path / "demos", "top", None).videos[0]
+    content = file.read_bytes()
+    begin = content.index(b"mdat") + 4
+    size = int.from_bytes(content[begin - 8 : begin - 4], "big") - 8
+    assert len(list(read_frames(file, 0.0, 60))) == 60
+    for seed in range(4):
+        rng, damaged = np.random.default_rng(seed), bytearray(content)
+        for position in rng.integers(begin, begin + size, 10):
+            damaged[position] ^= int(rng.integers(1, 256))
+        file.write_bytes(damaged)
+        with pytest.raises(DatasetError):
+            check_video(file, 60)
+            list(read_frames(file, 0.0, 60))
+
+
+def test_a_video_whose_place_makes_no_sense(film, tmp_path):
+    import pyarrow.parquet as pq
+
+    info = read_info(film, KEYS)
+    for key, value in (
+        ("file_index", 0.9),
+        ("chunk_index", -1.0),
+        ("from_timestamp", float("nan")),
+        ("file_index", 1e9),
+    ):
+        shutil.copytree(film, path := tmp_path / f"{key}{value}")
+        file = path / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+        table, name = pq.read_table(file), f"videos/observation.images.front/{key}"
+        column = pyarrow.array([0.0, value, 0.0])
+        pq.write_table(table.set_column(table.column_names.index(name), name, column), file)
+        with pytest.raises(DatasetError, match="says nothing usable about the videos of episode 1"):
+            find_videos(path, info, "front")
 
 
 def test_a_camera_that_the_dataset_lacks(film):
@@ -143,8 +203,8 @@ def test_a_camera_that_the_dataset_lacks(film):
 class Recorded(VirtualRobot):
     """An arm that keeps joints, picture and target of every step."""
 
-    def __init__(self, task):
-        super().__init__(task)
+    def __init__(self, task, flaws=None):
+        super().__init__(task, flaws)
         self.rows, self.shown = [], None
 
     def picture(self):
@@ -166,31 +226,39 @@ def make_loop(robot, base):
     return virtual_loop(robot, policy, TASK), residual
 
 
+def start(loop, robot) -> None:
+    robot.reset(5)
+    loop.controller.reset()
+    loop.measure()
+    loop.home()  # estimates the servo gain
+    loop.measure()
+
+
+def record(loop, robot, residual, path) -> np.ndarray:
+    """An episode of 40 steps that explores, as a dataset; returns its targets (40, 6), rad."""
+    robot.rows, robot.shown, residual.exploring = [], None, True
+    loop.episode(40, TASK.tape_margin)
+    residual.exploring = False
+    joints, targets, pictures = zip(*robot.rows)
+    write_dataset(path, [{STATE: np.array(joints), ACTION: np.array(targets)}], {"top": pictures})
+    return np.array(targets)
+
+
 @pytest.mark.parametrize("with_base", [False, True])
 def test_a_recorded_episode_of_practice_is_that_episode(tmp_path, with_base):
     """Observations and residuals are those of the learner when it was recorded; the film is compressed."""
     robot = Recorded(TASK)
     loop, residual = make_loop(robot, JacobianPolicy() if with_base else None)
-    robot.reset(5)
-    loop.controller.reset()
-    loop.measure()
-    loop.home()
-    loop.controller.reset()
-    loop.measure()
-    robot.rows, robot.shown, residual.exploring = [], None, True
-    loop.episode(40, TASK.tape_margin)
+    start(loop, robot)
+    targets = record(loop, robot, residual, tmp_path / "demos")
     obs, asked = residual.steps(loop.moves, complete=True)
-    joints, targets, pictures = zip(*robot.rows)
-    write_dataset(tmp_path / "demos", [{STATE: np.array(joints), ACTION: np.array(targets)}], {"top": pictures})
-    residual.exploring = False
-
     seen, wanted, success = watch(read_demos(tmp_path / "demos", "top", None), 0, loop, residual, TASK.tape_margin)
     late = 40 - len(seen)  # the tape may be found some pictures later in a compressed film
     assert not success and late <= 5 and wanted.shape == (39 - late, 6)
-    obs, asked, sent = obs[late:-1], asked[late:-1], np.array(targets)[late:]
+    obs, asked, sent = obs[late:-1], asked[late:-1], targets[late:]
     np.testing.assert_allclose(seen[:, :6], obs[:, :6], atol=1e-5)
     np.testing.assert_allclose(seen[1:, 25:31], obs[1:, 25:31], atol=2e-3)  # load
-    assert np.abs(seen - obs)[:, OBS["sheet_pos"]].max() < 2e-3  # m
+    assert np.abs(seen - obs)[:, OBS["sheet_pos"]].max() < 3e-3  # m
     # the command law has changed some of the targets that were asked for: what counts is what the arm did
     assert (np.abs(wanted - asked) < (0.2 if with_base else 2e-3)).mean() > 0.7
     if not with_base:
@@ -219,19 +287,19 @@ def practise(monkeypatch, log_dir, *flags: str) -> int:
 @pytest.mark.parametrize("base", ["zero", "jacobian"])
 def test_practice_begins_with_demonstrations(demos, monkeypatch, tmp_path, capfd, base):
     """They are the first rows of the buffer, and the arm explores from its first episode; a resumed run keeps them."""
-    flags = ["--base-policy", base, "--demos", str(demos), "--learning-starts", "40"]
+    flags = ["--base-policy", base, "--demos", str(demos)]
     assert practise(monkeypatch, tmp_path, *flags) == 0
     said = capfd.readouterr().err
     (model,) = tmp_path.glob(f"*/{MODEL}")
     (own,) = (saved := load(model))["ranks"]
     first, buffer, records = own["first_rows"], own["buffer"], saved["recorder"]["recent_episodes"]
-    assert "3 of them show tape and sheet, 3 succeed" in said and f": {first} steps, " in said
+    assert "3 episodes" in said and "3 of them show tape and sheet, 3 succeed" in said and f": {first} steps, " in said
     assert saved["global_step"] == len(buffer["x"]) == first + own["arm"]["steps"] and own["arm"]["steps"] > 0
     assert buffer["terminations"][:first].sum() == buffer["dones"][:first].sum() == 3 and buffer["dones"][first - 1]
     assert buffer["rewards"][:first][buffer["terminations"][:first]].min() > 1  # the bonus of the task
     assert 0.3 < buffer["actions"][:first].abs().max() <= 1
     assert all(record["exploring"] for record in records)
-    assert saved["optimizer"]["critics"]["state"][0]["step"] >= first - 40  # it has learned from them
+    assert saved["optimizer"]["critics"]["state"][0]["step"] == saved["global_step"]  # it has learned from them, too
     flags = ["--virtual-time", "--minutes", "0.5", "--resume", str(model)]
     assert "--demos: a resumed run has begun already" in error_of(monkeypatch, "so101.practice", *flags, "--demos", "x")
     monkeypatch.setattr(sys, "argv", ["practice.py", *flags])
@@ -255,14 +323,9 @@ def test_the_learner_of_demonstrations_is_the_same_in_its_own_process(demos, mon
         (["--demos", "nowhere"], "nowhere: is not a LeRobotDataset"),
         (["--demos", "DEMOS", "--demos-camera", "front"], "has no camera front, only top"),
         (["--demos", "DEMOS", "--demos-units", "rad"], "--demos-units rad: observation.state is in deg"),
-        (
-            ["--demos", "DEMOS", "--tape-margin", "0.01"],
-            "in none of its episodes does the camera see the sheet come to",
-        ),
-        (
-            ["--demos", "FILM", "--demos-camera", "front"],
-            "in none of its episodes does the camera see the sheet come to",
-        ),
+        (["--demos", "DEMOS", "--tape-margin", "0.01"], "episodes show tape and sheet, and none of them success"),
+        (["--demos", "FILM", "--demos-camera", "front"], "0 of 3 episodes show tape and sheet"),
+        (["--demos", "DEMOS", "--learning-starts", "100"], "--learning-starts: --demos take the place"),
         (["--demos", "DEMOS", "--alpha", "0"], "--alpha 0: a residual of zero learns nothing from --demos"),
         (["--demos", "DEMOS", "--prior", "x.pt"], "--prior: brings steps of its own"),
         (["--demos-camera", "front"], "--demos-camera: needs --demos"),
@@ -292,4 +355,20 @@ def test_an_episode_of_another_arm_is_named(demos, monkeypatch, tmp_path):
     line = error_of(
         monkeypatch, "so101.practice", "--virtual-time", "--log-dir", str(tmp_path), "--demos", str(tmp_path / "demos")
     )
-    assert "demos: episode 1: shoulder_lift is" in line and "outside its range" in line
+    assert "demos: episode 1: shoulder_lift is" in line and "check --demos-units" in line
+
+
+def test_loads_are_seen_with_the_gain_that_practice_has_estimated(tmp_path):
+    """On an arm with weak servos, what the learner sees of a demonstration is what it saw when the arm moved."""
+    robot = Recorded(TASK, Flaws(gain=0.6))
+    loop, residual = make_loop(robot, None)
+    start(loop, robot)
+    assert loop.controller.gain_factor < 0.75
+    record(loop, robot, residual, tmp_path / "demos")
+    obs, _ = residual.steps(loop.moves, complete=True)
+    before = loop.controller.get_state()
+    seen, _, _ = watch(read_demos(tmp_path / "demos", "top", None), 0, loop, residual, TASK.tape_margin)
+    late = 40 - len(seen)
+    np.testing.assert_allclose(seen[1:, 25:31], obs[late:-1][1:, 25:31], atol=2e-3)
+    after = loop.controller.get_state()
+    assert all(np.array_equal(before[name], after[name]) for name in before)  # the arm's own state is untouched

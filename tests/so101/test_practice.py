@@ -127,6 +127,8 @@ def test_the_learner_is_the_same_in_this_process_and_in_its_own(tmp_path):
         (directory := tmp_path / kind).mkdir()
         learner = learner_class(Run(SETTINGS, 200, directory, ""))
         answers = [learner.take()]
+        learner.study([make_lesson(number, 40).episode for number in (7, 8)])
+        answers.append(learner.take())
         for number in range(4):
             learner.give(make_lesson(number))
             answers.append(learner.take())
@@ -271,6 +273,24 @@ def test_a_learner_that_hangs_is_given_up_and_the_arm_is_watched_meanwhile(tmp_p
         learner.take(lambda: watched.append(1))
     assert 1 <= len(watched) <= 12
     learner.close()
+
+
+def test_ctrl_c_while_demonstrations_are_learned_ends_the_learner_at_once(tmp_path, monkeypatch):
+    """Nothing of it is kept, so nobody waits for it."""
+    learner, done = LearnerProcess(Run(SETTINGS, 200, tmp_path, "")), []
+    learner.take()
+    os.kill(learner.process.pid, signal.SIGSTOP)
+
+    def interrupt():
+        raise Stop(signal.SIGINT)
+
+    with pytest.raises(Stop):
+        learner.study([make_lesson(0).episode], interrupt)
+    for name in ("kill", "join"):
+        call = getattr(learner.process, name)
+        monkeypatch.setattr(learner.process, name, lambda *args, n=name, c=call: (done.append(n), c(*args)))
+    learner.close()
+    assert done[:2] == ["kill", "join"] and not learner.process.is_alive()
 
 
 def test_a_loss_that_is_not_finite_ends_the_learner_with_a_reason(tmp_path):
