@@ -12,7 +12,7 @@ from so101.camera import NotSeen
 from so101.extras import import_extra
 from so101.files import write_atomic
 from so101.locator import RECENT_STEPS, SheetLocator, overlay
-from so101_sim.errors import SO101Error
+from so101.video import decode
 from so101_sim.scene import CONTROL_HZ
 
 EVERY = 2  # control steps per picture of a film
@@ -81,7 +81,7 @@ def replay_film(path: str, locator: SheetLocator, video: CameraFilm | None = Non
     """Run the locator over a recorded film, in the film's own size. OpenCVPolicy follows a sheet the same way.
 
     Args:
-        path: a film that OpenCV can read.
+        path: the film.
         locator: finds the table in it.
         video: also film what it has seen.
 
@@ -91,19 +91,14 @@ def replay_film(path: str, locator: SheetLocator, video: CameraFilm | None = Non
         how often.
 
     Raises:
-        SO101Error: the film cannot be read.
+        VideoError: the film cannot be read.
     """
-    cv2 = import_extra("cv2", "arm", "--replay")
-    capture = cv2.VideoCapture(path)
     to_picture, pose, unseen = None, None, 0
     poses: list[list[float] | None] = []
     reasons: dict[str, int] = {}
     tape_seen_at = None
-    while True:
-        done, image = capture.read()
-        if not done:
-            break
-        image, text, found = np.ascontiguousarray(image[..., ::-1]), "", None
+    for image in decode(Path(path)):
+        text, found = "", None
         try:
             if to_picture is None:
                 to_picture = locator.find_tape(image)
@@ -116,9 +111,6 @@ def replay_film(path: str, locator: SheetLocator, video: CameraFilm | None = Non
         poses.append(None if found is None else found.tolist())
         if video is not None:
             video.add(image, to_picture, found, text)
-    capture.release()
-    if not poses:
-        raise SO101Error(f"--replay {path}: OpenCV reads no pictures from it; name a film, as FILM.mp4")
     after = poses[tape_seen_at:] if tape_seen_at is not None else []
     return {
         "frames": len(poses), "tape_seen_at": tape_seen_at,

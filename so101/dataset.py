@@ -10,6 +10,7 @@ frames are not complete or whose files do not fit together.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -26,6 +27,7 @@ import numpy as np
 from so101.extras import import_extra
 from so101.files import SHOWN, is_file
 from so101.groot import JOINT_GROUPS
+from so101.video import VideoError, decode
 from so101_env import ACTION, ENVIRONMENT, ENVIRONMENT_NAMES, STATE, STATE_NAMES, TASK_TEXT, SO101Error
 from so101_sim.control import JOINTS, OLD_UNIT, UNITS, Calibration, from_rad, to_rad
 from so101_sim.errors import LARGEST, strict_json
@@ -616,7 +618,7 @@ def find_videos(path: Path, info: dict[str, Any], camera: str) -> dict[int, tupl
     return videos
 
 
-DEMUXER = ["-f", "mp4"]  # named, since another one could follow references in a file to other files
+DEMUXER = ("-f", "mp4")  # named, since another one could follow references in a file to other files
 
 
 def check_video(file: Path, frames: int) -> None:
@@ -657,23 +659,17 @@ def read_frames(file: Path, begin_s: float, count: int) -> Iterator[np.ndarray]:
     Raises:
         DatasetError: the file is missing, damaged, or no video.
     """
-    import imageio_ffmpeg
-
     # on an error in a picture FFmpeg ends; it would show another picture instead
-    begin = [*DEMUXER, "-xerror", "-err_detect", "explode"]
-    begin += ["-ss", f"{max(0.0, begin_s - 0.5 / CONTROL_HZ):.6f}"]
-    flags = ["-fps_mode", "passthrough"]
-    reader = imageio_ffmpeg.read_frames(str(file.absolute()), input_params=begin, output_params=flags)
+    strict = (*DEMUXER, "-xerror", "-err_detect", "explode")
+    begin = ("-ss", f"{max(0.0, begin_s - 0.5 / CONTROL_HZ):.6f}")
     read = 0
-    try:
-        width, height = next(reader)["size"]
-        for content in itertools.islice(reader, count):
-            read += 1
-            yield np.frombuffer(content, np.uint8).reshape(height, width, 3)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise DatasetError(f"{file}: is missing, damaged or not an MP4 video; load the dataset again") from error
-    finally:
-        reader.close()
+    with contextlib.closing(decode(file, (*strict, *begin))) as pictures:
+        try:
+            for picture in itertools.islice(pictures, count):
+                read += 1
+                yield picture
+        except VideoError as error:
+            raise DatasetError(f"{file}: is missing, damaged or not an MP4 video; load the dataset again") from error
     if read < count:
         text = f"cannot be decoded from {(begin_s + read / CONTROL_HZ):.3f} s on"
         raise DatasetError(f"{file}: {text}; load the dataset again, completely")

@@ -228,10 +228,7 @@ class Worker:
 
         Raises SO101Error: a disk that is full, or a loss that is not finite.
         """
-        try:
-            metrics = self.learner.learn(lesson.episode, idle)
-        except FloatingPointError as error:
-            raise SO101Error(f"NaN or Inf in the {error}: a new run needs a lower --learning-rate") from error
+        metrics = self._learn(lesson.episode, idle)
         self.records.append(lesson.record)
         content = self.learner.state_dict()
         content["ranks"][0]["arm"] = lesson.arm
@@ -259,12 +256,16 @@ class Worker:
 
         Raises SO101Error: a loss that is not finite.
         """
+        for episode in demonstrations:
+            self._learn(episode, idle, demonstration=True)
+        return self.learner.weights()
+
+    def _learn(self, episode: Episode, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """See Learner.learn. Raises SO101Error: a loss that is not finite."""
         try:
-            for episode in demonstrations:
-                self.learner.learn(episode, idle, demonstration=True)
+            return self.learner.learn(episode, *args, **kwargs)
         except FloatingPointError as error:
             raise SO101Error(f"NaN or Inf in the {error}: a new run needs a lower --learning-rate") from error
-        return self.learner.weights()
 
     def _save(self, content: dict[str, Any]) -> None:
         """Write the checkpoint, also into a directory that was removed meanwhile."""

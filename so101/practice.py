@@ -538,12 +538,11 @@ def main() -> int:
     begun_with = args.resume or args.prior
     capacity = round(60 * args.minutes * CONTROL_HZ) + args.sac.train_episode_steps
     demos = read_demos(Path(args.demos), args.demos_camera, args.demos_units) if args.demos is not None else None
-    if demos:
-        capacity += demos.steps
     if saved:
         with restoring(begun_with):
             capacity += int(saved["global_step"])  # steps that the buffer begins with
-    if demos:
+    if demos is not None:
+        capacity += demos.steps
         if demos.steps >= args.sac.buffer_size:
             raise SO101Error(f"--buffer-size {args.sac.buffer_size}: --demos has {demos.steps} steps; raise it")
         args.sac.learning_starts = 1

@@ -1,5 +1,6 @@
 """Demonstrations for practice: videos of a dataset, and episodes that practice sees as its own."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -372,3 +373,14 @@ def test_loads_are_seen_with_the_gain_that_practice_has_estimated(tmp_path):
     np.testing.assert_allclose(seen[1:, 25:31], obs[late:-1][1:, 25:31], atol=2e-3)
     after = loop.controller.get_state()
     assert all(np.array_equal(before[name], after[name]) for name in before)  # the arm's own state is untouched
+
+
+def test_the_film_of_a_dataset_can_be_looked_at(demos, tmp_path):
+    """Also as AV1, which LeRobot records: tape and sheet are found in every picture or nearly so."""
+    source = find_videos(demos, read_info(demos, KEYS), "top")[0][0]
+    encode(source, film := tmp_path / "av1.mp4", "-c:v", "libsvtav1", "-crf", "25")
+    steps = sum(len(episode[STATE]) for episode in read_dataset(demos, read_info(demos, KEYS), KEYS).values())
+    done = run_script("so101.drive", "--replay", str(film), "--json", str(tmp_path / "seen.json"))
+    assert done.returncode == 0, done.stderr
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["frames"] == steps and seen["tape_seen_at"] <= 5 and seen["sheet_seen"] > 0.9

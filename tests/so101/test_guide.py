@@ -135,4 +135,4 @@ def test_refusals(monkeypatch, tmp_path):
         assert text in error_of(monkeypatch, "so101.drive", *flags)
     film = tmp_path / "film.mp4"
     film.write_bytes(b"no film")
-    assert "OpenCV reads no pictures from it" in error_of(monkeypatch, "so101.drive", "--replay", str(film))
+    assert "film.mp4: FFmpeg reads no pictures from it" in error_of(monkeypatch, "so101.drive", "--replay", str(film))
