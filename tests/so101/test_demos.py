@@ -373,6 +373,9 @@ def test_loads_are_seen_with_the_gain_that_practice_has_estimated(tmp_path):
     np.testing.assert_allclose(seen[1:, 25:31], obs[late:-1][1:, 25:31], atol=2e-3)
     after = loop.controller.get_state()
     assert all(np.array_equal(before[name], after[name]) for name in before)  # the arm's own state is untouched
+    loop.offset_rad = np.array([0.0, 0.05, 0.0, 0.0, 0.0, 0.0])  # as so101.drive --check finds it
+    moved, _, _ = watch(read_demos(tmp_path / "demos", "top", None), 0, loop, residual, TASK.tape_margin)
+    np.testing.assert_allclose(moved[-30:, :6], obs[late:-1][-30:, :6] - loop.offset_rad, atol=1e-5)
 
 
 def test_the_film_of_a_dataset_can_be_looked_at(demos, tmp_path):
