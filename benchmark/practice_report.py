@@ -94,54 +94,54 @@ def is_demonstrated(rows: dict[str, dict[str, Any]]) -> bool:
     return all(seed["demonstrated"] for row in rows.values() for seed in row["seeds"])
 
 
+def table(rows: list[dict[str, str]]) -> list[str]:
+    """The lines of a table in Markdown: rows of cells by column."""
+    lines = [[*rows[0]], *([*row.values()] for row in rows)]
+    head, *body = (f"| {' | '.join(cells)} |" for cells in lines)
+    return [head, "|" + "---|" * len(rows[0]), *body]
+
+
 def markdown(rows: dict[str, dict[str, Any]]) -> str:
     """The tables: rows, and every seed."""
     demonstrated = is_demonstrated(rows)
-    begin = ["demonstrator"] if demonstrated else ["policy", "with the prior"]
-    gained = [] if demonstrated else ["gained by practice, 95 % over the seeds"]
-    columns = [
-        "wrong with the arm", *begin, "after practice", "95 %", "worst", "seeds", *gained,
-        "in the last 5 minutes, exploring", "minutes until 0.9", "hands per 100 episodes", "s per reset",
-    ]  # fmt: skip
-    versions = sorted({seed["version"] for row in rows.values() for seed in row["seeds"]})
-    start = " from demonstrations alone" if demonstrated else ""
-    title = f"# Practice{start}, version {' and '.join(versions)}"
-    lines = [title, "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+
+    def begin(before: float, prior: float | None, digits: int) -> dict[str, str]:
+        if demonstrated:
+            return {"demonstrator": f"{before:.{digits}f}"}
+        return {"policy": f"{before:.{digits}f}", "with the prior": "-" if prior is None else f"{prior:.{digits}f}"}
+
+    means, singles = [], []
     for name, row in rows.items():
-        seeds = row["seeds"]
+        seeds, (low, high) = row["seeds"], row["after_ci95"]
         reached = [seed["reached_min"] for seed in seeds]
         minutes = (
             f"{np.median(reached):.0f}" if None not in reached else f"not in {reached.count(None)} of {len(seeds)}"
         )
-        low, high = row["after_ci95"]
-        begin = [row["before"]] if demonstrated else [row["before"], row["prior"]]
-        gained = [f"{row['gained']:+.2f}"]
+        gained = f"{row['gained']:+.2f}"
         if row["gained_ci95"]:
-            gained[0] += " [{:+.2f}, {:+.2f}]".format(*row["gained_ci95"])
-        cells = [
-            TITLES[name], *("-" if rate is None else f"{rate:.2f}" for rate in begin), f"{row['after']:.2f}",
-            f"[{low:.2f}, {high:.2f}]", f"{row['worst']:.2f}", f"{len(seeds)}", *([] if demonstrated else gained),
-            f"{np.mean([seed['last'] for seed in seeds]):.2f}", minutes, f"{row['hands_per_100']:.1f}",
-            f"{np.mean([seed['reset_s'] for seed in seeds]):.1f}",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    begin = ["demonstrator"] if demonstrated else ["policy", "with the prior"]
-    columns = [
-        "wrong with the arm", "seed", *begin, "after practice",
-        "in the last 5 minutes, exploring", "minutes until 0.9", "episodes", "hands", "s per reset",
-    ]  # fmt: skip
-    lines += ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    for name, row in rows.items():
-        for seed in row["seeds"]:
-            begin = [seed["before"]] if demonstrated else [seed["before"], seed["prior"]]
-            cells = [
-                TITLES[name], f"{seed['seed']}", *(f"{np.mean(each):.3f}" if each else "-" for each in begin),
-                f"{np.mean(seed['outcomes']):.3f}", f"{seed['last']:.2f}",
-                "-" if seed["reached_min"] is None else f"{seed['reached_min']:.0f}", f"{seed['episodes']}",
-                f"{seed['hands']}", f"{seed['reset_s']:.1f}",
-            ]  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+            gained += " [{:+.2f}, {:+.2f}]".format(*row["gained_ci95"])
+        means.append({
+            "wrong with the arm": TITLES[name], **begin(row["before"], row["prior"], 2),
+            "after practice": f"{row['after']:.2f}", "95 %": f"[{low:.2f}, {high:.2f}]",
+            "worst": f"{row['worst']:.2f}", "seeds": f"{len(seeds)}",
+            **({} if demonstrated else {"gained by practice, 95 % over the seeds": gained}),
+            "in the last 5 minutes, exploring": f"{np.mean([seed['last'] for seed in seeds]):.2f}",
+            "minutes until 0.9": minutes, "hands per 100 episodes": f"{row['hands_per_100']:.1f}",
+            "s per reset": f"{np.mean([seed['reset_s'] for seed in seeds]):.1f}",
+        })  # fmt: skip
+        for seed in seeds:
+            prior = np.mean(seed["prior"]) if seed["prior"] else None
+            singles.append({
+                "wrong with the arm": TITLES[name], "seed": f"{seed['seed']}",
+                **begin(np.mean(seed["before"]), prior, 3), "after practice": f"{np.mean(seed['outcomes']):.3f}",
+                "in the last 5 minutes, exploring": f"{seed['last']:.2f}",
+                "minutes until 0.9": "-" if seed["reached_min"] is None else f"{seed['reached_min']:.0f}",
+                "episodes": f"{seed['episodes']}", "hands": f"{seed['hands']}", "s per reset": f"{seed['reset_s']:.1f}",
+            })  # fmt: skip
+    versions = sorted({seed["version"] for row in rows.values() for seed in row["seeds"]})
+    start = " from demonstrations alone" if demonstrated else ""
+    title = f"# Practice{start}, version {' and '.join(versions)}"
+    return "\n".join([title, "", *table(means), "", *table(singles), ""])
 
 
 def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:

@@ -38,8 +38,8 @@ from so101_sim.control import ACT_DIM
 from so101_sim.scene import CONTROL_HZ
 
 START_SEED = 1_700_000_000  # seeds of the starts begin here; used nowhere else
-STILL_STEPS = 10  # after the success of a demonstration, in which the arm rests: pictures must show the success
 DEMO_SEED = 1_800_000_000  # the same, of demonstrations
+STILL_STEPS = 10  # after the success of a demonstration, in which the arm rests: pictures must show the success
 
 
 @dataclasses.dataclass

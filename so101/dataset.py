@@ -598,11 +598,10 @@ def find_videos(path: Path, info: dict[str, Any], camera: str) -> dict[int, tupl
     if not isinstance(features[key], dict) or features[key].get("dtype") != "video":
         raise DatasetError(f"{path}: {key:.80} is not stored as video; record with videos")
     if info["codebase_version"] == "v2.1":
-        videos = {}
-        for number in range(info["total_episodes"]):
-            name = OLD_VIDEO_PATH.format(chunk=number // 1000, video_key=key, episode=number)
-            videos[number] = path / name, 0.0
-        return videos
+        return {
+            number: (path / OLD_VIDEO_PATH.format(chunk=number // 1000, video_key=key, episode=number), 0.0)
+            for number in range(info["total_episodes"])
+        }
     columns = ["episode_index", *(f"videos/{key}/{name}" for name in (*NO_INDEX, "from_timestamp"))]
     videos = {}
     for file in _files(path / "meta" / "episodes", "file-"):

@@ -73,8 +73,8 @@ def read_demos(path: Path, camera: str, units: str | None) -> Demos:
 
 
 def watch(
-    demos: Demos, number: int, loop: Loop, residual: PractisingPolicy, tape_margin: float
-) -> tuple[np.ndarray, np.ndarray, bool] | None:
+    demos: Demos, number: int, loop: Loop, tape_margin: float
+) -> tuple[np.ndarray, np.ndarray, bool] | None:  # fmt: skip
     """Observations and residuals of a demonstration, as if it were an episode of practice. The arm does not move.
 
     The episode begins when the camera first sees tape and sheet, and ends by success, or when they have been out of
@@ -83,9 +83,8 @@ def watch(
     Args:
         demos: the dataset.
         number: the episode, its episode_index.
-        loop: of the arm, which has been measured; its OpenCVPolicy looks at the pictures. The joints' load is seen
-            with the servo gain that its controller knows.
-        residual: the base policy of that policy.
+        loop: of the arm, which has been measured, with an OpenCVPolicy on a PractisingPolicy. The joints' load is
+            seen with the servo gain that its controller knows.
         tape_margin: m between sheet and tape.
 
     Returns:
@@ -96,6 +95,7 @@ def watch(
         SO101Error: its joints or pictures cannot be used.
     """
     policy, controller, mask = loop.policy, loop.controller, np.ones(1, bool)
+    residual: PractisingPolicy = policy.base
     own = controller.get_state()
     joints, targets = (each - loop.offset_rad for each in demos.joints_rad(number, loop.robot.ranges))
     frames = read_frames(*demos.videos[number], len(joints))

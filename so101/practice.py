@@ -192,10 +192,10 @@ def check_args(args: Args) -> None:
         check_unused(args, ("demos_camera", "demos_units"), "needs --demos")
     elif args.prior is not None:
         raise SO101Error("--prior: brings steps of its own, which take the place of demonstrations; drop --demos or it")
-    elif args.sac.learning_starts != Args().sac.learning_starts:
-        raise SO101Error("--learning-starts: --demos take the place of the first steps; drop one of them")
     elif args.alpha == 0:
         raise SO101Error("--alpha 0: a residual of zero learns nothing from --demos; raise it")
+    else:
+        check_unused(args.sac, ("learning_starts",), "--demos take the place of the first steps")
     for name in ("run_name", "log_dir") if args.resume is not None else ():
         if getattr(args, name) != getattr(Args, name):
             raise SO101Error(f"{flag_of(name)}: a resumed run goes on in its own directory; drop the flag")
@@ -416,7 +416,7 @@ class Practice:
             say(f"the arm has P = {self.task.firmware_p}; LeRobot records with {LEROBOT_P}, which shows other loads")
         episodes, far = [], 0
         for number in tqdm(demos.episodes, unit="episode", dynamic_ncols=True, leave=False, disable=None):
-            shown = watch(demos, number, self.loop, self.residual, self.task.tape_margin)
+            shown = watch(demos, number, self.loop, self.task.tape_margin)
             if shown is not None:
                 obs, wanted, success = shown
                 actions = np.clip(wanted, -1.0, 1.0)

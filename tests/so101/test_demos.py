@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import error_of, load, run_script
+from conftest import ROOT, error_of, load, run_script
 
 from so101 import practice, sac
 from so101.dataset import DatasetError, check_video, find_videos, read_dataset, read_frames, read_info, write_dataset
@@ -19,12 +19,15 @@ from so101.opencv import OpenCVPolicy
 from so101.practising import PractisingPolicy
 from so101.pusher import JacobianPolicy
 from so101.simulated_arm import Flaws
-from so101.virtual_time import VirtualRobot, virtual_loop
+from so101.virtual_time import virtual_loop
 from so101_env import ACTION, OBS, STATE, Task
 
 pytest.importorskip("cv2")
 pyarrow = pytest.importorskip("pyarrow")
 pytest.importorskip("onnxruntime")
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+from practised_arm import RecordedRobot  # noqa: E402
 
 KEYS = (STATE, ACTION)
 TASK = Task(firmware_p=16, observe_load=True)
@@ -201,23 +204,6 @@ def test_a_camera_that_the_dataset_lacks(film):
 # episodes
 
 
-class Recorded(VirtualRobot):
-    """An arm that keeps joints, picture and target of every step."""
-
-    def __init__(self, task, flaws=None):
-        super().__init__(task, flaws)
-        self.rows, self.shown = [], None
-
-    def picture(self):
-        self.shown = super().picture()
-        return self.shown
-
-    def write(self, target_rad):
-        if self.shown is not None:
-            self.rows.append((self.read()[0].copy(), target_rad.copy(), self.shown.image))
-        super().write(target_rad)
-
-
 def make_loop(robot, base):
     args = sac.Args(base=sac.Base("jacobian" if base else "zero", observe_base=base is not None), task=TASK)
     torch.manual_seed(0)
@@ -237,23 +223,23 @@ def start(loop, robot) -> None:
 
 def record(loop, robot, residual, path) -> np.ndarray:
     """An episode of 40 steps that explores, as a dataset; returns its targets (40, 6), rad."""
-    robot.rows, robot.shown, residual.exploring = [], None, True
+    residual.exploring = True
     loop.episode(40, TASK.tape_margin)
     residual.exploring = False
-    joints, targets, pictures = zip(*robot.rows)
-    write_dataset(path, [{STATE: np.array(joints), ACTION: np.array(targets)}], {"top": pictures})
-    return np.array(targets)
+    episode, pictures = robot.episode(loop.moves)
+    write_dataset(path, [episode], {"top": pictures})
+    return episode[ACTION]
 
 
 @pytest.mark.parametrize("with_base", [False, True])
 def test_a_recorded_episode_of_practice_is_that_episode(tmp_path, with_base):
     """Observations and residuals are those of the learner when it was recorded; the film is compressed."""
-    robot = Recorded(TASK)
+    robot = RecordedRobot(TASK, Flaws())
     loop, residual = make_loop(robot, JacobianPolicy() if with_base else None)
     start(loop, robot)
     targets = record(loop, robot, residual, tmp_path / "demos")
     obs, asked = residual.steps(loop.moves, complete=True)
-    seen, wanted, success = watch(read_demos(tmp_path / "demos", "top", None), 0, loop, residual, TASK.tape_margin)
+    seen, wanted, success = watch(read_demos(tmp_path / "demos", "top", None), 0, loop, TASK.tape_margin)
     late = 40 - len(seen)  # the tape may be found some pictures later in a compressed film
     assert not success and late <= 5 and wanted.shape == (39 - late, 6)
     obs, asked, sent = obs[late:-1], asked[late:-1], targets[late:]
@@ -361,20 +347,20 @@ def test_an_episode_of_another_arm_is_named(demos, monkeypatch, tmp_path):
 
 def test_loads_are_seen_with_the_gain_that_practice_has_estimated(tmp_path):
     """On an arm with weak servos, what the learner sees of a demonstration is what it saw when the arm moved."""
-    robot = Recorded(TASK, Flaws(gain=0.6))
+    robot = RecordedRobot(TASK, Flaws(gain=0.6))
     loop, residual = make_loop(robot, None)
     start(loop, robot)
     assert loop.controller.gain_factor < 0.75
     record(loop, robot, residual, tmp_path / "demos")
     obs, _ = residual.steps(loop.moves, complete=True)
     before = loop.controller.get_state()
-    seen, _, _ = watch(read_demos(tmp_path / "demos", "top", None), 0, loop, residual, TASK.tape_margin)
+    seen, _, _ = watch(read_demos(tmp_path / "demos", "top", None), 0, loop, TASK.tape_margin)
     late = 40 - len(seen)
     np.testing.assert_allclose(seen[1:, 25:31], obs[late:-1][1:, 25:31], atol=2e-3)
     after = loop.controller.get_state()
     assert all(np.array_equal(before[name], after[name]) for name in before)  # the arm's own state is untouched
     loop.offset_rad = np.array([0.0, 0.05, 0.0, 0.0, 0.0, 0.0])  # as so101.drive --check finds it
-    moved, _, _ = watch(read_demos(tmp_path / "demos", "top", None), 0, loop, residual, TASK.tape_margin)
+    moved, _, _ = watch(read_demos(tmp_path / "demos", "top", None), 0, loop, TASK.tape_margin)
     np.testing.assert_allclose(moved[-30:, :6], obs[late:-1][-30:, :6] - loop.offset_rad, atol=1e-5)
 
 
