@@ -1,6 +1,8 @@
 """Table of students and their teachers, from the runs of benchmark/vision.sh.
 
 python benchmark/vision_report.py --runs logs/benchmark/vision/students --out benchmark/results/vision
+
+A kind of student that --out has already and --runs has not stays in the table.
 """
 
 import dataclasses
@@ -62,6 +64,9 @@ def main() -> int:
     kinds = {name: seeds for name, seeds in kinds.items() if seeds}
     if not kinds:
         raise SO101Error(f"--runs {args.runs}: has no evaluated student; run benchmark/vision.sh")
+    out = Path(args.out)
+    if (out / "results.json").is_file():
+        kinds = json.loads((out / "results.json").read_text()) | kinds
 
     def mean(seeds: list[dict], key: str) -> float:
         return float(np.mean([seed[key] for seed in seeds if seed[key] is not None] or [np.nan]))
@@ -94,7 +99,6 @@ def main() -> int:
             " ".join(sorted({seed["commit"] for seed in seeds})),
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "results.json", kinds)
     write_atomic(out / "results.md", lambda temporary: temporary.write_text("\n".join(lines) + "\n"))

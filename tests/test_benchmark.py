@@ -193,8 +193,8 @@ def test_students_are_reported(tmp_path):
     result = run / "student.json"
     flags = ("--model", str(run / "final_model.pt"), "--episodes", "3", "--json", str(result))
     assert run_script("eval_so101.py", *flags).returncode == 0
-    done = run_script("benchmark/vision_report.py", "--runs", str(tmp_path / "students"),
-                      "--out", str(tmp_path / "out"))  # fmt: skip
+    report = ("benchmark/vision_report.py", "--runs", str(tmp_path / "students"), "--out", str(tmp_path / "out"))
+    done = run_script(*report)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["standard"]
     given = json.loads(result.read_text())
@@ -202,6 +202,14 @@ def test_students_are_reported(tmp_path):
     assert (row["student"], row["teacher"]) == (given["success_rate"], given["base_success_rate"])
     errors = [episode["estimate_error_m"] for episode in given["episode_list"]]
     assert row["estimate_error_mm"] == pytest.approx(1000 * np.median(errors))
+    # another kind, whose runs alone are at hand, takes no other's place
+    students.rename(tmp_path / "students" / "precise")
+    done = run_script(*report)
+    assert done.returncode == 0, done.stderr
+    kinds = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert kinds == {"standard": [row], "precise": [row]}
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert "| standard | 1 |" in table and "| precise | 1 |" in table
 
 
 @pytest.mark.slow
