@@ -66,7 +66,7 @@ def main() -> int:
         raise SO101Error(f"--runs {args.runs}: has no evaluated student; run benchmark/vision.sh")
     out = Path(args.out)
     if (out / "results.json").is_file():
-        kinds = json.loads((out / "results.json").read_text()) | kinds
+        kinds = dict(sorted((json.loads((out / "results.json").read_text()) | kinds).items()))
 
     def mean(seeds: list[dict], key: str) -> float:
         return float(np.mean([seed[key] for seed in seeds if seed[key] is not None] or [np.nan]))
